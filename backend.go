@@ -1,0 +1,170 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"slices"
+
+	"k8s.io/klog/v2"
+)
+
+// backend carries the rows of one family into the kernel and back. It sees
+// rows only: validation, ownership and sockets are above it.
+//
+// Its methods are never called at the same time.
+type backend interface {
+	// kind names the backend in Mappings and logs.
+	kind() Backend
+
+	// list returns the rows that the kernel holds, whoever made them.
+	list(ctx context.Context) ([]*row, error)
+
+	// apply commits the deltas, in their order, in one transaction. table
+	// yields every row that stands when they are committed: where the kernel
+	// turns out not to hold what it should, apply puts it back from there, in
+	// the same transaction.
+	//
+	// On an error nothing has changed. A *refusedError tells which delta was
+	// at fault; after any other error of several deltas, each may be tried
+	// alone.
+	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error
+
+	// owns tells whether id is the owner of a row whose owner is known only
+	// by what the kernel carries of it.
+	owns(id string, r *row) bool
+}
+
+// delta is what one operation changes. A row is moved by a del and an add of
+// one endpoint, which no packet sees apart.
+type delta struct {
+	del, add []*row
+	keep     []*row // rows that ought to stand: checked, and put back if missing
+}
+
+func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
+
+// layers is a backend of several: the one in use, and those that carry rows
+// from before. Rows are only added to the first.
+type layers struct {
+	backend
+
+	before []backend
+	at     map[*row]backend // where the rows stand that are in one of before
+	log    klog.Logger
+}
+
+func newLayers(inUse backend, log klog.Logger, before ...backend) *layers {
+	return &layers{backend: inUse, before: before, at: map[*row]backend{}, log: log}
+}
+
+// list also forgets backends that carry no rows: these are not asked again.
+func (l *layers) list(ctx context.Context) ([]*row, error) {
+	rows, err := l.backend.list(ctx)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // it is the backend's own
+	}
+
+	l.before = slices.DeleteFunc(l.before, func(b backend) bool {
+		old, err := b.list(ctx)
+		if err != nil {
+			l.log.Info("Cannot look for host ports from before", "reason", err)
+		}
+
+		for _, r := range old {
+			r.elsewhere = true
+			l.at[r] = b
+		}
+
+		rows = append(rows, old...)
+
+		return len(old) == 0
+	})
+
+	return rows, nil
+}
+
+func (l *layers) owns(id string, r *row) bool {
+	if b := l.at[r]; b != nil {
+		return b.owns(id, r)
+	}
+
+	return l.backend.owns(id, r)
+}
+
+// apply commits to the backend in use first, so that a row that moves over
+// is at all times in one of the two, and takes that back if another fails.
+func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+	inUse := l.part(deltas, nil)
+	if !allEmpty(inUse) {
+		if err := l.backend.apply(ctx, inUse, l.rows(table, nil)); err != nil {
+			return err //nolint:wrapcheck // it is the backend's own
+		}
+	}
+
+	for _, b := range l.before {
+		old := l.part(deltas, b)
+		if allEmpty(old) {
+			continue
+		}
+
+		if err := b.apply(ctx, old, l.rows(table, b)); err != nil {
+			return errors.Join(err, l.takeBack(ctx, inUse, l.rows(table, nil)))
+		}
+	}
+
+	for _, d := range deltas {
+		for _, r := range d.del {
+			delete(l.at, r)
+		}
+	}
+
+	return nil
+}
+
+// takeBack commits the opposite of deltas. table is with deltas.
+func (l *layers) takeBack(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+	rows := slices.Collect(table)
+
+	var back []delta
+
+	for _, d := range slices.Backward(deltas) {
+		back = append(back, delta{del: d.add, add: d.del})
+		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
+	}
+
+	if allEmpty(back) {
+		return nil
+	}
+
+	return l.backend.apply(ctx, back, slices.Values(rows)) //nolint:wrapcheck // it is the backend's own
+}
+
+// part is what of each delta concerns b, nil being the backend in use.
+func (l *layers) part(deltas []delta, b backend) []delta {
+	in := func(rows []*row) []*row {
+		return slices.DeleteFunc(slices.Clone(rows), func(r *row) bool { return l.at[r] != b })
+	}
+
+	parts := make([]delta, len(deltas))
+	for i, d := range deltas {
+		parts[i] = delta{del: in(d.del), add: in(d.add), keep: in(d.keep)}
+	}
+
+	return parts
+}
+
+// rows is what of the table is in b, nil being the backend in use.
+func (l *layers) rows(table iter.Seq[*row], b backend) iter.Seq[*row] {
+	return func(yield func(*row) bool) {
+		for r := range table {
+			if l.at[r] == b && !yield(r) {
+				return
+			}
+		}
+	}
+}
+
+func allEmpty(deltas []delta) bool {
+	return !slices.ContainsFunc(deltas, func(d delta) bool { return !d.empty() })
+}

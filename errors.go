@@ -1,0 +1,73 @@
+package hostport
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	v1 "k8s.io/api/core/v1"
+)
+
+// ErrInvalidMapping is in the chain of every error that Add returns for
+// arguments it cannot accept. The error's text names the pod, the row and the
+// field. Nothing has been changed then, the pod's good rows included.
+var ErrInvalidMapping = errors.New("invalid port mapping")
+
+// errUnavailable is in the chain of errors that say why a family cannot be
+// mapped on this node at all: no iptables, no IPv6. Such a node holds no rows,
+// so there is nothing to remove.
+var errUnavailable = errors.New("not available")
+
+var (
+	errMissing  = errors.New("missing")
+	errNotPodIP = errors.New("not the address of a pod")
+)
+
+// ConflictError says that Add was refused because another live pod has the
+// port: the same family, protocol and port, and the same host IP or any
+// address on either side. Nothing has been changed then.
+type ConflictError struct {
+	// Pod and OtherPod are the pods, "namespace/name" where these are known
+	// and the sandbox id otherwise. OtherPod has the port.
+	Pod, OtherPod string
+	// Protocol and HostPort are what both pods want.
+	Protocol v1.Protocol
+	HostPort int32
+	// HostIP and OtherHostIP are the two host IPs, "0.0.0.0" or "::" for any.
+	HostIP, OtherHostIP string
+}
+
+// Error names both pods and the row.
+func (e *ConflictError) Error() string {
+	return fmt.Sprintf("pod %s: host port %s is taken by pod %s (%s)",
+		e.Pod, hostPortText(e.Protocol, e.HostIP, e.HostPort),
+		e.OtherPod, hostPortText(e.Protocol, e.OtherHostIP, e.HostPort))
+}
+
+func hostPortText(protocol v1.Protocol, hostIP string, port int32) string {
+	ip, err := netip.ParseAddr(hostIP)
+	if err != nil {
+		return fmt.Sprintf("%s %s:%d", protocol, hostIP, port)
+	}
+
+	return fmt.Sprintf("%s %s", protocol, netip.AddrPortFrom(ip, uint16(port)))
+}
+
+// rowError says which row of a pod an error is about.
+type rowError struct {
+	row *row
+	err error
+}
+
+func (e *rowError) Error() string { return fmt.Sprintf("row %s: %v", e.row, e.err) }
+func (e *rowError) Unwrap() error { return e.err }
+
+// refusedError says that the kernel refused one delta of several, so that the
+// others may go without it. Nothing has been changed then.
+type refusedError struct {
+	delta int // index among those handed to apply
+	err   error
+}
+
+func (e *refusedError) Error() string { return e.err.Error() }
+func (e *refusedError) Unwrap() error { return e.err }

@@ -1,0 +1,387 @@
+package hostport
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/base32"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	v1 "k8s.io/api/core/v1"
+)
+
+type ipFamily string
+
+// The IP families.
+const (
+	IPv4 ipFamily = "4"
+	IPv6 ipFamily = "6"
+)
+
+// PodPortMapping says which host ports a pod wants.
+type PodPortMapping struct {
+	// Namespace and Name are for errors, logs and rule comments. Either may be
+	// empty.
+	Namespace, Name string
+	// PortMappings are the rows. Those of the other IP family than IP's are
+	// skipped, so that a dual-stack pod is two Adds with the same mappings.
+	PortMappings []*PortMapping
+	// HostNetwork pods have no host ports: Add and Remove do nothing.
+	HostNetwork bool
+	// IP is the pod's address. Remove does not need it.
+	IP net.IP
+}
+
+// PortMapping maps one host port.
+type PortMapping struct {
+	// HostPort is 1 to 65535; 0 stands for none, and the mapping is skipped.
+	HostPort int32
+	// ContainerPort is 1 to 65535.
+	ContainerPort int32
+	// Protocol is TCP, UDP or SCTP in any case; "" is TCP.
+	Protocol v1.Protocol
+	// HostIP is the address on the node: "" for any in the pod's family,
+	// "0.0.0.0" and "::" for any in theirs, else a literal IP without zone. It
+	// need not be on the node (yet).
+	HostIP string
+}
+
+// Mapping is one row as Mappings lists it.
+type Mapping struct {
+	// PodID, Namespace and Name are empty where only PodIDHash is known: for
+	// rows from before a restart that no Add or Remove has named since.
+	PodID, Namespace, Name string
+	// PodIDHash is what the kernel carries of the owner, 16 characters of
+	// base32. With iptables it is the hash in the names of the row's chains,
+	// which covers port, protocol and host IP as well.
+	PodIDHash string
+	// Protocol is TCP, UDP or SCTP.
+	Protocol v1.Protocol
+	// HostIP is "0.0.0.0" or "::" where the row is for any address.
+	HostIP string
+	// HostPort and ContainerPort are 1 to 65535.
+	HostPort, ContainerPort int32
+	// PodIP is where the row leads.
+	PodIP net.IP
+	// Backend carries the row.
+	Backend Backend
+	// Held tells whether a socket of this process holds the host port.
+	Held bool
+}
+
+// protocol is a transport protocol by the name that iptables(8) gives it.
+type protocol string
+
+const (
+	tcp  protocol = "tcp"
+	udp  protocol = "udp"
+	sctp protocol = "sctp"
+)
+
+func parseProtocol(p v1.Protocol) (protocol, bool) {
+	switch l := protocol(strings.ToLower(string(p))); l {
+	case "":
+		return tcp, true
+	case tcp, udp, sctp:
+		return l, true
+	default:
+		return "", false
+	}
+}
+
+func (p protocol) api() v1.Protocol { return v1.Protocol(strings.ToUpper(string(p))) }
+
+// portKey is what pods compete for within a family.
+type portKey struct {
+	proto protocol
+	port  uint16
+}
+
+// endpoint is the host side of a row.
+type endpoint struct {
+	portKey
+
+	ip netip.Addr // the zero Addr: any address of the family
+}
+
+// overlaps tells whether some packet is for both endpoints of one port.
+func (e endpoint) overlaps(o endpoint) bool {
+	return e.ip == o.ip || !e.ip.IsValid() || !o.ip.IsValid()
+}
+
+// hostIP is the literal form of the address.
+func (e endpoint) hostIP(f ipFamily) netip.Addr {
+	if e.ip.IsValid() {
+		return e.ip
+	}
+
+	return f.anyAddr()
+}
+
+// row is one line of the table: host endpoint → pod endpoint, and whose.
+type row struct {
+	endpoint
+
+	pod   netip.AddrPort
+	owner owner
+	// hash names the row's chains in iptables. It is over the strings as the
+	// caller gave them, so that it is the same in every process.
+	hash string
+	// label is the comment that the row's rules carry: pod and port, free of
+	// anything that could end a quoted string.
+	label string
+	// elsewhere is set for a row that stands in a backend other than the one
+	// in use: the next Add moves it.
+	elsewhere bool
+}
+
+// owner is a pod. It is known only by the row's marks while id is empty.
+type owner struct{ id, namespace, name string }
+
+func (o owner) known() bool { return o.id != "" }
+
+// String is how errors name the pod.
+func (o owner) String() string {
+	switch {
+	case o.namespace != "" && o.name != "":
+		return o.namespace + "/" + o.name
+	case o.name != "" || o.id != "":
+		return cmp.Or(o.name, o.id)
+	default:
+		return "unknown"
+	}
+}
+
+func (r *row) family() ipFamily { return familyOf(r.pod.Addr()) }
+
+func (r *row) String() string {
+	return fmt.Sprintf("%s %s -> %s", r.proto.api(), netip.AddrPortFrom(r.hostIP(r.family()), r.port), r.pod)
+}
+
+func familyOf(ip netip.Addr) ipFamily {
+	if ip.Is4() {
+		return IPv4
+	}
+
+	return IPv6
+}
+
+func (f ipFamily) anyAddr() netip.Addr {
+	if f == IPv4 {
+		return netip.IPv4Unspecified()
+	}
+
+	return netip.IPv6Unspecified()
+}
+
+// rowsOf validates all of pod and returns its rows in the family of its IP,
+// each once.
+func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
+	if pod == nil || pod.HostNetwork {
+		return nil, nil
+	}
+
+	o := owner{id: id, namespace: pod.Namespace, name: pod.Name}
+	invalid := func(format string, args ...any) error {
+		return fmt.Errorf("pod %s: %w: %s", o, ErrInvalidMapping, fmt.Sprintf(format, args...))
+	}
+
+	podIP, podErr := parsePodIP(pod.IP)
+
+	var rows []*row
+
+	seen := map[endpoint]*row{}
+
+	for i, pm := range pod.PortMappings {
+		if pm == nil || pm.HostPort == 0 {
+			continue
+		}
+
+		field := func(name string, value any) error {
+			return invalid("row %d (hostPort %d): %s %q", i, pm.HostPort, name, fmt.Sprint(value))
+		}
+
+		e, f, bad := endpointOf(pm)
+		if bad != nil {
+			return nil, field(bad.field, bad.value)
+		}
+
+		switch {
+		case !validPort(pm.ContainerPort):
+			return nil, field("containerPort", pm.ContainerPort)
+		case podErr != nil:
+			return nil, invalid("row %d (hostPort %d): pod IP %q: %v", i, pm.HostPort, pod.IP, podErr)
+		case id == "":
+			return nil, invalid("row %d (hostPort %d): empty sandbox id", i, pm.HostPort)
+		case f != "" && f != familyOf(podIP):
+			continue
+		}
+
+		r := &row{
+			endpoint: e,
+			pod:      netip.AddrPortFrom(podIP, uint16(pm.ContainerPort)),
+			owner:    o,
+			hash:     rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
+			label:    ruleLabel(o, e.port),
+		}
+
+		if first, twice := seen[e]; !twice {
+			seen[e] = r
+			rows = append(rows, r)
+		} else if first.pod != r.pod {
+			return nil, invalid("row %d (hostPort %d): containerPort %d, but %d in an earlier row of the same host port",
+				i, pm.HostPort, pm.ContainerPort, first.pod.Port())
+		}
+	}
+
+	return rows, nil
+}
+
+// claim is a row as Remove names it: without the pod's side.
+type claim struct {
+	endpoint
+
+	hash string
+}
+
+// claimsOf returns pod's rows in family f, leaving out those that Add would
+// have refused.
+func claimsOf(id string, pod *PodPortMapping, f ipFamily) []claim {
+	var claims []claim
+
+	for _, pm := range pod.PortMappings {
+		if pm == nil || pm.HostPort == 0 {
+			continue
+		}
+
+		if e, ef, bad := endpointOf(pm); bad == nil && (ef == "" || ef == f) {
+			claims = append(claims, claim{e, rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP)})
+		}
+	}
+
+	return claims
+}
+
+// badField is a field of a PortMapping that is not acceptable.
+type badField struct {
+	field string
+	value any
+}
+
+// endpointOf returns the host side of a mapping and the family that its host
+// IP confines it to, "" where that is left to the pod IP.
+func endpointOf(pm *PortMapping) (endpoint, ipFamily, *badField) {
+	proto, ok := parseProtocol(pm.Protocol)
+	if !ok {
+		return endpoint{}, "", &badField{"protocol", pm.Protocol}
+	}
+
+	if !validPort(pm.HostPort) {
+		return endpoint{}, "", &badField{"hostPort", pm.HostPort}
+	}
+
+	e := endpoint{portKey: portKey{proto: proto, port: uint16(pm.HostPort)}}
+
+	if pm.HostIP == "" {
+		return e, "", nil
+	}
+
+	ip, err := netip.ParseAddr(pm.HostIP)
+	if err != nil || ip.Zone() != "" {
+		return endpoint{}, "", &badField{"hostIP", pm.HostIP}
+	}
+
+	if ip = ip.Unmap(); !ip.IsUnspecified() {
+		e.ip = ip
+	}
+
+	return e, familyOf(ip), nil
+}
+
+func validPort(p int32) bool { return p >= 1 && p <= 65535 }
+
+func parsePodIP(ip net.IP) (netip.Addr, error) {
+	addr, ok := netip.AddrFromSlice(ip)
+	addr = addr.Unmap()
+
+	switch {
+	case len(ip) == 0:
+		return netip.Addr{}, errMissing
+	case !ok || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLoopback():
+		return netip.Addr{}, errNotPodIP
+	default:
+		return addr, nil
+	}
+}
+
+// hashLen is how much of a hash names and comments carry.
+const hashLen = 16
+
+// shortHash is the form in which the kernel carries what it cannot spell out.
+func shortHash(s string) string {
+	sum := sha256.Sum256([]byte(s))
+
+	return base32.StdEncoding.EncodeToString(sum[:])[:hashLen]
+}
+
+// rowHash names a row's chains. It is the name that CRI-O gives them, so that
+// either can remove what the other made.
+func rowHash(id string, hostPort int32, protocol, hostIP string) string {
+	return shortHash(id + strconv.Itoa(int(hostPort)) + protocol + hostIP)
+}
+
+// hashedBy tells whether r's hash is one that id gives, in any spelling of
+// protocol and host IP that means r.
+func (r *row) hashedBy(id string) bool {
+	protocols := []string{strings.ToUpper(string(r.proto)), string(r.proto)}
+	if r.proto == tcp {
+		protocols = append(protocols, "")
+	}
+
+	hostIPs := []string{r.hostIP(r.family()).String()}
+	if !r.ip.IsValid() {
+		hostIPs = append(hostIPs, "")
+	} else if r.ip.Is4() {
+		hostIPs = append(hostIPs, "::ffff:"+r.ip.String())
+	}
+
+	for _, p := range protocols {
+		for _, ip := range hostIPs {
+			if rowHash(id, int32(r.port), p, ip) == r.hash {
+				return true
+			}
+		}
+	}
+
+	return false
+}
+
+// maxLabel is what a rule comment may have in the kernel: 256 bytes with the
+// final NUL (struct xt_comment_info, linux/netfilter/xt_comment.h).
+const maxLabel = 255
+
+// ruleLabel says in a rule comment whose row it is. Names come from users:
+// what is not known to be harmless within quotes is replaced, for a quote and
+// a newline in a name would otherwise be rules of the user's own.
+func ruleLabel(o owner, port uint16) string {
+	pod := o.name
+	if o.namespace != "" {
+		pod += "_" + o.namespace
+	}
+
+	pod = strings.Map(func(c rune) rune {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.ContainsRune("._-", c):
+			return c
+		default:
+			return '-'
+		}
+	}, pod)
+
+	suffix := " hostport " + strconv.Itoa(int(port))
+
+	return pod[:min(len(pod), maxLabel-len(suffix))] + suffix
+}

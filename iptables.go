@@ -1,0 +1,421 @@
+package hostport
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// IPTables is the part of iptables(8) that this package drives for one family.
+type IPTables interface {
+	// Family is IPv4 for iptables and IPv6 for ip6tables.
+	Family() ipFamily
+
+	// Save returns what iptables-save(8) prints for a table. The kernel need
+	// not have the table, and does not get it by that.
+	Save(ctx context.Context, table string) ([]byte, error)
+
+	// Restore feeds input to iptables-restore(8) with --noflush and --wait.
+	// Either all of input's one COMMIT block takes effect or none of it. The
+	// error tells the line at fault, the first being 1, by a method
+	// `Line() int`, where that is known.
+	Restore(ctx context.Context, input []byte) error
+}
+
+// The chains, by the names that CRI-O gives them.
+const (
+	natTable      = "nat"
+	dnatDispatch  = "KUBE-HOSTPORTS"
+	dnatPrefix    = "KUBE-HP-"
+	masqDispatch  = "CRIO-HOSTPORTS-MASQ"
+	masqPrefix    = "CRIO-MASQ-"
+	dnatTarget    = "DNAT"
+	masqTarget    = "MASQUERADE"
+	dnatComment   = "kube hostport portals"
+	masqComment   = "kube hostport masquerading"
+	matchLocal    = "-m addrtype --dst-type LOCAL"
+	matchDNATed   = "-m conntrack --ctstate DNAT"
+	preRouting    = "PREROUTING"
+	output        = "OUTPUT"
+	postRouting   = "POSTROUTING"
+	cmdAppend     = "-A "
+	cmdInsert     = "-I "
+	cmdDelete     = "-D "
+	cmdCheck      = "-C "
+	cmdNewChain   = "-N "
+	cmdFlushChain = "-F "
+	cmdDelChain   = "-X "
+)
+
+// baseJumps lead packets into the dispatch chains. Only packets for an address
+// of the node may be translated (CVE-2025-67499), and services come first
+// (CVE-2019-9946).
+func baseJumps() []natRule {
+	return []natRule{
+		{chain: preRouting, comment: dnatComment, match: matchLocal, target: dnatDispatch},
+		{chain: output, comment: dnatComment, match: matchLocal, target: dnatDispatch},
+		{chain: postRouting, comment: masqComment, match: matchDNATed, target: masqDispatch},
+	}
+}
+
+// A dispatch chain is a tree over the port numbers: each level splits a range
+// in 16, down to chains for 16 ports that lead to the rows' own. A packet
+// walks some tens of rules at the most, however many rows there are, and
+// iptables reads as few to find one (it reads all of a chain for -D and -C).
+const (
+	rangeLevels = 3
+	rangeBits   = 4
+)
+
+// ports is a range of port numbers; the zero value is no range.
+type ports struct{ lo, hi uint16 }
+
+// rangeAt is the range around a port on a level, 0 being the widest.
+func rangeAt(port uint16, level int) ports {
+	low := uint16(1)<<(16-rangeBits*(level+1)) - 1
+
+	return ports{port &^ low, port | low}
+}
+
+func (p ports) String() string {
+	if p.lo == p.hi {
+		return strconv.Itoa(int(p.lo))
+	}
+
+	return fmt.Sprintf("%d:%d", p.lo, p.hi)
+}
+
+// path returns the jumps that lead from a dispatch chain to the range chain
+// with r's own jump, widest range first, and the name of that chain.
+func path(r *row, dispatch, prefix string, jump func(level int, p ports) natRule) ([]natRule, string) {
+	jumps := make([]natRule, rangeLevels)
+	chain := dispatch
+
+	for level := range jumps {
+		p := rangeAt(r.port, level)
+		jumps[level] = jump(level, p)
+		jumps[level].chain, jumps[level].proto = chain, r.proto
+		chain = fmt.Sprintf("%s%s-%d-%d", prefix, r.proto.api(), p.lo, p.hi)
+		jumps[level].target = chain
+	}
+
+	return jumps, chain
+}
+
+// side is where a row stands on the DNAT or on the masquerade side.
+type side struct {
+	path  []natRule // jumps to range chains
+	jump  natRule   // from the last of these to the row's own chain
+	first bool      // jump goes before the others
+	rule  natRule   // in the row's own chain
+}
+
+func (r *row) dnatSide() side {
+	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) natRule {
+		return natRule{dports: p}
+	})
+	s := side{
+		path:  jumps,
+		jump:  natRule{chain: leaf, proto: r.proto, dports: ports{r.port, r.port}, target: r.dnatChain()},
+		first: r.ip.IsValid(), // before the row for any address, which would take the packet
+		rule: natRule{
+			chain: r.dnatChain(), proto: r.proto, comment: r.label, target: dnatTarget, to: r.pod,
+		},
+	}
+
+	if r.ip.IsValid() {
+		s.rule.dst = hostPrefix(r.ip)
+	}
+
+	return s
+}
+
+// masqSide is for hairpin: a pod that meets itself has to see another source
+// address. Every connection that anybody translates comes by, so those from
+// outside the pods' networks pass at the first jump.
+func (r *row) masqSide() side {
+	pod := hostPrefix(r.pod.Addr())
+	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) natRule {
+		if level == 0 {
+			return natRule{src: podBlock(r.pod.Addr()), origPorts: p}
+		}
+
+		return natRule{origPorts: p}
+	})
+
+	return side{
+		path: jumps,
+		jump: natRule{chain: leaf, src: pod, target: r.masqChain()},
+		rule: natRule{
+			chain: r.masqChain(), src: pod, dst: pod, proto: r.proto, comment: r.label,
+			origPorts: ports{r.port, r.port}, dports: ports{r.pod.Port(), r.pod.Port()}, target: masqTarget,
+		},
+	}
+}
+
+func (r *row) sides() [2]side { return [2]side{r.dnatSide(), r.masqSide()} }
+
+func (r *row) dnatChain() string { return dnatPrefix + r.hash }
+func (r *row) masqChain() string { return masqPrefix + r.hash }
+
+func hostPrefix(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }
+
+// podBlock is the network that is taken for the pods' around a pod IP.
+func podBlock(ip netip.Addr) netip.Prefix {
+	bits := 64
+	if ip.Is4() {
+		bits = 16
+	}
+
+	return netip.PrefixFrom(ip, bits).Masked()
+}
+
+// natRule is a rule of the nat table, as far as this package writes them.
+type natRule struct {
+	chain     string
+	src, dst  netip.Prefix
+	proto     protocol
+	comment   string
+	match     string // matchLocal or matchDNATed
+	origPorts ports  // the connection's destination port before DNAT
+	dports    ports
+	target    string
+	to        netip.AddrPort
+
+	// other is set for a rule with anything else in it.
+	other bool
+}
+
+// String is the rule as iptables-restore takes it after -A and its like.
+func (n natRule) String() string {
+	var b strings.Builder
+
+	b.WriteString(n.chain)
+
+	arg := func(set bool, format string, args ...any) {
+		if set {
+			fmt.Fprintf(&b, " "+format, args...)
+		}
+	}
+	arg(n.src.IsValid(), "-s %s", n.src)
+	arg(n.dst.IsValid(), "-d %s", n.dst)
+	arg(n.proto != "", "-p %s", n.proto)
+	arg(n.comment != "", `-m comment --comment "%s"`, n.comment)
+	arg(n.match != "", "%s", n.match)
+	arg(n.origPorts != ports{}, "-m conntrack --ctorigdstport %s", n.origPorts)
+	arg(n.dports != ports{}, "-m %s --dport %s", n.proto, n.dports)
+	arg(n.target != "", "-j %s", n.target)
+	arg(n.to.IsValid(), "--to-destination %s", n.to)
+
+	return b.String()
+}
+
+// parseRule reads a line "-A …" of iptables-save.
+func parseRule(line string) natRule {
+	n := natRule{}
+
+	words, ok := splitWords(line)
+	if !ok || len(words)%2 != 0 { // all that we write comes in pairs
+		n.other = true
+	}
+
+	for i := 0; i+1 < len(words); i += 2 {
+		n.other = !n.parse(words[i], words[i+1]) || n.other
+	}
+
+	return n
+}
+
+// parse reads one option with its value, and tells whether it knows it.
+func (n *natRule) parse(option, value string) (ok bool) {
+	switch option {
+	case "-A":
+		n.chain, ok = value, true
+	case "-s":
+		n.src, ok = parsePrefix(value)
+	case "-d":
+		n.dst, ok = parsePrefix(value)
+	case "-p":
+		n.proto, ok = protocol(value), true
+	case "-m":
+		ok = true // named by its option
+	case "--comment":
+		n.comment, ok = value, true
+	case "--dst-type":
+		n.match, ok = matchLocal, value == "LOCAL"
+	case "--ctstate":
+		n.match, ok = matchDNATed, value == "DNAT"
+	case "--ctorigdstport":
+		n.origPorts, ok = parsePorts(value)
+	case "--dport":
+		n.dports, ok = parsePorts(value)
+	case "-j":
+		n.target, ok = value, true
+	case "--to-destination":
+		to, err := netip.ParseAddrPort(value)
+		n.to, ok = to, err == nil
+	}
+
+	return ok
+}
+
+func parsePrefix(s string) (netip.Prefix, bool) {
+	if ip, err := netip.ParseAddr(s); err == nil {
+		return hostPrefix(ip), true
+	}
+
+	p, err := netip.ParsePrefix(s)
+
+	return p, err == nil
+}
+
+func parsePorts(s string) (ports, bool) {
+	first, last, isRange := strings.Cut(s, ":")
+	if !isRange {
+		last = first
+	}
+
+	lo, err1 := strconv.ParseUint(first, 10, 16)
+	hi, err2 := strconv.ParseUint(last, 10, 16)
+
+	return ports{uint16(lo), uint16(hi)}, err1 == nil && err2 == nil
+}
+
+// splitWords splits a line at spaces, with double quotes and backslashes as
+// iptables-save writes them.
+func splitWords(line string) (words []string, ok bool) {
+	var (
+		word           strings.Builder
+		inWord, quoted bool
+	)
+
+	for i := 0; i < len(line); i++ {
+		switch c := line[i]; {
+		case c == '\\' && quoted && i+1 < len(line):
+			i++
+			word.WriteByte(line[i])
+		case c == '"':
+			quoted, inWord = !quoted, true
+		case c == ' ' && !quoted:
+			if inWord {
+				words = append(words, word.String())
+			}
+
+			word.Reset()
+
+			inWord = false
+		default:
+			word.WriteByte(c)
+
+			inWord = true
+		}
+	}
+
+	if inWord {
+		words = append(words, word.String())
+	}
+
+	return words, !quoted
+}
+
+// savedRule is a rule with the line it was read from.
+type savedRule struct {
+	natRule
+
+	line string // without -A
+}
+
+// savedTable is the nat table as iptables-save prints it.
+type savedTable struct {
+	chains map[string][]savedRule
+	jumps  map[string][]savedRule // by target
+}
+
+func parseSave(save []byte) (*savedTable, error) {
+	t := &savedTable{chains: map[string][]savedRule{}, jumps: map[string][]savedRule{}}
+	inNAT := false
+
+	lines := bufio.NewScanner(bytes.NewReader(save))
+	for lines.Scan() {
+		line := strings.TrimSpace(lines.Text())
+
+		switch {
+		case strings.HasPrefix(line, "*"):
+			inNAT = line == "*"+natTable
+		case !inNAT:
+		case strings.HasPrefix(line, ":"):
+			name, _, _ := strings.Cut(line[1:], " ")
+			t.chains[name] = t.chains[name]
+		case strings.HasPrefix(line, cmdAppend):
+			r := savedRule{parseRule(line), strings.TrimPrefix(line, cmdAppend)}
+			t.chains[r.chain] = append(t.chains[r.chain], r)
+			t.jumps[r.target] = append(t.jumps[r.target], r)
+		}
+	}
+
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("read iptables-save's output: %w", err)
+	}
+
+	return t, nil
+}
+
+// rows finds the rows in a saved table, whoever made them and wherever they
+// stand: CRI-O puts its own straight into the dispatch chains.
+func (t *savedTable) rows(f ipFamily) []*row {
+	var rows []*row
+
+	for chain, rules := range t.chains {
+		hash, ok := strings.CutPrefix(chain, dnatPrefix)
+		if !ok || !isHash(hash) {
+			continue
+		}
+
+		for _, rule := range rules {
+			if r := rowFrom(hash, rule.natRule, t.jumps[chain]); r != nil && r.family() == f {
+				rows = append(rows, r)
+
+				break
+			}
+		}
+	}
+
+	return rows
+}
+
+// rowFrom makes a row of a DNAT rule and the jumps that lead to its chain, or
+// nil if these do not say enough.
+func rowFrom(hash string, rule natRule, jumps []savedRule) *row {
+	if rule.target != dnatTarget || !rule.to.IsValid() || rule.to.Port() == 0 {
+		return nil
+	}
+
+	for _, j := range jumps {
+		if j.proto != rule.proto || j.dports.lo != j.dports.hi || j.dports.lo == 0 {
+			continue
+		}
+
+		r := &row{
+			endpoint: endpoint{portKey: portKey{proto: rule.proto, port: j.dports.lo}},
+			pod:      rule.to,
+			hash:     hash,
+			label:    cmp.Or(rule.comment, j.comment),
+		}
+		if rule.dst.IsValid() {
+			r.ip = rule.dst.Addr()
+		}
+
+		return r
+	}
+
+	return nil
+}
+
+func isHash(s string) bool {
+	return len(s) == hashLen && strings.Trim(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
+}

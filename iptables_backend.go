@@ -1,0 +1,586 @@
+package hostport
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+)
+
+// iptablesBackend keeps the rows in the nat table through iptables(8).
+//
+// In the steady state a change is one iptables-restore with the delta alone.
+// The backend knows which range chains there are, and the transaction itself
+// asserts that what it stands on is still there. When that fails, the table is
+// read, and the same transaction is made again for what is really there, with
+// all that is missing.
+type iptablesBackend struct {
+	ipt IPTables
+	// state is what the kernel holds; nil: not known, has to be read.
+	state *natState
+	// doubtful rows are from transactions whose outcome is not known. They are
+	// removed where they are found.
+	doubtful []*row
+}
+
+// natState is what has to be known of the nat table to write a delta.
+type natState struct {
+	// shared has the range chains, by name, and the jumps to them, as lines,
+	// with the number of rows that use each. What the kernel does not have is
+	// not in the map.
+	shared map[string]int
+	// base are the base chains, by name, and jumps, as lines, that are in
+	// place; late are jumps that are there, but too late in their chain.
+	base, late map[string]bool
+	// strays are the rows that do not stand as this package would put them.
+	strays map[string]*stray // by hash
+}
+
+// stray is a row that stands in other rules than ours, such as CRI-O's.
+type stray struct {
+	jumps  []string // lines that lead to its chains
+	rules  []string // lines in its chains
+	chains []string
+}
+
+func newIPTablesBackend(ipt IPTables) *iptablesBackend { return &iptablesBackend{ipt: ipt} }
+
+func (b *iptablesBackend) kind() Backend { return BackendIPTables }
+
+func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
+
+func (b *iptablesBackend) list(ctx context.Context) ([]*row, error) {
+	t, err := b.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	rows := t.rows(b.ipt.Family())
+	b.state = t.state()
+
+	for _, r := range rows {
+		if !t.holds(r) {
+			b.state.strays[r.hash] = t.stray(r)
+
+			continue
+		}
+
+		for _, s := range r.sides() {
+			for _, j := range s.path {
+				b.state.use(j.target)
+				b.state.use(j.String())
+			}
+		}
+	}
+
+	return rows, nil
+}
+
+func (b *iptablesBackend) read(ctx context.Context) (*savedTable, error) {
+	save, err := b.ipt.Save(ctx, natTable)
+	if err != nil {
+		return nil, fmt.Errorf("list rules: %w", err)
+	}
+
+	return parseSave(save)
+}
+
+func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+	if b.state != nil {
+		s := newScript(b.state)
+		s.base()
+
+		for i, d := range deltas {
+			s.delta(i, d)
+		}
+
+		err := b.run(ctx, s)
+		if err == nil || ctx.Err() != nil || isRefused(err) {
+			return err
+		}
+	}
+
+	t, err := b.read(ctx)
+	if err != nil {
+		return err
+	}
+
+	return b.run(ctx, b.repair(t, deltas, table))
+}
+
+// run commits a script.
+func (b *iptablesBackend) run(ctx context.Context, s *script) error {
+	err := b.ipt.Restore(ctx, s.input())
+	if err == nil {
+		s.settle()
+		b.state = s.state
+		b.doubtful = nil
+
+		return nil
+	}
+
+	if err = s.blame(err); isRefused(err) {
+		return err // the kernel is as it was
+	}
+
+	b.state = nil
+
+	if ctx.Err() != nil { // it may have been killed before or after the commit
+		b.doubtful = append(b.doubtful, s.added...)
+	}
+
+	return err
+}
+
+func isRefused(err error) bool {
+	refused := (*refusedError)(nil)
+
+	return errors.As(err, &refused)
+}
+
+// repair writes what it takes from t to the table with deltas applied.
+func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*row]) *script {
+	s := newScript(t.state())
+	s.base()
+
+	of := map[*row]int{} // the delta that a row is in
+	gone := slices.Clone(b.doubtful)
+
+	for i, d := range deltas {
+		for _, r := range slices.Concat(d.add, d.keep) {
+			of[r] = i
+		}
+
+		gone = append(gone, d.del...)
+	}
+
+	wanted := map[string]*row{}
+	for r := range table {
+		wanted[r.hash] = r
+	}
+
+	for _, r := range gone {
+		if wanted[r.hash] == nil {
+			s.clear(shared, r, t.stray(r))
+		}
+	}
+
+	for _, r := range wanted {
+		i, ok := of[r]
+		if !ok {
+			i = shared
+		}
+
+		if t.holds(r) {
+			s.usePath(i, r)
+
+			continue
+		}
+
+		found := t.stray(r)
+		if t.leadsTo(r) {
+			s.state.strays[r.hash] = found
+
+			continue
+		}
+
+		s.clear(i, r, found)
+		s.put(i, r)
+	}
+
+	return s
+}
+
+// holds tells whether a row stands in t as this package puts it. The range
+// chains that lead there are another matter.
+func (t *savedTable) holds(r *row) bool {
+	for _, s := range r.sides() {
+		if jumps := t.jumps[s.jump.target]; len(jumps) != 1 || jumps[0].natRule != s.jump {
+			return false
+		}
+
+		if rules := t.chains[s.rule.chain]; len(rules) != 1 || rules[0].natRule != s.rule {
+			return false
+		}
+	}
+
+	return true
+}
+
+// leadsTo tells whether r stands in t where CRI-O puts it: with its jumps
+// straight in the dispatch chains.
+func (t *savedTable) leadsTo(r *row) bool {
+	dnat, masq := t.jumps[r.dnatChain()], t.jumps[r.masqChain()]
+	if len(dnat) != 1 || dnat[0].chain != dnatDispatch || len(masq) != 1 || masq[0].chain != masqDispatch {
+		return false
+	}
+
+	found := rowFrom(r.hash, firstRule(t.chains[r.dnatChain()]), dnat)
+
+	return found != nil && found.endpoint == r.endpoint && found.pod == r.pod &&
+		firstRule(t.chains[r.masqChain()]).target == masqTarget
+}
+
+func firstRule(rules []savedRule) natRule {
+	if len(rules) == 0 {
+		return natRule{}
+	}
+
+	return rules[0].natRule
+}
+
+// stray is whatever t has of a row.
+func (t *savedTable) stray(r *row) *stray {
+	s := &stray{}
+
+	for _, chain := range []string{r.dnatChain(), r.masqChain()} {
+		for _, j := range t.jumps[chain] {
+			s.jumps = append(s.jumps, j.line)
+		}
+
+		rules, ok := t.chains[chain]
+		if ok {
+			s.chains = append(s.chains, chain)
+		}
+
+		for _, r := range rules {
+			s.rules = append(s.rules, r.line)
+		}
+	}
+
+	return s
+}
+
+// state is t without any rows.
+func (t *savedTable) state() *natState {
+	st := &natState{
+		shared: map[string]int{},
+		base:   map[string]bool{}, late: map[string]bool{},
+		strays: map[string]*stray{},
+	}
+
+	for name := range t.chains {
+		if isRange(name) {
+			st.shared[name] = 0
+
+			for _, j := range t.jumps[name] {
+				st.shared[j.natRule.String()] = 0
+			}
+		}
+	}
+
+	for _, j := range baseJumps() {
+		_, st.base[j.target] = t.chains[j.target]
+
+		at := slices.IndexFunc(t.chains[j.chain], func(r savedRule) bool { return r.natRule == j })
+		early := j.chain != postRouting || at >= 0 && !slices.ContainsFunc(t.chains[j.chain][:at], mayAccept)
+		st.base[j.String()], st.late[j.String()] = at >= 0 && early, at >= 0 && !early
+	}
+
+	return st
+}
+
+// mayAccept tells whether a rule in POSTROUTING may end the walk for hairpin
+// connections. CNI plugins' rules accept whatever comes from their network;
+// what Kubernetes puts there does not.
+func mayAccept(r savedRule) bool { return !strings.HasPrefix(r.target, "KUBE-") }
+
+// isRange tells whether a chain is a range chain, and not a row's own.
+func isRange(chain string) bool {
+	for _, prefix := range []string{dnatPrefix, masqPrefix} {
+		if rest, ok := strings.CutPrefix(chain, prefix); ok {
+			return !isHash(rest)
+		}
+	}
+
+	return false
+}
+
+func (st *natState) use(key string) { st.shared[key]++ }
+
+// shared, in place of a delta's index, stands for lines that are for all.
+const shared = -1
+
+// script is the input of one iptables-restore, and what the kernel holds once
+// that is through.
+type script struct {
+	state *natState
+	lines []scriptLine
+	// uses overlays state.shared: the number of rows that use each chain and
+	// jump, -1 for one that is gone. It becomes part of it when the script has
+	// been committed.
+	uses  map[string]int
+	seen  map[string]bool // what the script itself has asserted or made
+	added []*row
+	gone  map[string]bool // hashes of strays that the script removes
+}
+
+type scriptLine struct {
+	text  string
+	delta int
+	row   *row
+	// own marks a rule in a chain that the script itself has made: if that
+	// fails, it is for what the rule says and not for what is missing.
+	own bool
+}
+
+func newScript(st *natState) *script {
+	return &script{state: st, uses: map[string]int{}, seen: map[string]bool{}, gone: map[string]bool{}}
+}
+
+func (s *script) emit(delta int, r *row, format string, args ...any) {
+	s.lines = append(s.lines, scriptLine{text: fmt.Sprintf(format, args...), delta: delta, row: r})
+}
+
+func (s *script) input() []byte {
+	var b bytes.Buffer
+
+	b.WriteString("*" + natTable + "\n")
+
+	for _, l := range s.lines {
+		b.WriteString(l.text + "\n")
+	}
+
+	b.WriteString("COMMIT\n")
+
+	return b.Bytes()
+}
+
+// blame finds the delta that an error of iptables-restore is about. Where
+// that is one rule of a row, what the kernel refused is that rule.
+func (s *script) blame(err error) error {
+	at := interface{ Line() int }(nil)
+	if !errors.As(err, &at) {
+		return err
+	}
+
+	i := at.Line() - 2 // the first line is 1, and says which table
+	if i < 0 || i >= len(s.lines) {
+		return err
+	}
+
+	l := s.lines[i]
+	if l.row != nil {
+		err = &rowError{l.row, err}
+	}
+
+	if l.own && l.delta != shared {
+		return &refusedError{delta: l.delta, err: err}
+	}
+
+	return err
+}
+
+// settle makes the state what the script has made of the kernel.
+func (s *script) settle() {
+	for key, n := range s.uses {
+		if n < 0 {
+			delete(s.state.shared, key)
+		} else {
+			s.state.shared[key] = n
+		}
+	}
+
+	for hash := range s.gone {
+		delete(s.state.strays, hash)
+	}
+
+	for key := range s.state.base {
+		s.state.base[key] = true
+	}
+}
+
+// users is how many rows use a range chain or a jump to one, and whether the
+// kernel has it.
+func (s *script) users(key string) (n int, there bool) {
+	if n, ok := s.uses[key]; ok {
+		return max(n, 0), n >= 0
+	}
+
+	n, there = s.state.shared[key]
+
+	return n, there
+}
+
+// base makes the transaction fail unless the base chains and jumps are in
+// place. Those that are known not to be are put there.
+func (s *script) base() {
+	for _, j := range baseJumps() {
+		line := j.String()
+		if s.state.base[line] {
+			s.emit(shared, nil, "%s", cmdCheck+line)
+
+			continue
+		}
+
+		if !s.state.base[j.target] && !s.seen[j.target] {
+			s.seen[j.target] = true
+			s.emit(shared, nil, "%s", cmdNewChain+j.target)
+		}
+
+		if s.state.late[line] {
+			s.emit(shared, nil, "%s", cmdDelete+line)
+		}
+
+		// Services come before host ports, so those go last.
+		cmd := cmdAppend
+		if j.chain == postRouting {
+			cmd = cmdInsert
+		}
+
+		s.emit(shared, nil, "%s", cmd+line)
+	}
+}
+
+// delta writes what one operation changes.
+func (s *script) delta(i int, d delta) {
+	for _, r := range d.keep {
+		s.assert(i, r)
+	}
+
+	for _, r := range d.del {
+		s.drop(i, r)
+	}
+
+	for _, r := range d.add {
+		s.put(i, r)
+	}
+}
+
+// stray is how r stands, if not as this package would put it.
+func (s *script) stray(r *row) *stray {
+	if s.gone[r.hash] {
+		return nil
+	}
+
+	return s.state.strays[r.hash]
+}
+
+// assert makes the transaction fail unless r stands.
+func (s *script) assert(i int, r *row) {
+	if found := s.stray(r); found != nil {
+		for _, line := range slices.Concat(found.jumps, found.rules) {
+			s.emit(i, r, "%s", cmdCheck+line)
+		}
+
+		return
+	}
+
+	for _, side := range r.sides() {
+		for _, j := range side.path {
+			s.assertOnce(j)
+		}
+
+		s.emit(i, r, "%s", cmdCheck+side.jump.String())
+		s.emit(i, r, "%s", cmdCheck+side.rule.String())
+	}
+}
+
+func (s *script) assertOnce(j natRule) {
+	if line := j.String(); !s.seen[line] {
+		s.seen[line] = true
+		s.emit(shared, nil, "%s", cmdCheck+line)
+	}
+}
+
+// put writes a row and what leads to it.
+func (s *script) put(i int, r *row) {
+	s.added = append(s.added, r)
+	s.usePath(i, r)
+
+	for _, side := range r.sides() {
+		// Makes the chain, or empties one that was left over.
+		s.emit(i, r, ":%s - [0:0]", side.rule.chain)
+		s.emit(i, r, "%s", cmdAppend+side.rule.String())
+		s.lines[len(s.lines)-1].own = true
+
+		if side.first {
+			s.emit(i, r, "%s", cmdInsert+side.jump.String())
+		} else {
+			s.emit(i, r, "%s", cmdAppend+side.jump.String())
+		}
+	}
+}
+
+// usePath makes the range chains that lead to r, where they are missing, and
+// asserts the others.
+func (s *script) usePath(i int, r *row) {
+	for _, side := range r.sides() {
+		for _, j := range side.path {
+			n, there := s.users(j.target)
+			if !there {
+				s.emit(i, r, "%s", cmdNewChain+j.target)
+			}
+
+			s.uses[j.target] = n + 1
+
+			line := j.String()
+
+			n, there = s.users(line)
+			if !there {
+				s.emit(i, r, "%s", cmdAppend+line)
+				s.seen[line] = true
+			} else {
+				s.assertOnce(j)
+			}
+
+			s.uses[line] = n + 1
+		}
+	}
+}
+
+// drop takes a row out, and the range chains that were there for it alone.
+func (s *script) drop(i int, r *row) {
+	if found := s.stray(r); found != nil {
+		s.clear(i, r, found)
+
+		return
+	}
+
+	for _, side := range r.sides() {
+		s.emit(i, r, "%s", cmdDelete+side.jump.String())
+		s.emit(i, r, "%s", cmdFlushChain+side.rule.chain)
+		s.emit(i, r, "%s", cmdDelChain+side.rule.chain)
+
+		for _, j := range slices.Backward(side.path) {
+			line := j.String()
+			if s.unuse(line) {
+				s.emit(i, r, "%s", cmdDelete+line)
+				delete(s.seen, line)
+			}
+
+			if s.unuse(j.target) {
+				s.emit(i, r, "%s", cmdDelChain+j.target)
+			}
+		}
+	}
+}
+
+// unuse counts one user less, and tells whether that was the last.
+func (s *script) unuse(key string) bool {
+	n, _ := s.users(key)
+	if n--; n == 0 {
+		s.uses[key] = -1
+	} else {
+		s.uses[key] = n
+	}
+
+	return n == 0
+}
+
+// clear takes out whatever there is of a row.
+func (s *script) clear(i int, r *row, found *stray) {
+	for _, line := range found.jumps {
+		s.emit(i, r, "%s", cmdDelete+line)
+	}
+
+	for _, chain := range found.chains {
+		s.emit(i, r, "%s", cmdFlushChain+chain)
+		s.emit(i, r, "%s", cmdDelChain+chain)
+	}
+
+	s.gone[r.hash] = true
+}

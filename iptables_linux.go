@@ -1,0 +1,325 @@
+package hostport
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-iptables/iptables"
+	"golang.org/x/sys/unix"
+)
+
+// variant is which interface of the kernel an iptables binary drives.
+type variant string
+
+const (
+	variantNFT    variant = "nft"
+	variantLegacy variant = "legacy"
+)
+
+// commandTimeout bounds the commands that find out which iptables to use.
+const commandTimeout = 10 * time.Second
+
+// ipTables runs the programs of one variant.
+type ipTables struct {
+	family  ipFamily
+	variant variant
+	save    string // paths
+	restore string
+}
+
+// NewIPTables finds the iptables(8) of a family that the node uses.
+//
+// Where there are two variants, nf_tables and legacy, it is the one in whose
+// mangle table the kubelet or the node's set-up has left a chain
+// KUBE-IPTABLES-HINT or KUBE-KUBELET-CANARY. Without such a hint it is the
+// "iptables" of PATH. iptables 1.6.2 or later is needed, for --wait.
+//
+// It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
+// where iptables is not installed.
+func NewIPTables(family ipFamily) (IPTables, error) {
+	return findIPTables(family)
+}
+
+func findIPTables(family ipFamily) (*ipTables, error) {
+	if err := haveNetAdmin(); err != nil {
+		return nil, err
+	}
+
+	if err := haveFamily(family); err != nil {
+		return nil, err
+	}
+
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		if hinted(family, v) {
+			return newIPTables(family, command(family)+"-"+string(v), v)
+		}
+	}
+
+	v, err := variantOf(command(family))
+	if err != nil {
+		return nil, err
+	}
+
+	return newIPTables(family, command(family), v)
+}
+
+// other returns the other variant, or nil if this node does not have it.
+func (t *ipTables) other() *ipTables {
+	v := variantLegacy
+	if t.variant == variantLegacy {
+		v = variantNFT
+	}
+
+	if !tableThere(t.family, v, natTable) {
+		return nil
+	}
+
+	o, err := newIPTables(t.family, command(t.family)+"-"+string(v), v)
+	if err != nil {
+		return nil
+	}
+
+	return o
+}
+
+func command(family ipFamily) string {
+	if family == IPv6 {
+		return "ip6tables"
+	}
+
+	return "iptables"
+}
+
+func newIPTables(family ipFamily, name string, v variant) (*ipTables, error) {
+	t := &ipTables{family: family, variant: v}
+
+	for suffix, path := range map[string]*string{"-save": &t.save, "-restore": &t.restore} {
+		var err error
+		if *path, err = exec.LookPath(name + suffix); err != nil {
+			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+		}
+	}
+
+	return t, nil
+}
+
+// hinted tells whether a variant has chains that say the node uses it.
+func hinted(family ipFamily, v variant) bool {
+	const mangle = "mangle"
+	if !tableThere(family, v, mangle) {
+		return false
+	}
+
+	proto := iptables.ProtocolIPv4
+	if family == IPv6 {
+		proto = iptables.ProtocolIPv6
+	}
+
+	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Path(command(family)+"-"+string(v)),
+		iptables.Timeout(int(commandTimeout.Seconds())))
+	if err != nil {
+		return false
+	}
+
+	return slices.ContainsFunc([]string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"}, func(chain string) bool {
+		ok, err := ipt.ChainExists(mangle, chain)
+
+		return ok && err == nil
+	})
+}
+
+// tableThere tells whether a legacy table exists; to ask iptables would make
+// it. With nf_tables asking makes nothing.
+func tableThere(family ipFamily, v variant, table string) bool {
+	if v == variantNFT {
+		return true
+	}
+
+	names := "ip_tables_names"
+	if family == IPv6 {
+		names = "ip6_tables_names"
+	}
+
+	tables, err := os.ReadFile("/proc/thread-self/net/" + names)
+
+	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
+}
+
+func variantOf(name string) (variant, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+
+	version, err := run(ctx, nil, path, "--version")
+	if err != nil {
+		return "", err
+	}
+
+	if bytes.Contains(version, []byte("nf_tables")) {
+		return variantNFT, nil
+	}
+
+	return variantLegacy, nil
+}
+
+// haveNetAdmin looks at the effective capabilities: iptables-save would not
+// tell, where it has nothing to save.
+func haveNetAdmin() error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+
+	if data[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
+		return fmt.Errorf("CAP_NET_ADMIN is missing: %w", unix.EPERM)
+	}
+
+	return nil
+}
+
+// haveFamily fails where the kernel does not have an IP family.
+func haveFamily(f ipFamily) error {
+	if f == IPv4 {
+		return nil
+	}
+
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("%w: no IPv6 in the kernel: %w", errUnavailable, err)
+	}
+
+	return unix.Close(fd) //nolint:wrapcheck // cannot fail
+}
+
+// Family implements IPTables.
+func (t *ipTables) Family() ipFamily { return t.family }
+
+// Save implements IPTables.
+func (t *ipTables) Save(ctx context.Context, table string) ([]byte, error) {
+	if !tableThere(t.family, t.variant, table) {
+		return nil, nil
+	}
+
+	out, err := run(ctx, nil, t.save, "-t", table)
+	if err != nil {
+		return nil, err
+	}
+
+	if bytes.Contains(out, []byte("is incompatible, use 'nft' tool")) {
+		return nil, fmt.Errorf("%s: somebody has put into table %s what iptables cannot show", filepath.Base(t.save), table)
+	}
+
+	return out, nil
+}
+
+// Restore implements IPTables.
+func (t *ipTables) Restore(ctx context.Context, input []byte) error {
+	_, err := run(ctx, input, t.restore, "--noflush", "--wait")
+
+	return err
+}
+
+// commandError is what a command had to say when it failed.
+type commandError struct {
+	name   string
+	err    error
+	stderr string
+	line   int
+}
+
+func (e *commandError) Error() string {
+	if e.stderr == "" {
+		return fmt.Sprintf("%s: %v", e.name, e.err)
+	}
+
+	return fmt.Sprintf("%s: %v: %s", e.name, e.err, e.stderr)
+}
+
+func (e *commandError) Unwrap() error { return e.err }
+
+// Line is the line of input at fault, the first being 1, or 0 if not known.
+func (e *commandError) Line() int { return e.line }
+
+// run runs a command to its end, or kills it with its children when ctx ends.
+func run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, error) {
+	var stdout, stderr bytes.Buffer
+
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+
+	err := cmd.Run()
+	if err == nil {
+		return stdout.Bytes(), nil
+	}
+
+	if cause := context.Cause(ctx); cause != nil {
+		err = errors.Join(cause, err)
+	}
+
+	said := stderr.String()
+
+	return nil, &commandError{
+		name:   filepath.Base(path),
+		err:    err,
+		stderr: strings.Join(strings.Fields(said), " "),
+		line:   lineIn(said),
+	}
+}
+
+// lineIn finds the first line number in what iptables-restore says, in the
+// forms "line 3 failed", "line 3: RULE_APPEND failed" and "Error occurred at
+// line: 3" (1.8.9).
+func lineIn(stderr string) int {
+	m := regexp.MustCompile(`\bline:? (\d+)`).FindStringSubmatch(stderr)
+	if m == nil {
+		return 0
+	}
+
+	n, err := strconv.Atoi(m[1])
+	if err != nil {
+		return 0
+	}
+
+	return n
+}
+
+// openBackend returns what finds the backend for a family.
+func openBackend(f ipFamily, cfg config) func(context.Context) (backend, error) {
+	return func(context.Context) (backend, error) {
+		if cfg.backend == BackendNFTables {
+			return nil, fmt.Errorf("backend %s: %w in this version", cfg.backend, errors.ErrUnsupported)
+		}
+
+		t, err := findIPTables(f)
+		if err != nil {
+			return nil, fmt.Errorf("backend %s: %w", BackendIPTables, err)
+		}
+
+		var before []backend
+		if o := t.other(); o != nil {
+			before = append(before, newIPTablesBackend(o))
+		}
+
+		return newLayers(newIPTablesBackend(t), cfg.log, before...), nil
+	}
+}

@@ -1,0 +1,87 @@
+package hostport
+
+import (
+	"time"
+
+	"k8s.io/klog/v2"
+)
+
+// Backend is a way to program the kernel.
+type Backend string
+
+// The backends.
+const (
+	// BackendAuto takes the best backend that works on the node. In this
+	// version that is BackendIPTables.
+	BackendAuto Backend = "auto"
+	// BackendNFTables is reserved: this version cannot use it, and says so.
+	BackendNFTables Backend = "nftables"
+	// BackendIPTables runs iptables-restore(8), in the nf_tables or the legacy
+	// variant, whichever the node uses.
+	BackendIPTables Backend = "iptables"
+)
+
+// defaultTimeout is long enough for a node whose xtables lock is fought over
+// and shorter than the two minutes that a kubelet waits for a sandbox.
+const defaultTimeout = 30 * time.Second
+
+// Option changes how a manager works.
+type Option func(*config)
+
+type config struct {
+	backend Backend
+	sockets bool
+	timeout time.Duration
+	log     klog.Logger
+}
+
+func newConfig(opts []Option) config {
+	cfg := config{
+		backend: BackendAuto,
+		sockets: true,
+		timeout: defaultTimeout,
+		log:     klog.Background(),
+	}
+	for _, opt := range opts {
+		opt(&cfg)
+	}
+
+	return cfg
+}
+
+// WithBackend forces a backend. The default is BackendAuto.
+func WithBackend(b Backend) Option {
+	return func(c *config) { c.backend = b }
+}
+
+// WithoutSockets leaves the host ports unheld: another process can then bind
+// a mapped port and will see no traffic. For callers that hold ports
+// themselves.
+func WithoutSockets() Option {
+	return func(c *config) { c.sockets = false }
+}
+
+// WithoutLocalhost forbids what it takes to reach host ports through
+// 127.0.0.0/8. This version never does it, so the option changes nothing yet.
+func WithoutLocalhost() Option {
+	return func(*config) {}
+}
+
+// WithTimeout bounds how long an operation waits for its turn, and then how
+// long its transaction may take; the default is 30 seconds each. An operation
+// that runs out of it returns an error with context.DeadlineExceeded in its
+// chain. Durations that are not positive stand for the default.
+func WithTimeout(d time.Duration) Option {
+	return func(c *config) {
+		if d <= 0 {
+			d = defaultTimeout
+		}
+
+		c.timeout = d
+	}
+}
+
+// WithLogger sets the logger. The default is klog.Background().
+func WithLogger(log klog.Logger) Option {
+	return func(c *config) { c.log = log }
+}

@@ -1,0 +1,262 @@
+package hostport
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// sockets holds host ports of one family, so that no other process can bind
+// them. A held TCP port does not listen: a client that gets there because its
+// rule is missing is refused at once. A held UDP socket queues nothing.
+type sockets struct {
+	family ipFamily
+	off    bool
+	held   map[portKey][]*holder
+	// waiting are the holders without a socket.
+	waiting map[*holder]bool
+}
+
+// holder is the socket of one endpoint, shared by the rows that stand for it
+// while one takes over from another.
+type holder struct {
+	endpoint
+
+	fd   int // -1 where the port could not be bound (yet)
+	rows int
+}
+
+func newSockets(f ipFamily, on bool) sockets {
+	return sockets{family: f, off: !on, held: map[portKey][]*holder{}, waiting: map[*holder]bool{}}
+}
+
+// acquire holds an endpoint for one more row. It fails with
+// syscall.EADDRINUSE where another process serves the port. Where the port is
+// merely the source port of an outgoing connection, it succeeds, and retry
+// will bind it later.
+//
+// SCTP is never held: to open a socket would load the kernel module.
+func (s *sockets) acquire(e endpoint) error {
+	if s.off || e.proto == sctp {
+		return nil
+	}
+
+	if h := s.find(e); h != nil {
+		h.rows++
+
+		return nil
+	}
+
+	fd, err := s.bind(e)
+	if err != nil {
+		return err
+	}
+
+	s.put(e, fd)
+
+	return nil
+}
+
+// adopt is acquire for a row that stands in any case. It returns why the port
+// is not held.
+func (s *sockets) adopt(e endpoint) error {
+	err := s.acquire(e)
+	if err != nil {
+		s.put(e, -1)
+	}
+
+	return err
+}
+
+func (s *sockets) find(e endpoint) *holder {
+	for _, h := range s.held[e.portKey] {
+		if h.endpoint == e {
+			return h
+		}
+	}
+
+	return nil
+}
+
+func (s *sockets) put(e endpoint, fd int) {
+	h := &holder{endpoint: e, fd: fd, rows: 1}
+
+	s.held[e.portKey] = append(s.held[e.portKey], h)
+	if fd < 0 {
+		s.waiting[h] = true
+	}
+}
+
+// release gives back one row's share of an endpoint.
+func (s *sockets) release(e endpoint) {
+	h := s.find(e)
+	if h == nil {
+		return
+	}
+
+	if h.rows--; h.rows > 0 {
+		return
+	}
+
+	if h.fd >= 0 {
+		_ = unix.Close(h.fd)
+	}
+
+	delete(s.waiting, h)
+
+	s.held[e.portKey] = slices.DeleteFunc(s.held[e.portKey], func(o *holder) bool { return o == h })
+	if len(s.held[e.portKey]) == 0 {
+		delete(s.held, e.portKey)
+	}
+}
+
+func (s *sockets) holds(e endpoint) bool {
+	h := s.find(e)
+
+	return h != nil && h.fd >= 0
+}
+
+// retry tries again to bind what is waiting.
+func (s *sockets) retry() {
+	for h := range s.waiting {
+		if fd, err := s.bind(h.endpoint); err == nil && fd >= 0 {
+			h.fd = fd
+			delete(s.waiting, h)
+		}
+	}
+}
+
+// close releases everything.
+func (s *sockets) close() {
+	for _, holders := range s.held {
+		for _, h := range holders {
+			if h.fd >= 0 {
+				_ = unix.Close(h.fd)
+			}
+		}
+	}
+
+	clear(s.held)
+	clear(s.waiting)
+}
+
+// bind returns a socket bound to e, or -1 where only an outgoing connection
+// is in the way, or where the kernel cannot bind such an address.
+func (s *sockets) bind(e endpoint) (fd int, err error) {
+	domain, level, freebind := unix.AF_INET, unix.SOL_IP, unix.IP_FREEBIND
+	if s.family == IPv6 {
+		domain, level, freebind = unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_FREEBIND
+	}
+
+	kind := unix.SOCK_STREAM
+	if e.proto == udp {
+		kind = unix.SOCK_DGRAM
+	}
+
+	fd, err = unix.Socket(domain, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open socket: %w", err)
+	}
+
+	sock, kept := fd, false
+
+	defer func() {
+		if !kept {
+			_ = unix.Close(sock)
+		}
+	}()
+
+	if s.family == IPv6 {
+		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
+			return -1, fmt.Errorf("set IPV6_V6ONLY: %w", err)
+		}
+	}
+
+	// The address may come later: a VIP.
+	if err := unix.SetsockoptInt(fd, level, freebind, 1); err != nil {
+		return -1, fmt.Errorf("set FREEBIND: %w", err)
+	}
+
+	if e.proto == udp {
+		if err := dropAll(fd); err != nil {
+			return -1, err
+		}
+	}
+
+	err = s.bindBeside(fd, e)
+
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return -1, s.portInUse(e)
+	case errors.Is(err, unix.EINVAL) && e.ip.IsLinkLocalUnicast():
+		return -1, nil // bind(2) wants a scope, which a HostIP does not have
+	case err != nil:
+		return -1, fmt.Errorf("bind: %w", err)
+	}
+
+	kept = true
+
+	return fd, nil
+}
+
+// bindBeside binds fd to e.
+//
+// SO_REUSEADDR is on only for the bind: it lets a server's leftover TIME_WAIT
+// connections pass, and sockets of ours for the same port, which have it on
+// for as long: a pod may have a port both on one address and on any. Cleared,
+// it makes the kernel refuse everybody else, with or without SO_REUSEADDR of
+// theirs; one who binds in the instant between is refused by listen(2).
+func (s *sockets) bindBeside(fd int, e endpoint) (err error) {
+	reuse := []int{}
+	if e.proto == tcp {
+		reuse = append(reuse, fd)
+	}
+
+	for _, h := range s.held[e.portKey] {
+		if h.fd >= 0 {
+			reuse = append(reuse, fd, h.fd)
+		}
+	}
+
+	for _, fd := range reuse {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return fmt.Errorf("set SO_REUSEADDR: %w", err)
+		}
+
+		defer func() {
+			if e := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 0); e != nil && err == nil {
+				err = fmt.Errorf("clear SO_REUSEADDR: %w", e)
+			}
+		}()
+	}
+
+	if err := unix.Bind(fd, sockaddr(e.hostIP(s.family), e.port)); err != nil {
+		return err //nolint:wrapcheck // bind wraps it, having looked at what it is
+	}
+
+	return nil
+}
+
+func sockaddr(ip netip.Addr, port uint16) unix.Sockaddr {
+	if ip.Is4() {
+		return &unix.SockaddrInet4{Port: int(port), Addr: ip.As4()}
+	}
+
+	return &unix.SockaddrInet6{Port: int(port), Addr: ip.As16()}
+}
+
+// dropAll makes a socket drop whatever arrives, before it is queued.
+func dropAll(fd int) error {
+	filter := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
+
+	err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+	if err != nil {
+		return fmt.Errorf("set SO_ATTACH_FILTER: %w", err)
+	}
+
+	return nil
+}

@@ -1,0 +1,30 @@
+//go:build !linux
+
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
+func NewIPTables(ipFamily) (IPTables, error) { return nil, errors.ErrUnsupported }
+
+func openBackend(ipFamily, config) func(context.Context) (backend, error) {
+	return func(context.Context) (backend, error) {
+		return nil, fmt.Errorf("host ports are %w: %w", errUnavailable, errors.ErrUnsupported)
+	}
+}
+
+// sockets holds nothing.
+type sockets struct{}
+
+func newSockets(ipFamily, bool) sockets { return sockets{} }
+
+func (*sockets) acquire(endpoint) error { return nil }
+func (*sockets) adopt(endpoint) error   { return nil }
+func (*sockets) release(endpoint)       {}
+func (*sockets) retry()                 {}
+func (*sockets) holds(endpoint) bool    { return false }
+func (*sockets) close()                 {}
