@@ -191,7 +191,32 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 		s.put(i, r)
 	}
 
+	s.sweep(t)
+
 	return s
+}
+
+// sweep takes out the range chains that lead to nothing any more.
+func (s *script) sweep(t *savedTable) {
+	for again := true; again; {
+		again = false
+
+		for chain := range s.state.shared {
+			rules, ok := t.chains[chain]
+			if n, there := s.users(chain); !ok || n > 0 || !there ||
+				slices.ContainsFunc(rules, func(r savedRule) bool { return !s.deleted[r.line] }) {
+				continue
+			}
+
+			for _, j := range t.jumps[chain] {
+				s.emit(shared, nil, "%s", cmdDelete+j.line)
+				s.deleted[j.line], s.uses[j.natRule.String()] = true, -1
+			}
+
+			s.emit(shared, nil, "%s", cmdDelChain+chain)
+			s.uses[chain], again = -1, true
+		}
+	}
 }
 
 // holds tells whether a row stands in t as this package puts it. The range
@@ -316,6 +341,8 @@ type script struct {
 	seen  map[string]bool // what the script itself has asserted or made
 	added []*row
 	gone  map[string]bool // hashes of strays that the script removes
+	// deleted are the jumps, as lines, that lead to such.
+	deleted map[string]bool
 }
 
 type scriptLine struct {
@@ -328,7 +355,10 @@ type scriptLine struct {
 }
 
 func newScript(st *natState) *script {
-	return &script{state: st, uses: map[string]int{}, seen: map[string]bool{}, gone: map[string]bool{}}
+	return &script{
+		state: st, uses: map[string]int{},
+		seen: map[string]bool{}, gone: map[string]bool{}, deleted: map[string]bool{},
+	}
 }
 
 func (s *script) emit(delta int, r *row, format string, args ...any) {
@@ -575,6 +605,7 @@ func (s *script) unuse(key string) bool {
 func (s *script) clear(i int, r *row, found *stray) {
 	for _, line := range found.jumps {
 		s.emit(i, r, "%s", cmdDelete+line)
+		s.deleted[line] = true
 	}
 
 	for _, chain := range found.chains {

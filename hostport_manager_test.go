@@ -1,0 +1,623 @@
+//go:build linux
+
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestConflicts(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			ip := n.nodeIP(f).String()
+
+			for _, tc := range []struct {
+				name          string
+				first, second *PortMapping
+				conflict      bool
+			}{
+				{"same", &PortMapping{}, &PortMapping{}, true},
+				{"any and one", &PortMapping{}, &PortMapping{HostIP: ip}, true},
+				{"one and any", &PortMapping{HostIP: ip}, &PortMapping{HostIP: f.anyAddr().String()}, true},
+				{"one address", &PortMapping{HostIP: ip}, &PortMapping{HostIP: ip}, true},
+				{"two addresses", &PortMapping{HostIP: ip}, &PortMapping{HostIP: n.otherNodeIP(f).String()}, false},
+				{"two protocols", &PortMapping{}, &PortMapping{Protocol: "UDP"}, false},
+				{"SCTP", &PortMapping{Protocol: "SCTP"}, &PortMapping{Protocol: "sctp"}, true},
+			} {
+				t.Run("IPv"+string(f)+"/"+tc.name, func(t *testing.T) {
+					n := &node{Bed: n.Bed, t: t, variant: n.variant}
+					m := n.manager()
+
+					for _, pm := range []*PortMapping{tc.first, tc.second} {
+						pm.HostPort, pm.ContainerPort = 8080, 80
+					}
+
+					extra := &PortMapping{HostPort: 8081, ContainerPort: 80}
+					require.NoError(t, n.add(m, "first", n.pod(0, f, tc.first)))
+					before := n.dump(m)
+
+					err := n.add(m, "second", n.pod(1, f, extra, tc.second))
+					if !tc.conflict {
+						require.NoError(t, err)
+						require.NoError(t, n.remove(m, "second", nil))
+					} else {
+						conflict := (*ConflictError)(nil)
+						require.ErrorAs(t, err, &conflict)
+						assert.Equal(t, "ns/web", conflict.OtherPod)
+						assert.ErrorContains(t, err, "ns/other")
+						assert.ErrorContains(t, err, "ns/web")
+						assert.ErrorContains(t, err, ":8080")
+					}
+
+					assert.Equal(t, before, n.dump(m))
+
+					// The pod that was refused is cleaned up: nothing is its own.
+					require.NoError(t, n.remove(m, "second", n.pod(1, f, extra, tc.second)))
+					assert.Equal(t, before, n.dump(m))
+
+					// The first one gone, the port is free.
+					require.NoError(t, n.remove(m, "first", n.pod(0, f, tc.first)))
+					require.NoError(t, n.add(m, "second", n.pod(1, f, tc.second)))
+					require.NoError(t, n.remove(m, "second", nil))
+					assert.Empty(t, m.Mappings())
+				})
+			}
+		}
+	})
+}
+
+func TestAddAgain(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		first := &PortMapping{HostPort: 8080, ContainerPort: 80}
+		more := &PortMapping{HostPort: 8081, ContainerPort: 81, Protocol: "UDP"}
+
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, first)))
+		before := n.dump(m)
+
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, first)))
+		assert.Equal(t, before, n.dump(m), "same arguments")
+
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{
+			HostPort: 8080, ContainerPort: 80, Protocol: "tcp", HostIP: "0.0.0.0",
+		})))
+		assert.Equal(t, before, n.dump(m), "other words for the same")
+
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, more)))
+		require.Len(t, m.Mappings(), 2, "rows that are not named stay")
+
+		require.NoError(t, n.add(m, "id", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 82})))
+
+		moved := m.Mappings()[0]
+		assert.Equal(t, n.Pods[1].IPv4.String(), moved.PodIP.String())
+		assert.Equal(t, int32(82), moved.ContainerPort)
+		assert.True(t, moved.Held)
+
+		// The words of Remove need not be those of Add.
+		require.NoError(t, n.remove(m, "id", &PodPortMapping{PortMappings: []*PortMapping{
+			{HostPort: 8080, Protocol: "tcp", HostIP: "0.0.0.0"},
+			{HostPort: 70000},
+			{HostPort: 8081, Protocol: "bogus"},
+			{HostPort: 8081, Protocol: "udp", HostIP: "::ffff:0.0.0.0"},
+		}}))
+		assert.Empty(t, m.Mappings())
+	})
+}
+
+// What costs nothing starts no process, whatever state iptables is in.
+func TestNothingToDo(t *testing.T) {
+	n := newNode(t, variantNFT)
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+	before := n.dump(m)
+	started := countProcesses(t)
+	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+
+	for name, do := range map[string]func() error{
+		"add nil": func() error { return n.add(m, "id", nil) },
+		"add on host network": func() error {
+			return n.add(m, "id", &PodPortMapping{HostNetwork: true, PortMappings: []*PortMapping{port}})
+		},
+		"add without mapping": func() error { return n.add(m, "id", n.pod(0, IPv4)) },
+		"add without port":    func() error { return n.add(m, "id", n.pod(0, IPv4, &PortMapping{ContainerPort: 80})) },
+		"add other family": func() error {
+			return n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "::"}))
+		},
+		"remove on host network": func() error {
+			return n.remove(m, "id", &PodPortMapping{HostNetwork: true, PortMappings: []*PortMapping{port}})
+		},
+		"remove without mapping":   func() error { return n.remove(m, "id", &PodPortMapping{}) },
+		"remove without port":      func() error { return n.remove(m, "id", n.pod(0, IPv4, &PortMapping{ContainerPort: 80})) },
+		"remove what is not there": func() error { return n.remove(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 9})) },
+		"remove another's":         func() error { return n.remove(m, "other", n.pod(0, IPv4, port)) },
+		"remove all of nobody":     func() error { return n.remove(m, "nobody", nil) },
+	} {
+		require.NoError(t, do(), name)
+		assert.Zero(t, started(), name)
+	}
+
+	assert.Equal(t, before, n.dump(m))
+}
+
+func TestInvalidChangesNothing(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		before := n.dump(m)
+		good := &PortMapping{HostPort: 8081, ContainerPort: 80}
+
+		for _, bad := range []*PortMapping{
+			{HostPort: -1, ContainerPort: 1},
+			{HostPort: 8082, ContainerPort: 0},
+			{HostPort: 8082, ContainerPort: 1, Protocol: "-j"},
+			{HostPort: 8082, ContainerPort: 1, HostIP: "10.0.0.1\n-A"},
+			{HostPort: 8081, ContainerPort: 81},
+		} {
+			require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, good, bad)), ErrInvalidMapping)
+			assert.Equal(t, before, n.dump(m))
+		}
+	})
+}
+
+// Names reach the kernel as rule comments: what is in them must stay there.
+func TestNamesCannotInject(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			before := n.command(command(f)+"-"+string(n.variant), "-t", "filter", "-S")
+			m := n.manager()
+
+			for i, name := range []string{
+				"x\" -j ACCEPT\nCOMMIT\n*filter\n-A INPUT -j ACCEPT\nCOMMIT\n*nat\n#",
+				"\x00", "\\\"", "`id`$(id)", "-A INPUT -j ACCEPT", strings.Repeat("long", 80), "\xff\xfe", "ünï",
+			} {
+				pod := n.pod(0, f, &PortMapping{HostPort: int32(8080 + i), ContainerPort: 80})
+				pod.Name, pod.Namespace = name, name
+				require.NoError(t, n.add(m, "id", pod), "%q", name)
+			}
+
+			assert.Len(t, m.Mappings(), 8)
+			assert.Equal(t, before, n.command(command(f)+"-"+string(n.variant), "-t", "filter", "-S"))
+
+			adopted := n.manager(WithoutSockets())
+			assert.Len(t, adopted.Mappings(), 8)
+
+			require.NoError(t, n.remove(m, "id", nil))
+			assert.Empty(t, m.Mappings())
+			assert.Len(t, n.ours(f), 5, "base chains and jumps")
+		}
+	})
+}
+
+var errInjected = errors.New("injected")
+
+// Whatever step fails, all is as before, and the second try works.
+func TestFailedStepIsUndone(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		pod := n.pod(0, IPv4,
+			&PortMapping{HostPort: 8080, ContainerPort: 81},
+			&PortMapping{HostPort: 8090, ContainerPort: 80, Protocol: "UDP"},
+			&PortMapping{HostPort: 8091, ContainerPort: 80})
+
+		for _, op := range []struct {
+			name string
+			do   func(m HostPortManager) error
+		}{
+			{"add", func(m HostPortManager) error { return n.add(m, "id", pod) }},
+			{"move", func(m HostPortManager) error {
+				return n.add(m, "id", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+			}},
+			{"remove", func(m HostPortManager) error { return n.remove(m, "id", nil) }},
+		} {
+			// The restores that fail, and whether the listing does that a
+			// repair begins with.
+			for _, fail := range []struct {
+				name     string
+				restores int32
+				line     func(input string) error
+				save     bool
+			}{
+				{"commit and repair", 2, func(string) error { return errInjected }, false},
+				{"commit and listing", 1, func(string) error { return errInjected }, true},
+				{"refused", 2, func(input string) error { return &lineError{lineOf(input, "-A "+dnatPrefix)} }, false},
+				{"base", 2, func(string) error { return &lineError{2} }, false},
+			} {
+				t.Run(op.name+"/"+fail.name, func(t *testing.T) {
+					n := &node{Bed: n.Bed, t: t, variant: n.variant}
+					fake := &fakeIPTables{IPTables: n.realIPTables(IPv4)}
+					m := n.oneFamily(fake)
+
+					require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+					before := n.dump(managerOf(m))
+					held := heldPorts(m)
+					left := fail.restores
+
+					fake.restore = func(input []byte) ([]byte, error) {
+						if left--; left >= 0 {
+							return nil, fail.line(string(input))
+						}
+
+						return input, nil
+					}
+					fake.save = func() error {
+						if fail.save {
+							return errInjected
+						}
+
+						return nil
+					}
+
+					err := op.do(m)
+					require.Error(t, err)
+					assert.ErrorContains(t, err, "host ports of pod ")
+					assert.Equal(t, before, n.dump(managerOf(m)))
+					assert.Equal(t, held, heldPorts(m))
+
+					fake.restore, fake.save = nil, nil
+					require.NoError(t, op.do(m))
+					require.NoError(t, n.remove(m, "id", nil))
+					assert.Empty(t, m.mappings())
+					assert.Empty(t, heldPorts(m))
+					assert.Len(t, n.ours(IPv4), 5)
+				})
+			}
+		}
+	})
+}
+
+// lineOf is the number of the last line with a prefix, or 1.
+func lineOf(input, prefix string) int {
+	found := 1
+
+	for i, line := range strings.Split(input, "\n") {
+		if strings.HasPrefix(line, prefix) {
+			found = i + 1
+		}
+	}
+
+	return found
+}
+
+func managerOf(m *hostportManager) *Manager { return &Manager{families: []*hostportManager{m}} }
+
+func heldPorts(m *hostportManager) []string {
+	var held []string
+
+	for _, mapping := range m.mappings() {
+		if mapping.Held {
+			held = append(held, mapping.PodIDHash)
+		}
+	}
+
+	return sorted(append(held, fmt.Sprint("sockets ", len(m.sockets.held))))[1:]
+}
+
+// The socket step fails where another process has a port.
+func TestPortInUseIsUndone(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		require.NoError(t, n.add(m, "old", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+
+		var listener net.Listener
+
+		n.do(func() {
+			var err error
+			listener, err = net.Listen("tcp4", ":8081") //nolint:gosec // in a namespace of its own
+			require.NoError(t, err)
+		})
+
+		before := n.dump(m)
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80})
+
+		err := n.add(m, "id", pod)
+		require.ErrorIs(t, err, syscall.EADDRINUSE)
+		assert.ErrorContains(t, err, "ns/web")
+		assert.ErrorContains(t, err, "TCP 0.0.0.0:8081")
+		assert.ErrorContains(t, err, "process "+strconv.Itoa(os.Getpid()))
+		assert.Equal(t, before, n.dump(m))
+
+		require.NoError(t, listener.Close())
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Len(t, m.Mappings(), 3)
+	})
+}
+
+// Operations that meet go together, and one that the kernel refuses fails
+// alone.
+func TestGroupCommit(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		const pods, bad = 50, 17
+
+		// What is wrong with one pod is in its rule, and the real
+		// iptables-restore finds it.
+		badIP := "10.88.9." + strconv.Itoa(bad)
+		fake := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+			return []byte(strings.ReplaceAll(string(input), badIP+":80", badIP+".1:80")), nil
+		}}
+		m := n.oneFamily(fake)
+		fake.saves.Store(0)
+
+		started := countProcesses(t)
+		fake.IPTables = n.realIPTables(IPv4) // through the counters
+
+		errs := make([]error, pods)
+
+		var ready, wg sync.WaitGroup
+
+		ready.Add(pods)
+
+		for i := range pods {
+			wg.Go(func() {
+				ready.Done()
+				ready.Wait()
+
+				errs[i] = n.Host.Do(func() error {
+					return m.Add("id"+strconv.Itoa(i), &PodPortMapping{
+						Namespace: "ns", Name: "pod" + strconv.Itoa(i), IP: net.IPv4(10, 88, 9, byte(i)),
+						PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
+					}, "")
+				})
+			})
+		}
+
+		wg.Wait()
+
+		processes := started()
+		t.Logf("%d processes for %d Adds", processes, pods)
+		assert.LessOrEqual(t, processes, 4)
+
+		for i, err := range errs {
+			if i != bad {
+				assert.NoError(t, err, i)
+
+				continue
+			}
+
+			if assert.Error(t, err) {
+				assert.ErrorContains(t, err, "ns/pod17")
+				assert.ErrorContains(t, err, badIP)
+			}
+		}
+
+		mappings := m.mappings()
+		assert.Len(t, mappings, pods-1)
+		assert.Len(t, parsedRows(t, n), pods-1)
+		assert.Len(t, m.sockets.held, pods-1)
+	})
+}
+
+func parsedRows(t *testing.T, n *node) []*row {
+	t.Helper()
+
+	table, err := parseSave([]byte(n.iptablesSave(IPv4)))
+	require.NoError(t, err)
+
+	return table.rows(IPv4)
+}
+
+func (n *node) iptablesSave(f ipFamily) string {
+	n.t.Helper()
+
+	return n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)
+}
+
+// A failure that cannot be laid at anybody's door is tried alone by each.
+func TestGroupCommitWithoutBlame(t *testing.T) {
+	n := newNode(t, variantNFT)
+	hold := make(chan struct{})
+	held := make(chan struct{})
+	first := true
+	fake := &fakeIPTables{IPTables: n.realIPTables(IPv4)}
+	fake.restore = func(input []byte) ([]byte, error) {
+		if first { // until the others have queued up
+			first = false
+
+			close(held)
+			<-hold
+		} else if strings.Contains(string(input), "10.88.9.2:80") {
+			return nil, errInjected
+		}
+
+		return input, nil
+	}
+	m := n.oneFamily(fake)
+
+	var wg sync.WaitGroup
+
+	errs := make([]error, 5)
+	add := func(i int) {
+		wg.Go(func() {
+			errs[i] = n.Host.Do(func() error {
+				return m.Add("id"+strconv.Itoa(i), &PodPortMapping{
+					Name: "pod" + strconv.Itoa(i), IP: net.IPv4(10, 88, 9, byte(i)),
+					PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
+				}, "")
+			})
+		})
+	}
+
+	add(0)
+	<-held
+
+	for i := 1; i < len(errs); i++ {
+		add(i)
+	}
+
+	require.Eventually(t, func() bool {
+		m.queueMu.Lock()
+		defer m.queueMu.Unlock()
+
+		return len(m.queue) == len(errs)-1
+	}, within, time.Millisecond)
+	close(hold)
+	wg.Wait()
+
+	for i, err := range errs {
+		if i == 2 {
+			assert.ErrorIs(t, err, errInjected)
+		} else {
+			assert.NoError(t, err)
+		}
+	}
+
+	assert.Len(t, m.mappings(), 4)
+	assert.Len(t, parsedRows(t, n), 4)
+}
+
+// An operation ends in time when its turn does not come, or when its process
+// hangs; what a killed process may have left is gone with the next one.
+func TestTimeout(t *testing.T) {
+	n := newNode(t, variantNFT)
+	hold := make(chan struct{})
+	held := make(chan struct{})
+	fake := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+		close(held)
+		<-hold
+
+		return input, nil
+	}}
+	m := n.oneFamily(fake, WithTimeout(200*time.Millisecond))
+	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+
+	var wg sync.WaitGroup
+
+	errs := make([]error, 2)
+
+	wg.Go(func() { errs[0] = n.add(m, "first", n.pod(0, IPv4, port)) })
+	<-held
+	wg.Go(func() {
+		errs[1] = n.add(m, "second", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80}))
+		close(hold)
+	})
+	wg.Wait()
+
+	assert.ErrorIs(t, errs[1], context.DeadlineExceeded, "waiting for its turn")
+	assert.ErrorIs(t, errs[0], context.DeadlineExceeded, "its process was given no time")
+
+	fake.restore = nil
+	m.cfg.timeout = defaultTimeout
+
+	require.NoError(t, n.add(m, "third", n.pod(1, IPv4, port)), "the first has nothing left")
+	assert.Len(t, parsedRows(t, n), 1)
+	assert.Len(t, m.mappings(), 1)
+}
+
+// A process that is killed may have committed before: the row it left is not
+// the table's, and goes.
+func TestKilledAfterCommit(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		ipt := n.realIPTables(IPv4)
+		fake := &fakeIPTables{IPTables: ipt}
+		m := n.oneFamily(fake, WithTimeout(300*time.Millisecond))
+		require.NoError(t, n.add(m, "old", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+
+		fake.restore = func(input []byte) ([]byte, error) {
+			assert.NoError(t, ipt.Restore(t.Context(), input))
+
+			<-time.After(400 * time.Millisecond) // past the deadline
+
+			return input, context.DeadlineExceeded
+		}
+		require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})), context.DeadlineExceeded)
+		assert.Len(t, parsedRows(t, n), 2, "it did commit")
+
+		fake.restore = nil
+		m.cfg.timeout = defaultTimeout
+
+		require.NoError(t, n.add(m, "new", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+		assert.Len(t, parsedRows(t, n), 2)
+		assert.Len(t, m.mappings(), 2)
+	})
+}
+
+// Many at once, over ports that they fight for, leave the kernel with what the
+// table says.
+func TestConcurrentUse(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		m := n.manager()
+
+		var wg sync.WaitGroup
+
+		for i := range 8 {
+			wg.Go(func() {
+				id := "id" + strconv.Itoa(i)
+
+				for round := range 12 {
+					f := []ipFamily{IPv4, IPv6}[round%2]
+					pod := n.pod(i%2, f,
+						&PortMapping{HostPort: int32(8000 + (i+round)%5), ContainerPort: 80},
+						&PortMapping{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: "UDP"})
+
+					conflict := (*ConflictError)(nil)
+					if err := n.add(m, id, pod); err != nil && !errors.As(err, &conflict) {
+						assert.NoError(t, err)
+					}
+
+					_ = m.Mappings()
+
+					if round%3 != 0 {
+						assert.NoError(t, n.remove(m, id, pod))
+					}
+				}
+			})
+		}
+
+		wg.Wait()
+
+		adopted := n.manager(WithoutSockets()).Mappings()
+		mappings := m.Mappings()
+		require.Len(t, adopted, len(mappings))
+
+		for i, mapping := range mappings {
+			assert.Equal(t, adopted[i].PodIDHash, mapping.PodIDHash)
+			assert.Equal(t, adopted[i].PodIP.String(), mapping.PodIP.String())
+			assert.True(t, mapping.Held)
+		}
+
+		for i := range 8 {
+			require.NoError(t, n.remove(m, "id"+strconv.Itoa(i), nil))
+		}
+
+		assert.Empty(t, m.Mappings())
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			assert.Len(t, n.ours(f), 5)
+		}
+	})
+}
+
+func TestClose(t *testing.T) {
+	n := newNode(t, variantNFT)
+	n.serve(0, "tcp", IPv4, 80)
+
+	m := n.manager()
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "id", pod))
+	require.NoError(t, m.Close())
+	require.NoError(t, m.Close(), "again")
+
+	require.ErrorIs(t, n.add(m, "id", pod), os.ErrClosed)
+	require.ErrorIs(t, n.remove(m, "id", pod), os.ErrClosed)
+	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+
+	again := n.manager()
+	require.Len(t, again.Mappings(), 1)
+	assert.True(t, again.Mappings()[0].Held, "the port was free to be held again")
+	require.NoError(t, n.remove(again, "id", pod))
+}

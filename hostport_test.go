@@ -1,0 +1,232 @@
+package hostport
+
+import (
+	"net"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	v1 "k8s.io/api/core/v1"
+)
+
+// podAt is a pod with host ports, for tests.
+func podAt(ip string, mappings ...*PortMapping) *PodPortMapping {
+	return &PodPortMapping{Namespace: "ns", Name: "pod", IP: net.ParseIP(ip), PortMappings: mappings}
+}
+
+func TestRowsOf(t *testing.T) {
+	t.Parallel()
+
+	const v4, v6 = "10.88.0.5", "fd00::5"
+
+	for _, tc := range []struct {
+		name string
+		pod  *PodPortMapping
+		want []string
+	}{
+		{name: "nil"},
+		{name: "host network", pod: &PodPortMapping{HostNetwork: true, PortMappings: []*PortMapping{{HostPort: -1}}}},
+		{name: "no mappings, no IP", pod: &PodPortMapping{}},
+		{name: "no host port, no IP", pod: podAt("", &PortMapping{ContainerPort: 80}, nil)},
+		{name: "host port 0 is skipped whatever else it says", pod: podAt(v4, &PortMapping{ContainerPort: -1, Protocol: "X"})},
+		{
+			name: "protocols in any case",
+			pod: podAt(v4,
+				&PortMapping{HostPort: 1, ContainerPort: 65535},
+				&PortMapping{HostPort: 1, ContainerPort: 2, Protocol: "udp"},
+				&PortMapping{HostPort: 1, ContainerPort: 3, Protocol: v1.ProtocolSCTP}),
+			want: []string{
+				"TCP 0.0.0.0:1 -> 10.88.0.5:65535", "UDP 0.0.0.0:1 -> 10.88.0.5:2", "SCTP 0.0.0.0:1 -> 10.88.0.5:3",
+			},
+		},
+		{
+			name: "host IPs of IPv4",
+			pod: podAt(v4,
+				&PortMapping{HostPort: 1, ContainerPort: 1},
+				&PortMapping{HostPort: 2, ContainerPort: 2, HostIP: "0.0.0.0"},
+				&PortMapping{HostPort: 3, ContainerPort: 3, HostIP: "192.0.2.1"},
+				&PortMapping{HostPort: 4, ContainerPort: 4, HostIP: "::ffff:192.0.2.1"},
+				&PortMapping{HostPort: 5, ContainerPort: 5, HostIP: "::"},
+				&PortMapping{HostPort: 6, ContainerPort: 6, HostIP: "2001:db8::1"}),
+			want: []string{
+				"TCP 0.0.0.0:1 -> 10.88.0.5:1", "TCP 0.0.0.0:2 -> 10.88.0.5:2",
+				"TCP 192.0.2.1:3 -> 10.88.0.5:3", "TCP 192.0.2.1:4 -> 10.88.0.5:4",
+			},
+		},
+		{
+			name: "host IPs of IPv6",
+			pod: podAt(v6,
+				&PortMapping{HostPort: 1, ContainerPort: 1},
+				&PortMapping{HostPort: 2, ContainerPort: 2, HostIP: "0.0.0.0"},
+				&PortMapping{HostPort: 3, ContainerPort: 3, HostIP: "::"},
+				&PortMapping{HostPort: 4, ContainerPort: 4, HostIP: "2001:DB8:0::1"}),
+			want: []string{
+				"TCP [::]:1 -> [fd00::5]:1", "TCP [::]:3 -> [fd00::5]:3", "TCP [2001:db8::1]:4 -> [fd00::5]:4",
+			},
+		},
+		{
+			name: "the same row twice",
+			pod: podAt(v4,
+				&PortMapping{HostPort: 1, ContainerPort: 1},
+				&PortMapping{HostPort: 1, ContainerPort: 1, Protocol: "tcp", HostIP: "0.0.0.0"}),
+			want: []string{"TCP 0.0.0.0:1 -> 10.88.0.5:1"},
+		},
+		{
+			name: "a port on any address and on one",
+			pod: podAt(v4,
+				&PortMapping{HostPort: 1, ContainerPort: 1},
+				&PortMapping{HostPort: 1, ContainerPort: 2, HostIP: "192.0.2.1"}),
+			want: []string{"TCP 0.0.0.0:1 -> 10.88.0.5:1", "TCP 192.0.2.1:1 -> 10.88.0.5:2"},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+
+			rows, err := rowsOf("id", tc.pod)
+			require.NoError(t, err)
+
+			var got []string
+			for _, r := range rows {
+				got = append(got, r.String())
+			}
+
+			assert.Equal(t, tc.want, got)
+		})
+	}
+}
+
+func TestRowsOfInvalid(t *testing.T) {
+	t.Parallel()
+
+	good := &PortMapping{HostPort: 80, ContainerPort: 80}
+
+	for _, tc := range []struct {
+		name string
+		id   string
+		pod  *PodPortMapping
+		want []string
+	}{
+		{"host port below range", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: -1, ContainerPort: 1}), []string{"row 1", "hostPort", "-1"}},
+		{"host port above range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 65536, ContainerPort: 1}), []string{"row 0", "hostPort", "65536"}},
+		{"container port 0", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1}), []string{"row 0", "containerPort", `"0"`}},
+		{"container port above range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 65536}), []string{"containerPort", "65536"}},
+		{"protocol", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, Protocol: "ICMP"}), []string{"protocol", "ICMP"}},
+		{"host IP", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "localhost"}), []string{"hostIP", "localhost"}},
+		{"host IP with zone", "id", podAt("fd00::1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "fe80::1%eth0"}), []string{"hostIP", "fe80::1%eth0"}},
+		{"bad row of the other family", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: 1, HostIP: "::"}), []string{"row 1", "containerPort"}},
+		{"no pod IP", "id", podAt("", good), []string{"pod IP", "missing"}},
+		{"unspecified pod IP", "id", podAt("0.0.0.0", good), []string{"pod IP", "0.0.0.0"}},
+		{"multicast pod IP", "id", podAt("ff02::1", good), []string{"pod IP", "ff02::1"}},
+		{"loopback pod IP", "id", podAt("127.0.0.1", good), []string{"pod IP", "127.0.0.1"}},
+		{"pod IP of odd length", "id", &PodPortMapping{Namespace: "ns", Name: "pod", IP: net.IP{1, 2, 3}, PortMappings: []*PortMapping{good}}, []string{"pod IP"}},
+		{"no sandbox id", "", podAt("10.0.0.1", good), []string{"sandbox id"}},
+		{
+			"rows that differ in the container port", "id",
+			podAt("10.0.0.1", good, &PortMapping{HostPort: 80, ContainerPort: 81, HostIP: "0.0.0.0"}),
+			[]string{"row 1", "containerPort 81", "80"},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+
+			rows, err := rowsOf(tc.id, tc.pod)
+			require.ErrorIs(t, err, ErrInvalidMapping)
+			assert.Nil(t, rows)
+
+			for _, want := range append(tc.want, "ns/pod") {
+				assert.ErrorContains(t, err, want)
+			}
+		})
+	}
+}
+
+// The names are those that CRI-O gives: computed with sha256sum and base32.
+func TestRowHash(t *testing.T) {
+	t.Parallel()
+
+	assert.Equal(t, "GBH6WWRSQ6MEASEE", rowHash("id1", 53, "UDP", ""))
+	assert.Equal(t, "7S3ZEZ3XSEJU36AN", rowHash("id1", 8080, "tcp", "192.0.2.1"))
+}
+
+func TestHashedBy(t *testing.T) {
+	t.Parallel()
+
+	for _, pm := range []*PortMapping{
+		{HostPort: 80, ContainerPort: 1},
+		{HostPort: 80, ContainerPort: 1, Protocol: "tcp", HostIP: "0.0.0.0"},
+		{HostPort: 80, ContainerPort: 1, Protocol: "UDP", HostIP: "192.0.2.1"},
+		{HostPort: 80, ContainerPort: 1, Protocol: "sctp", HostIP: "::ffff:192.0.2.1"},
+	} {
+		rows, err := rowsOf("id", podAt("10.0.0.1", pm))
+		require.NoError(t, err)
+		require.Len(t, rows, 1)
+
+		assert.True(t, rows[0].hashedBy("id"), rows[0])
+		assert.False(t, rows[0].hashedBy("other"), rows[0])
+	}
+}
+
+func TestRuleLabel(t *testing.T) {
+	t.Parallel()
+
+	assert.Equal(t, "web_default hostport 80", ruleLabel(owner{namespace: "default", name: "web"}, 80))
+	assert.Equal(t, "k8s_web_default_uid_0 hostport 80", ruleLabel(owner{name: "k8s_web_default_uid_0"}, 80))
+	assert.Equal(t, "a-----b-_ns hostport 80", ruleLabel(owner{namespace: "ns", name: "a\"\n\\ $b\u00e9"}, 80))
+
+	long := ruleLabel(owner{namespace: strings.Repeat("n", 63), name: strings.Repeat("p", 300)}, 65535)
+	assert.Len(t, long, maxLabel)
+	assert.True(t, strings.HasSuffix(long, "p hostport 65535"), long)
+}
+
+func TestConflictErrorText(t *testing.T) {
+	t.Parallel()
+
+	err := &ConflictError{
+		Pod: "ns/new", OtherPod: "ns/old", Protocol: v1.ProtocolTCP, HostPort: 80, HostIP: "::", OtherHostIP: "2001:db8::1",
+	}
+	assert.EqualError(t, err, "pod ns/new: host port TCP [::]:80 is taken by pod ns/old (TCP [2001:db8::1]:80)")
+}
+
+func FuzzRowsOf(f *testing.F) {
+	f.Add("id", "ns", "pod", []byte{10, 0, 0, 1}, int32(80), int32(80), "TCP", "", int32(80), "::1")
+	f.Add("id", "ns", "a\"\n*filter", []byte(net.ParseIP("fd00::1")), int32(1), int32(65535), "", "::ffff:1.2.3.4", int32(-1), "0.0.0.0")
+
+	f.Fuzz(func(t *testing.T, id, namespace, name string, ip []byte,
+		hostPort, containerPort int32, protocol, hostIP string, hostPort2 int32, hostIP2 string,
+	) {
+		pod := &PodPortMapping{Namespace: namespace, Name: name, IP: ip, PortMappings: []*PortMapping{
+			{HostPort: hostPort, ContainerPort: containerPort, Protocol: v1.Protocol(protocol), HostIP: hostIP},
+			{HostPort: hostPort2, ContainerPort: containerPort, Protocol: v1.Protocol(protocol), HostIP: hostIP2},
+		}}
+
+		rows, err := rowsOf(id, pod)
+		if err != nil {
+			require.ErrorIs(t, err, ErrInvalidMapping)
+			require.Empty(t, rows)
+
+			return
+		}
+
+		claims := map[endpoint]bool{}
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			for _, c := range claimsOf(id, pod, f) {
+				claims[c.endpoint] = true
+			}
+		}
+
+		for _, r := range rows {
+			assert.True(t, claims[r.endpoint], "Remove does not find what Add made of %s", r)
+			assert.LessOrEqual(t, len(r.label), maxLabel)
+			assert.Equal(t, "", strings.Trim(r.label, " ._-abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"))
+			assert.True(t, utf8.ValidString(r.label))
+			assert.True(t, isHash(r.hash))
+
+			if r.ip.IsValid() {
+				assert.Equal(t, r.family(), familyOf(r.ip))
+			}
+		}
+	})
+}

@@ -1,0 +1,146 @@
+package hostport
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func testRow(t *testing.T, id, podIP string, pm *PortMapping) *row {
+	t.Helper()
+
+	rows, err := rowsOf(id, podAt(podIP, pm))
+	require.NoError(t, err)
+	require.Len(t, rows, 1)
+
+	return rows[0]
+}
+
+// What is written has to be understood again, to the letter.
+func TestRulesParseBack(t *testing.T) {
+	t.Parallel()
+
+	rules := baseJumps()
+
+	for _, r := range []*row{
+		testRow(t, "id", "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80}),
+		testRow(t, "id", "10.88.0.5", &PortMapping{HostPort: 65535, ContainerPort: 1, Protocol: "SCTP", HostIP: "192.0.2.1"}),
+		testRow(t, "id", "fd00::5", &PortMapping{HostPort: 1, ContainerPort: 65535, Protocol: "UDP", HostIP: "2001:db8::1"}),
+	} {
+		for _, s := range r.sides() {
+			rules = append(append(rules, s.path...), s.jump, s.rule)
+		}
+	}
+
+	for _, r := range rules {
+		assert.Equal(t, r, parseRule(cmdAppend+r.String()))
+		assert.LessOrEqual(t, len(r.chain), 28, "XT_EXTENSION_MAXNAMELEN") //nolint:testifylint // a limit, not a length
+		assert.LessOrEqual(t, len(r.target), 28)
+	}
+}
+
+func TestParseRuleOther(t *testing.T) {
+	t.Parallel()
+
+	for _, line := range []string{
+		`-A KUBE-HOSTPORTS ! -s 10.0.0.0/8 -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -i eth0 -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -m comment --comment "open -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -d 10.0.0.0/255.0.255.0 -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -p tcp -m tcp --dport 99999 -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -j`,
+	} {
+		assert.True(t, parseRule(line).other, line)
+	}
+
+	r := parseRule(`-A A -m comment --comment "a \"quoted\" \\ thing" -j B`)
+	assert.Equal(t, natRule{chain: "A", comment: `a "quoted" \ thing`, target: "B"}, r)
+}
+
+func TestRangeAt(t *testing.T) {
+	t.Parallel()
+
+	for _, tc := range []struct {
+		port uint16
+		want [rangeLevels]ports
+	}{
+		{0, [rangeLevels]ports{{0, 4095}, {0, 255}, {0, 15}}},
+		{8080, [rangeLevels]ports{{4096, 8191}, {7936, 8191}, {8080, 8095}}},
+		{65535, [rangeLevels]ports{{61440, 65535}, {65280, 65535}, {65520, 65535}}},
+	} {
+		for level, want := range tc.want {
+			assert.Equal(t, want, rangeAt(tc.port, level))
+		}
+	}
+}
+
+func TestLineIn(t *testing.T) {
+	t.Parallel()
+
+	at := interface{ Line() int }(nil)
+	require.Implements(t, &at, &lineError{})
+
+	s := newScript(&natState{})
+	r := testRow(t, "id", "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80})
+	s.put(0, r)
+
+	lines := strings.Split(string(s.input()), "\n")
+
+	for i, line := range lines {
+		err := s.blame(&lineError{i + 1})
+		if strings.HasPrefix(line, "-A KUBE-HP-"+r.hash) || strings.HasPrefix(line, "-A CRIO-MASQ-"+r.hash) {
+			assert.True(t, isRefused(err), line)
+		} else {
+			assert.False(t, isRefused(err), line)
+		}
+	}
+}
+
+func FuzzParseSave(f *testing.F) {
+	f.Add(crioSave)
+	f.Add("*nat\n:KUBE-HP-AAAAAAAAAAAAAAAA - [0:0]\n-A KUBE-HP-AAAAAAAAAAAAAAAA -j DNAT --to-destination [::1]:80\nCOMMIT\n")
+	f.Add("*nat\n:\n-A\n-A x -j\n\"\\")
+
+	f.Fuzz(func(t *testing.T, save string) {
+		table, err := parseSave([]byte(save))
+		if err != nil {
+			return
+		}
+
+		for _, family := range []ipFamily{IPv4, IPv6} {
+			rows := table.rows(family)
+			for _, r := range rows {
+				assert.True(t, isHash(r.hash))
+				assert.NotZero(t, r.port)
+				assert.NotZero(t, r.pod.Port())
+				assert.Equal(t, family, r.family())
+				_ = table.holds(r)
+				_ = table.leadsTo(r)
+				_ = table.stray(r)
+			}
+		}
+
+		_ = table.state()
+	})
+}
+
+func FuzzParseRule(f *testing.F) {
+	f.Add(`-A KUBE-HP-X -d 192.0.2.1/32 -p tcp -m comment --comment "ns_pod hostport 80" -j DNAT --to-destination 10.88.0.5:80`)
+	f.Add(`-A PREROUTING -m addrtype --dst-type LOCAL -j KUBE-HOSTPORTS`)
+
+	f.Fuzz(func(t *testing.T, line string) {
+		r := parseRule(line)
+		if r.other || strings.ContainsAny(r.comment+r.chain+r.target+string(r.proto), "\"\\ \n") ||
+			r.chain == "" || r.to.Addr().Zone() != "" {
+			return
+		}
+
+		// What is understood in full can be written and read again.
+		again := parseRule(cmdAppend + r.String())
+		if r.dports == (ports{}) && r.origPorts == (ports{}) {
+			assert.Equal(t, r, again, line)
+		}
+	})
+}

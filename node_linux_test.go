@@ -1,0 +1,312 @@
+package hostport
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"k8s.io/klog/v2"
+	"k8s.io/klog/v2/ktesting"
+
+	"github.com/cri-o/hostport/internal/testbed"
+)
+
+// node is a host under test, with pods behind it and a client before it. What
+// touches its network runs in its namespace by way of do.
+type node struct {
+	*testbed.Bed
+
+	t       *testing.T
+	variant variant
+}
+
+// eachVariant runs f on a fresh node for each variant of iptables.
+func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
+	t.Helper()
+
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		t.Run(string(v), func(t *testing.T) { f(t, newNode(t, v)) })
+	}
+}
+
+// newNode makes a node whose kubelet says that it uses variant v, with two
+// pods, web and other.
+func newNode(t *testing.T, v variant) *node {
+	t.Helper()
+
+	bed, err := testbed.New("web", "other")
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, bed.Close()) })
+
+	n := &node{Bed: bed, t: t, variant: v}
+	n.hint(v)
+
+	return n
+}
+
+func (n *node) hint(v variant) {
+	for _, family := range []ipFamily{IPv4, IPv6} {
+		n.command(command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+	}
+}
+
+// do runs f in the host's namespace.
+func (n *node) do(f func()) {
+	n.t.Helper()
+	require.NoError(n.t, n.Host.Do(func() error {
+		f()
+
+		return nil
+	}))
+}
+
+// command runs a program on the host and returns what it prints.
+func (n *node) command(name string, args ...string) string {
+	n.t.Helper()
+
+	return n.commandWith("", name, args...)
+}
+
+func (n *node) commandWith(stdin, name string, args ...string) string {
+	n.t.Helper()
+
+	var out []byte
+
+	n.do(func() {
+		cmd := exec.CommandContext(n.t.Context(), name, args...) //nolint:gosec // a test's own command
+		cmd.Stdin = strings.NewReader(stdin)
+
+		var err error
+		out, err = cmd.CombinedOutput()
+		require.NoError(n.t, err, "%s %v: %s", name, args, out)
+	})
+
+	return string(out)
+}
+
+// iptables runs the node's iptables for the nat table.
+func (n *node) iptables(f ipFamily, args ...string) string {
+	n.t.Helper()
+
+	return n.command(command(f)+"-"+string(n.variant), append([]string{"-t", natTable}, args...)...)
+}
+
+// rules returns the nat table of a family as it can be compared: without
+// counters, and without order where that means nothing.
+func (n *node) rules(f ipFamily) []string {
+	n.t.Helper()
+
+	var rules []string
+
+	for line := range strings.Lines(n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, ":") {
+			rules = append(rules, strings.Fields(line)[0])
+		} else if strings.HasPrefix(line, cmdAppend) {
+			rules = append(rules, line)
+		}
+	}
+
+	return rules
+}
+
+// ours are the rules and chains that bear our names, and the jumps there.
+func (n *node) ours(f ipFamily) []string {
+	n.t.Helper()
+
+	return slices.DeleteFunc(n.rules(f), func(l string) bool { return !isOurs(l) })
+}
+
+// sorted compares rules where only the ranges that come and go differ in order.
+func sorted(rules []string) []string { return slices.Sorted(slices.Values(rules)) }
+
+func isOurs(line string) bool {
+	return slices.ContainsFunc([]string{dnatDispatch, dnatPrefix, masqDispatch, masqPrefix}, func(name string) bool {
+		return strings.Contains(line, name)
+	})
+}
+
+// manager returns a new Manager on the node.
+func (n *node) manager(opts ...Option) *Manager {
+	n.t.Helper()
+
+	opts = append([]Option{WithLogger(testLogger(n.t))}, opts...)
+
+	var m *Manager
+
+	n.do(func() {
+		var err error
+		m, err = New(opts...)
+		require.NoError(n.t, err)
+	})
+	n.t.Cleanup(func() { assert.NoError(n.t, m.Close()) })
+
+	return m
+}
+
+// oneFamily returns the manager of one family over an IPTables of the test's.
+func (n *node) oneFamily(ipt IPTables, opts ...Option) *hostportManager {
+	n.t.Helper()
+
+	opts = append([]Option{WithLogger(testLogger(n.t))}, opts...)
+
+	var m *hostportManager
+
+	n.do(func() { m = NewHostportManager(ipt, opts...).(*hostportManager) }) //nolint:forcetypeassert // it is
+	n.t.Cleanup(func() { assert.NoError(n.t, m.Close()) })
+
+	return m
+}
+
+func (n *node) realIPTables(f ipFamily) IPTables {
+	n.t.Helper()
+
+	ipt, err := newIPTables(f, command(f)+"-"+string(n.variant), n.variant)
+	require.NoError(n.t, err)
+
+	return ipt
+}
+
+func testLogger(t *testing.T) klog.Logger {
+	t.Helper()
+
+	return ktesting.NewLogger(t, ktesting.NewConfig(ktesting.Verbosity(2)))
+}
+
+func (n *node) add(m HostPortManager, id string, pod *PodPortMapping) error {
+	n.t.Helper()
+
+	var err error
+
+	n.do(func() { err = m.Add(id, pod, "") })
+
+	return err
+}
+
+func (n *node) remove(m HostPortManager, id string, pod *PodPortMapping) error {
+	n.t.Helper()
+
+	var err error
+
+	n.do(func() { err = m.Remove(id, pod) })
+
+	return err
+}
+
+// pod is the mapping of the node's i-th pod in one family.
+func (n *node) pod(i int, f ipFamily, mappings ...*PortMapping) *PodPortMapping {
+	p := n.Pods[i]
+
+	return &PodPortMapping{
+		Namespace: "ns", Name: p.Name, IP: net.IP(p.IP(f == IPv6).AsSlice()), PortMappings: mappings,
+	}
+}
+
+func (n *node) nodeIP(f ipFamily) netip.Addr      { return n.NodeIP(f == IPv6) }
+func (n *node) otherNodeIP(f ipFamily) netip.Addr { return n.OtherNodeIP(f == IPv6) }
+
+// serve answers on a pod's port until the test ends.
+func (n *node) serve(i int, network string, f ipFamily, port uint16) {
+	n.t.Helper()
+
+	_, err := n.Pods[i].Serve(network, netip.AddrPortFrom(n.Pods[i].IP(f == IPv6), port))
+	require.NoError(n.t, err)
+}
+
+// within bounds what a test waits for an answer that must come.
+const within = 3 * time.Second
+
+// answers asserts that a request is answered, and returns how.
+func (n *node) answers(from *testbed.Namespace, network string, to netip.AddrPort, by string) testbed.Answer {
+	n.t.Helper()
+
+	ctx, cancel := context.WithTimeout(n.t.Context(), within)
+	defer cancel()
+
+	a, err := from.Ask(ctx, network, to)
+	if assert.NoError(n.t, err, "%s %s from %s", network, to, from.Name) {
+		assert.Equal(n.t, by, a.From, "%s %s from %s", network, to, from.Name)
+	}
+
+	return a
+}
+
+// refused asserts that a request is refused, and at once.
+func (n *node) refused(from *testbed.Namespace, network string, to netip.AddrPort) {
+	n.t.Helper()
+
+	ctx, cancel := context.WithTimeout(n.t.Context(), within)
+	defer cancel()
+
+	_, err := from.Ask(ctx, network, to)
+	assert.ErrorContains(n.t, err, "connection refused", "%s %s from %s", network, to, from.Name)
+}
+
+// dump is everything that an operation may change: rules of both families and
+// variants, and the table.
+func (n *node) dump(m interface{ Mappings() []Mapping }) string {
+	n.t.Helper()
+
+	var b strings.Builder
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		fmt.Fprintln(&b, strings.Join(sorted(n.rules(f)), "\n"))
+	}
+
+	for _, mapping := range m.Mappings() {
+		fmt.Fprintf(&b, "%+v\n", mapping)
+	}
+
+	return b.String()
+}
+
+// countProcesses puts a counter in front of every iptables program, and
+// returns a function that tells how many have been started since it was last
+// called.
+func countProcesses(t *testing.T) func() int {
+	t.Helper()
+
+	dir := t.TempDir()
+	log := filepath.Join(dir, "log")
+
+	for _, base := range []string{"iptables", "ip6tables"} {
+		for _, v := range []string{"", "-nft", "-legacy"} {
+			for _, suffix := range []string{"", "-save", "-restore"} {
+				name := base + v + suffix
+
+				path, err := exec.LookPath(name)
+				require.NoError(t, err)
+
+				shim := fmt.Sprintf("#!/bin/sh\necho %s \"$@\" >>%s\nexec %s \"$@\"\n", name, log, path)
+				require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(shim), 0o700)) //nolint:gosec // it is run
+			}
+		}
+	}
+
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+
+	seen := 0
+
+	return func() int {
+		data, err := os.ReadFile(log) //nolint:gosec // the test's own
+		if !os.IsNotExist(err) {
+			require.NoError(t, err)
+		}
+
+		all := bytes.Count(data, []byte("\n"))
+		since := all - seen
+		seen = all
+
+		return since
+	}
+}
