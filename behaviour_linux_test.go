@@ -13,20 +13,15 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// eachFamily runs f for every variant of iptables and both IP families.
+// eachFamily runs f on a fresh node for each variant of iptables and IP family.
 func eachFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
 
-	eachVariant(t, func(t *testing.T, n *node) {
-		t.Helper()
-
+	for _, v := range []variant{variantNFT, variantLegacy} {
 		for _, family := range []ipFamily{IPv4, IPv6} {
-			t.Run("IPv"+string(family), func(t *testing.T) {
-				n := &node{Bed: n.Bed, t: t, variant: n.variant}
-				f(t, n, family)
-			})
+			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newNode(t, v), family) })
 		}
-	})
+	}
 }
 
 // foreign are rules of others: such as a CNI plugin makes for its pods, which

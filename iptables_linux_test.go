@@ -1,0 +1,492 @@
+package hostport
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// In the steady state an operation is one process.
+func TestOneProcessPerOperation(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		started := countProcesses(t)
+		m := n.manager()
+		t.Logf("%d processes for New", started())
+
+		for i, do := range []func() error{
+			func() error { return n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})) },
+			func() error { return n.add(m, "b", n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80})) },
+			func() error { return n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})) },
+			func() error { return n.add(m, "a", n.pod(1, f, &PortMapping{HostPort: 8080, ContainerPort: 81})) },
+			func() error { return n.remove(m, "b", n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80})) },
+			func() error { return n.remove(m, "a", nil) },
+			func() error { return n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})) },
+		} {
+			require.NoError(t, do())
+			assert.Equal(t, 1, started(), "step %d", i)
+		}
+	})
+}
+
+// loadCRIO puts what CRI-O has made into the kernel.
+func loadCRIO(n *node) {
+	n.t.Helper()
+	n.commandWith(crioSave, command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush")
+}
+
+// CRI-O's rows are listed, held, and removed for their owners alone.
+func TestAdoptsFromCRIO(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		before := n.theirs(IPv4)
+
+		loadCRIO(n)
+
+		m := n.manager()
+		mappings := m.Mappings()
+		require.Len(t, mappings, 2)
+
+		for i, want := range []string{"TCP 0.0.0.0:8080 10.88.0.2:80", "UDP 192.0.2.1:8081 10.88.0.3:53"} {
+			got := mappings[i]
+			assert.Equal(t, want, fmt.Sprintf("%s %s:%d %s:%d", got.Protocol, got.HostIP, got.HostPort, got.PodIP, got.ContainerPort))
+			assert.Empty(t, got.PodID)
+			assert.True(t, got.Held)
+		}
+
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		saved := n.dump(m)
+
+		require.NoError(t, n.remove(m, "crio-b", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		require.NoError(t, n.remove(m, "crio-c", nil))
+		assert.Equal(t, saved, n.dump(m), "not theirs")
+
+		require.NoError(t, n.add(m, "crio-a", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "TCP"})))
+		assert.Equal(t, "crio-a", m.Mappings()[0].PodID, "named by Add")
+		assert.Equal(t, strings.Split(saved, "\n")[:20], strings.Split(n.dump(m), "\n")[:20], "and left where it stands")
+
+		require.NoError(t, n.remove(m, "crio-b", &PodPortMapping{PortMappings: []*PortMapping{
+			{HostPort: 8081, Protocol: "UDP", HostIP: "192.0.2.1"},
+		}}))
+		require.Len(t, m.Mappings(), 1)
+		require.NoError(t, n.remove(m, "crio-a", nil))
+		assert.Empty(t, m.Mappings())
+		assert.Equal(t, before, n.theirs(IPv4))
+		assert.Len(t, n.ours(IPv4), 5)
+	})
+}
+
+// A row whose owner nobody has named gives way to the newest pod.
+func TestNewestWinsOverUnknown(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(1, "tcp", IPv4, 81)
+		loadCRIO(n)
+
+		m := n.manager()
+		pod := n.pod(1, IPv4,
+			&PortMapping{HostPort: 8080, ContainerPort: 81, HostIP: n.nodeIP(IPv4).String()},
+			&PortMapping{HostPort: 8081, ContainerPort: 81, Protocol: "UDP"})
+		require.NoError(t, n.add(m, "new", pod))
+
+		mappings := m.Mappings()
+		require.Len(t, mappings, 2)
+
+		for _, mapping := range mappings {
+			assert.Equal(t, "new", mapping.PodID)
+			assert.True(t, mapping.Held)
+		}
+
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "other")
+		require.NoError(t, n.remove(m, "crio-a", nil))
+		assert.Len(t, m.Mappings(), 2)
+		require.NoError(t, n.remove(m, "new", pod))
+		assert.Len(t, n.ours(IPv4), 5)
+	})
+}
+
+// crioRemoves does to the nat table what CRI-O does to remove a row: it writes
+// anew whatever bears its prefixes, but for the row.
+func crioRemoves(n *node, hash string) {
+	n.t.Helper()
+
+	var chains, rules, removed []string
+
+	for _, line := range n.rules(IPv4) {
+		name := strings.TrimLeft(line, ":")
+		bears := strings.HasPrefix(name, dnatPrefix) || strings.HasPrefix(name, masqPrefix) ||
+			name == dnatDispatch || name == masqDispatch
+		word := strings.Fields(line)
+
+		switch {
+		case strings.HasPrefix(line, ":") && bears:
+			chains = append(chains, line+" - [0:0]")
+
+			if strings.HasSuffix(line, hash) {
+				removed = append(removed, cmdDelChain+name)
+			}
+		case strings.HasPrefix(line, ":") || strings.Contains(line, hash):
+		case strings.HasPrefix(word[1], dnatPrefix), strings.HasPrefix(word[1], masqPrefix),
+			word[1] == dnatDispatch, word[1] == masqDispatch:
+			rules = append(rules, line)
+		}
+	}
+
+	input := append(append(append([]string{"*nat"}, chains...), append(rules, removed...)...), "COMMIT", "")
+	n.commandWith(strings.Join(input, "\n"), command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush", "--counters")
+}
+
+// CRI-O can remove what was made here, and leaves the rest working.
+func TestCRIORemovesOurs(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "a", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "TCP"})))
+		require.NoError(t, n.add(m, "b", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80, Protocol: "TCP"})))
+		require.NoError(t, m.Close())
+
+		crioRemoves(n, rowHash("b", 9000, "TCP", ""))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 9000))
+
+		again := n.manager()
+		require.Len(t, again.Mappings(), 1)
+		require.NoError(t, n.add(again, "c", n.pod(0, IPv4, &PortMapping{HostPort: 9001, ContainerPort: 80})))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 9001), "web")
+
+		for _, id := range []string{"a", "c"} {
+			require.NoError(t, n.remove(again, id, nil))
+		}
+
+		assert.Len(t, n.ours(IPv4), 5, "the range chain that CRI-O left empty has gone too")
+	})
+}
+
+// Whatever single rule of a pod somebody deletes, Add again puts it back.
+func TestAddAgainRepairs(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		pod := n.pod(0, f,
+			&PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8080, ContainerPort: 81, HostIP: n.nodeIP(f).String()})
+		require.NoError(t, n.add(m, "id", pod))
+		require.NoError(t, n.add(m, "far", n.pod(1, f, &PortMapping{HostPort: 60000, ContainerPort: 80})))
+
+		before := n.ours(f)
+
+		for _, line := range before {
+			if strings.HasPrefix(line, ":") || strings.Contains(line, "60000") || strings.Contains(line, "61439") {
+				continue
+			}
+
+			n.commandWith("*nat\n"+strings.Replace(line, cmdAppend, cmdDelete, 1)+"\nCOMMIT\n",
+				command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+			require.NoError(t, n.add(m, "id", pod), line)
+			require.Equal(t, sorted(before), sorted(n.ours(f)), line)
+		}
+
+		n.iptables(f, "-F")
+		require.NoError(t, n.add(m, "id", pod))
+		require.Equal(t, sorted(before), sorted(n.ours(f)), "flushed")
+
+		n.iptables(f, "-F")
+		n.iptables(f, "-X")
+		require.NoError(t, n.add(m, "id", pod))
+		require.Equal(t, sorted(before), sorted(n.ours(f)), "deleted")
+
+		n.iptables(f, "-F")
+		n.iptables(f, "-X")
+		require.NoError(t, n.remove(m, "far", nil), "Remove repairs as well")
+		require.Len(t, m.Mappings(), 2)
+		require.NoError(t, n.add(m, "far", n.pod(1, f, &PortMapping{HostPort: 60000, ContainerPort: 80})))
+		require.Equal(t, sorted(before), sorted(n.ours(f)))
+	})
+}
+
+// A masquerade jump from before that stands too late in POSTROUTING, where a
+// CNI plugin's rules have accepted hairpin connections already, is moved up.
+func TestLateMasqueradeJump(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.addForeign(f)
+
+		theirs := n.theirs(f)
+		n.commandWith(fmt.Sprintf("*nat\n-N %s\n-A %s\nCOMMIT\n", masqDispatch, baseJumps()[2]),
+			command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		n.answers(n.Pods[0].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+		assert.Equal(t, theirs, n.theirs(f))
+		assert.Equal(t, 1, strings.Count(strings.Join(n.ours(f), "\n"), "-j "+masqDispatch+"\n"))
+	})
+}
+
+// The kubelet's hint decides, and rows in the variant used before are listed,
+// moved over by Add and removed by Remove.
+func TestVariantChanges(t *testing.T) {
+	for _, tc := range []struct{ from, to variant }{{variantNFT, variantLegacy}, {variantLegacy, variantNFT}} {
+		t.Run(string(tc.from)+" to "+string(tc.to), func(t *testing.T) {
+			n := newNode(t, tc.from)
+			n.serve(0, "tcp", IPv4, 80)
+
+			old := n.manager()
+			stays := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+			goes := n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})
+			require.NoError(t, n.add(old, "stays", stays))
+			require.NoError(t, n.add(old, "goes", goes))
+			require.NoError(t, old.Close())
+
+			for _, f := range []ipFamily{IPv4, IPv6} {
+				n.command(command(f)+"-"+string(tc.from), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
+			}
+
+			n.hint(tc.to)
+
+			m := n.manager()
+			require.Len(t, m.Mappings(), 2)
+			assert.True(t, m.Mappings()[0].Held)
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+
+			require.NoError(t, n.remove(m, "goes", goes))
+			require.NoError(t, n.add(m, "stays", stays))
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+			n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8081))
+
+			assert.Len(t, n.ours(IPv4), 5, "nothing left in the old variant but the base")
+
+			n.variant = tc.to
+			assert.Contains(t, strings.Join(n.ours(IPv4), "\n"), "--dport 8080 ")
+			require.NoError(t, n.remove(m, "stays", nil))
+			assert.Len(t, n.ours(IPv4), 5)
+		})
+	}
+}
+
+// Where the old variant's row cannot be removed, the move is taken back.
+func TestVariantChangeFails(t *testing.T) {
+	n := newNode(t, variantNFT)
+	m := n.oneFamily(n.realIPTables(IPv4))
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "id", pod))
+	require.NoError(t, m.Close())
+
+	fail := true
+	old := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+		if fail {
+			return nil, errInjected
+		}
+
+		return input, nil
+	}}
+
+	n.variant = variantLegacy
+	inUse := n.realIPTables(IPv4)
+	m = newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t))}), func(context.Context) (backend, error) {
+		return newLayers(newIPTablesBackend(inUse), testLogger(t), newIPTablesBackend(old)), nil
+	})
+
+	n.do(func() { require.NoError(t, m.start()) })
+	t.Cleanup(func() { assert.NoError(t, m.Close()) })
+
+	require.ErrorIs(t, n.add(m, "id", pod), errInjected)
+	assert.Len(t, n.ours(IPv4), 5, "taken back")
+	require.ErrorIs(t, n.remove(m, "id", nil), errInjected)
+	require.Len(t, m.mappings(), 1)
+
+	fail = false
+
+	require.NoError(t, n.add(m, "id", pod))
+	assert.Len(t, parsedRows(t, n), 1)
+	require.NoError(t, n.remove(m, "id", nil))
+	assert.Empty(t, parsedRows(t, n))
+
+	n.variant = variantNFT
+	assert.Empty(t, parsedRows(t, n))
+}
+
+// pathWith makes a PATH with nothing but the programs named.
+func pathWith(t *testing.T, programs ...string) string {
+	t.Helper()
+
+	dir := t.TempDir()
+
+	for _, name := range programs {
+		path, err := exec.LookPath(name)
+		require.NoError(t, err)
+		require.NoError(t, os.Symlink(path, filepath.Join(dir, name)))
+	}
+
+	return dir
+}
+
+// Without ip6tables IPv4 works, and IPv6 says what is missing.
+func TestNoIP6Tables(t *testing.T) {
+	n := newNode(t, variantNFT)
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", pathWith(t, "iptables-nft", "iptables-nft-save", "iptables-nft-restore"))
+
+	m := n.manager()
+	pod := func(f ipFamily) *PodPortMapping { return n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}) }
+
+	require.NoError(t, n.add(m, "id", pod(IPv4)))
+	err := n.add(m, "id", pod(IPv6))
+	require.ErrorIs(t, err, exec.ErrNotFound)
+	require.ErrorContains(t, err, "ip6tables")
+	require.ErrorContains(t, err, "ns/web")
+
+	require.NoError(t, n.remove(m, "id", pod(IPv6)), "of both families")
+	assert.Empty(t, m.Mappings())
+
+	t.Setenv("PATH", path)
+	require.NoError(t, n.add(m, "id", pod(IPv6)), "ip6tables has come")
+	require.NoError(t, n.remove(m, "id", nil))
+}
+
+func TestNoIPTables(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+
+	n, err := New(WithLogger(testLogger(t)))
+	require.ErrorIs(t, err, exec.ErrNotFound)
+	require.ErrorContains(t, err, "IPv4")
+	require.ErrorContains(t, err, "IPv6")
+	assert.Nil(t, n)
+
+	m := NewMetaHostportManager(WithLogger(testLogger(t)))
+	pod := podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.ErrorIs(t, m.Add("id", pod, ""), exec.ErrNotFound)
+	require.NoError(t, m.Remove("id", pod))
+}
+
+func TestBackendNotInThisVersion(t *testing.T) {
+	t.Parallel()
+
+	_, err := New(WithBackend(BackendNFTables), WithLogger(testLogger(t)))
+	assert.ErrorContains(t, err, "nftables")
+}
+
+// Without IPv6 on the host, IPv4 works.
+func TestIPv6Off(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+		n.do(func() {
+			require.NoError(t, os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0))
+		})
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		require.NoError(t, n.remove(m, "id", nil))
+	})
+}
+
+// Without CAP_NET_ADMIN both constructors' managers say so.
+func TestNoNetAdmin(t *testing.T) {
+	done := make(chan struct{})
+
+	go func() {
+		defer close(done)
+
+		runtime.LockOSThread() // for good: the thread ends with this goroutine
+
+		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+
+		var data [2]unix.CapUserData
+		if !assert.NoError(t, unix.Capget(&hdr, &data[0])) {
+			return
+		}
+
+		data[0].Effective &^= 1 << unix.CAP_NET_ADMIN
+		if !assert.NoError(t, unix.Capset(&hdr, &data[0])) {
+			return
+		}
+
+		_, err := New(WithLogger(testLogger(t)))
+		assert.ErrorIs(t, err, unix.EPERM)
+		assert.ErrorContains(t, err, "CAP_NET_ADMIN")
+
+		err = NewMetaHostportManager(WithLogger(testLogger(t))).Add("id",
+			podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}), "")
+		assert.ErrorIs(t, err, unix.EPERM)
+		assert.ErrorContains(t, err, "CAP_NET_ADMIN")
+	}()
+	<-done
+}
+
+// A process that hangs is killed, with its children, when time is up.
+func TestHangingProcess(t *testing.T) {
+	n := newNode(t, variantNFT)
+	m := n.manager(WithTimeout(500 * time.Millisecond))
+
+	dir := t.TempDir()
+	pids := filepath.Join(dir, "pids")
+	hang := filepath.Join(dir, "restore")
+	require.NoError(t, os.WriteFile(hang, []byte(
+		"#!/bin/sh\nsleep 1000 & echo $$ $! >>"+pids+"; wait\n"), 0o700)) //nolint:gosec // it is run
+
+	ipt := m.families[0].backend.(*layers).backend.(*iptablesBackend).ipt.(*ipTables) //nolint:forcetypeassert // it is
+	restore := ipt.restore
+	ipt.restore = hang
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+	start := time.Now()
+
+	require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
+	assert.Less(t, time.Since(start), 3*time.Second)
+	assert.Empty(t, m.Mappings())
+
+	out, err := os.ReadFile(pids) //nolint:gosec // the test's own
+	require.NoError(t, err)
+
+	for _, pid := range strings.Fields(string(out)) {
+		require.Eventually(t, func() bool { return !running(pid) }, within, time.Millisecond, "process %s", pid)
+	}
+
+	ipt.restore = restore
+	m.families[0].cfg.timeout = defaultTimeout
+
+	require.NoError(t, n.add(m, "id", pod))
+	assert.Len(t, m.Mappings(), 1)
+}
+
+// running tells whether a process exists and is no zombie.
+func running(pid string) bool {
+	stat, err := os.ReadFile("/proc/" + pid + "/stat")
+
+	return err == nil && !strings.Contains(string(stat), ") Z ")
+}
+
+// The xtables lock of iptables-legacy can be held by others for long.
+func TestXtablesLock(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	m := n.manager(WithTimeout(500 * time.Millisecond))
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
+	require.NoError(t, err)
+
+	defer lock.Close()
+
+	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+	require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
+	assert.Empty(t, m.Mappings())
+
+	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_UN))
+
+	m.families[0].cfg.timeout = defaultTimeout
+
+	require.NoError(t, n.add(m, "id", pod))
+	assert.Len(t, parsedRows(t, n), 1)
+}

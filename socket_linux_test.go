@@ -1,0 +1,391 @@
+package hostport
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// tryBind binds a socket as another process might, and listens on it. It
+// returns the socket's descriptor.
+func tryBind(t *testing.T, to netip.AddrPort, kind int, options ...int) (int, error) {
+	t.Helper()
+
+	domain := unix.AF_INET
+	if to.Addr().Is6() {
+		domain = unix.AF_INET6
+	}
+
+	fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+
+	for _, opt := range options {
+		require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1))
+	}
+
+	err = unix.Bind(fd, sockaddr(to.Addr(), to.Port()))
+	if err == nil && kind == unix.SOCK_STREAM {
+		err = unix.Listen(fd, 1)
+	}
+
+	if err != nil {
+		require.NoError(t, unix.Close(fd))
+	}
+
+	return fd, err
+}
+
+// Nobody else gets a held port, however they ask.
+func TestHeldPortsRefuseOthers(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		ip := n.nodeIP(f)
+
+		require.NoError(t, n.add(m, "id", n.pod(0, f,
+			&PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip.String()},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip.String(), Protocol: "UDP"},
+			&PortMapping{HostPort: 8083, ContainerPort: 80, Protocol: "SCTP"})))
+
+		n.do(func() {
+			for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_DGRAM} {
+				for _, options := range [][]int{nil, {unix.SO_REUSEADDR}, {unix.SO_REUSEPORT}, {unix.SO_REUSEADDR, unix.SO_REUSEPORT}} {
+					for _, to := range []netip.AddrPort{
+						netip.AddrPortFrom(f.anyAddr(), 8080), netip.AddrPortFrom(ip, 8080),
+						netip.AddrPortFrom(n.otherNodeIP(f), 8080), netip.AddrPortFrom(netip.IPv6Unspecified(), 8080),
+						netip.AddrPortFrom(f.anyAddr(), 8081), netip.AddrPortFrom(ip, 8081),
+					} {
+						_, err := tryBind(t, to, kind, options...)
+						assert.ErrorIs(t, err, unix.EADDRINUSE, "%s kind %d options %v", to, kind, options)
+					}
+				}
+
+				// What is not held is free.
+				fd, err := tryBind(t, netip.AddrPortFrom(n.otherNodeIP(f), 8081), kind)
+				if assert.NoError(t, err) {
+					assert.NoError(t, unix.Close(fd))
+				}
+			}
+		})
+
+		require.NoError(t, n.remove(m, "id", nil))
+		n.do(func() {
+			for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_DGRAM} {
+				fd, err := tryBind(t, netip.AddrPortFrom(f.anyAddr(), 8080), kind)
+				if assert.NoError(t, err, "free after Remove") {
+					assert.NoError(t, unix.Close(fd))
+				}
+			}
+		})
+	})
+}
+
+// Whoever serves a port keeps it, and is named.
+func TestPortsOfOthers(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+
+		for _, tc := range []struct {
+			name    string
+			kind    int
+			addr    netip.Addr
+			options []int
+			row     PortMapping
+		}{
+			{"any", unix.SOCK_STREAM, f.anyAddr(), nil, PortMapping{}},
+			{"any reusing", unix.SOCK_STREAM, f.anyAddr(), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{}},
+			{"one address", unix.SOCK_STREAM, n.nodeIP(f), nil, PortMapping{}},
+			{"any, and a row for one address", unix.SOCK_STREAM, f.anyAddr(), nil, PortMapping{HostIP: n.nodeIP(f).String()}},
+			{"dual stack", unix.SOCK_STREAM, netip.IPv6Unspecified(), nil, PortMapping{}},
+			{"UDP", unix.SOCK_DGRAM, f.anyAddr(), nil, PortMapping{Protocol: "UDP"}},
+			{"UDP reusing", unix.SOCK_DGRAM, n.nodeIP(f), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{Protocol: "UDP"}},
+		} {
+			t.Run(tc.name, func(t *testing.T) {
+				n := &node{Bed: n.Bed, t: t, variant: n.variant}
+				tc.row.HostPort, tc.row.ContainerPort = 8080, 80
+
+				var fd int
+
+				n.do(func() {
+					var err error
+					fd, err = tryBind(t, netip.AddrPortFrom(tc.addr, 8080), tc.kind, tc.options...)
+					require.NoError(t, err)
+				})
+
+				err := n.add(m, "id", n.pod(0, f, &tc.row))
+				require.ErrorIs(t, err, unix.EADDRINUSE)
+				assert.ErrorContains(t, err, "(hostport.test)")
+				assert.Empty(t, m.Mappings())
+
+				require.NoError(t, unix.Close(fd))
+				require.NoError(t, n.add(m, "id", n.pod(0, f, &tc.row)))
+				require.NoError(t, n.remove(m, "id", nil))
+			})
+		}
+
+		// Only another family's, or another address: not in the way.
+		n.do(func() {
+			fd, err := tryBind(t, netip.AddrPortFrom(n.otherNodeIP(f), 8080), unix.SOCK_STREAM)
+			require.NoError(t, err)
+
+			defer unix.Close(fd)
+
+			require.NoError(t, m.Add("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.nodeIP(f).String()}), ""))
+		})
+	})
+}
+
+// An outgoing connection that happens to have a port as its source is no
+// server: the row works, and is held as soon as that has gone.
+func TestBystander(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.serve(0, "udp", f, 80)
+
+		for _, network := range []string{"tcp", "udp"} {
+			m := n.manager()
+
+			var conn net.Conn
+
+			n.do(func() {
+				d := net.Dialer{LocalAddr: addrOf(network, netip.AddrPortFrom(podGatewayOf(n, f), 8080))}
+
+				var err error
+				conn, err = d.DialContext(t.Context(), network, netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 80).String())
+				require.NoError(t, err)
+			})
+
+			row := &PortMapping{HostPort: 8080, ContainerPort: 80}
+			if network == "udp" {
+				row.Protocol = "UDP"
+			}
+
+			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+			require.Len(t, m.Mappings(), 1)
+			assert.False(t, m.Mappings()[0].Held)
+			n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				require.NoError(t, tcp.SetLinger(0)) // no TIME_WAIT
+			}
+
+			require.NoError(t, conn.Close())
+			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+			assert.True(t, m.Mappings()[0].Held, "held later")
+			require.NoError(t, n.remove(m, "id", nil))
+			require.NoError(t, m.Close())
+		}
+	})
+}
+
+func podGatewayOf(n *node, f ipFamily) netip.Addr { return n.Pods[0].IP(f == IPv6).Prev() }
+
+func addrOf(network string, a netip.AddrPort) net.Addr {
+	if network == "udp" {
+		return net.UDPAddrFromAddrPort(a)
+	}
+
+	return net.TCPAddrFromAddrPort(a)
+}
+
+// A server's leftover connections do not keep its port from being held.
+func TestTimeWait(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.do(func() {
+			to := netip.AddrPortFrom(n.nodeIP(f), 8080)
+
+			l, err := net.Listen("tcp", to.String()) //nolint:gosec // in a namespace of its own
+			require.NoError(t, err)
+
+			client, err := net.Dial("tcp", to.String()) //nolint:noctx // answered by the listener above
+			require.NoError(t, err)
+			server, err := l.Accept()
+			require.NoError(t, err)
+
+			require.NoError(t, server.Close()) // the first to close is the one in TIME_WAIT
+			_, err = client.Read(make([]byte, 1))
+			require.Error(t, err)
+			require.NoError(t, client.Close())
+			require.NoError(t, l.Close())
+
+			_, err = tryBind(t, to, unix.SOCK_STREAM)
+			require.ErrorIs(t, err, unix.EADDRINUSE, "there is a TIME_WAIT")
+		})
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		assert.True(t, m.Mappings()[0].Held)
+	})
+}
+
+// A client that meets a held port without a rule is refused at once, and a
+// UDP socket keeps nothing of what it is sent.
+func TestHeldPortWithoutRule(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f,
+			&PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))
+		n.iptables(f, "-F")
+
+		start := time.Now()
+
+		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080))
+		assert.Less(t, time.Since(start), time.Second, "not after a retransmission")
+
+		require.NoError(t, n.Client.Do(func() error {
+			conn, err := net.Dial("udp", netip.AddrPortFrom(n.nodeIP(f), 8080).String()) //nolint:noctx // sends nothing yet
+			require.NoError(t, err)
+
+			defer conn.Close()
+
+			for range 100 {
+				_, err = conn.Write(make([]byte, 1000))
+				require.NoError(t, err)
+			}
+
+			return nil
+		}))
+
+		for _, fm := range m.families {
+			for _, holders := range fm.sockets.held {
+				for _, h := range holders {
+					if h.proto == udp {
+						_, _, err := unix.Recvfrom(h.fd, make([]byte, 1), unix.MSG_DONTWAIT)
+						assert.ErrorIs(t, err, unix.EAGAIN)
+					}
+				}
+			}
+		}
+	})
+}
+
+// A host IP need not be on the node.
+func TestAddressToCome(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+
+		vip := map[ipFamily]string{IPv4: "203.0.113.7", IPv6: "2001:db8:99::7"}[f]
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: vip})))
+		assert.True(t, m.Mappings()[0].Held)
+
+		if f == IPv6 {
+			require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "fe80::1"})))
+			assert.False(t, m.Mappings()[1].Held, "a link-local address cannot be bound without a scope")
+		}
+	})
+}
+
+func TestWithoutSockets(t *testing.T) {
+	n := newNode(t, variantNFT)
+	m := n.manager(WithoutSockets())
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	assert.False(t, m.Mappings()[0].Held)
+
+	n.do(func() {
+		fd, err := tryBind(t, netip.AddrPortFrom(netip.IPv4Unspecified(), 8080), unix.SOCK_STREAM)
+		require.NoError(t, err)
+		require.NoError(t, unix.Close(fd))
+	})
+}
+
+// Descriptors are as many after hundreds of operations as before, whether
+// these succeed or not.
+func TestDescriptorLeaks(t *testing.T) {
+	n := newNode(t, variantNFT)
+
+	var fail bool
+
+	fake := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+		if fail {
+			return nil, errInjected
+		}
+
+		return input, nil
+	}}
+	m := n.oneFamily(fake)
+
+	n.do(func() {
+		l, err := net.Listen("tcp4", ":9000") //nolint:gosec // in a namespace of its own
+		require.NoError(t, err)
+
+		defer l.Close()
+
+		ports := []*PortMapping{{HostPort: 8080, ContainerPort: 80}, {HostPort: 8080, ContainerPort: 80, Protocol: "UDP"}}
+		one := func() {
+			require.NoError(t, m.Add("id", n.pod(0, IPv4, ports...), ""))
+			require.NoError(t, m.Add("id", n.pod(1, IPv4, ports...), ""))
+			require.Error(t, m.Add("other", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80}, ports[0]), ""))
+			require.ErrorIs(t, m.Add("id", n.pod(0, IPv4, &PortMapping{HostPort: 8082, ContainerPort: 80},
+				&PortMapping{HostPort: 9000, ContainerPort: 80}), ""), unix.EADDRINUSE)
+
+			fail = true
+
+			require.ErrorIs(t, m.Add("id", n.pod(1, IPv4, &PortMapping{HostPort: 8083, ContainerPort: 80}), ""), errInjected)
+			require.ErrorIs(t, m.Remove("id", nil), errInjected)
+
+			fail = false
+
+			require.NoError(t, m.Remove("id", nil))
+		}
+
+		one()
+
+		before := openFiles(t)
+
+		for range 72 { // 7 operations each
+			one()
+		}
+
+		assert.Equal(t, before, openFiles(t))
+	})
+}
+
+func openFiles(t *testing.T) int {
+	t.Helper()
+
+	fds, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+
+	return len(fds)
+}
+
+// A pod's row for any address and its row for one have a socket each.
+func TestSocketsOfOnePort(t *testing.T) {
+	n := newNode(t, variantNFT)
+	anyIP := &PortMapping{HostPort: 8080, ContainerPort: 80}
+	one := &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.nodeIP(IPv4).String()}
+
+	for _, proto := range []string{"TCP", "UDP"} {
+		for _, order := range [][]*PortMapping{{anyIP, one}, {one, anyIP}} {
+			m := n.manager()
+
+			for _, pm := range order {
+				pm.Protocol = map[string]protocol{"TCP": tcp, "UDP": udp}[proto].api()
+				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, pm)))
+			}
+
+			for _, mapping := range m.Mappings() {
+				assert.True(t, mapping.Held)
+			}
+
+			require.NoError(t, n.remove(m, "id", n.pod(0, IPv4, order[0])))
+			require.Len(t, m.Mappings(), 1)
+
+			n.do(func() {
+				kind := map[string]int{"TCP": unix.SOCK_STREAM, "UDP": unix.SOCK_DGRAM}[proto]
+				_, err := tryBind(t, netip.AddrPortFrom(n.nodeIP(IPv4), 8080), kind, unix.SO_REUSEADDR)
+				assert.ErrorIs(t, err, unix.EADDRINUSE, "the other row is still held")
+			})
+			require.NoError(t, n.remove(m, "id", nil))
+			require.NoError(t, m.Close())
+		}
+	}
+}
