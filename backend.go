@@ -62,7 +62,7 @@ func newLayers(inUse backend, log klog.Logger, before ...backend) *layers {
 func (l *layers) list(ctx context.Context) ([]*row, error) {
 	rows, err := l.backend.list(ctx)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // it is the backend's own
+		return nil, err
 	}
 
 	l.before = slices.DeleteFunc(l.before, func(b backend) bool {
@@ -98,7 +98,7 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 	inUse := l.part(deltas, nil)
 	if !allEmpty(inUse) {
 		if err := l.backend.apply(ctx, inUse, l.rows(table, nil)); err != nil {
-			return err //nolint:wrapcheck // it is the backend's own
+			return err
 		}
 	}
 
@@ -137,7 +137,7 @@ func (l *layers) takeBack(ctx context.Context, deltas []delta, table iter.Seq[*r
 		return nil
 	}
 
-	return l.backend.apply(ctx, back, slices.Values(rows)) //nolint:wrapcheck // it is the backend's own
+	return l.backend.apply(ctx, back, slices.Values(rows))
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

@@ -74,11 +74,11 @@ func TestTraffic(t *testing.T) {
 		require.NoError(t, n.add(m, "web", pod))
 
 		web, neighbour := n.Pods[0].Namespace, n.Pods[1].Namespace
-		at := func(ip netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(ip, port) }
+		at := netip.AddrPortFrom
 
 		for _, network := range []string{"tcp", "udp"} {
 			t.Run(network, func(t *testing.T) {
-				n := &node{Bed: n.Bed, t: t, variant: n.variant}
+				n := n.within(t)
 
 				a := n.answers(n.Client, network, at(nodeIP, 8080), "web")
 				assert.Equal(t, n.ClientIP(f == IPv6), a.Source.Addr(), "the source address is kept")

@@ -1,1 +1,55 @@
+// Package hostport maps ports of a node to ports of its pods, for container
+// runtimes.
+//
+// A runtime calls [Manager.Add] when it sets up a pod sandbox and
+// [Manager.Remove] when it tears it down. In between, connections to
+// hostIP:hostPort on the node reach podIP:containerPort, for TCP, UDP and
+// SCTP, over IPv4 and IPv6, and the host port is held by a socket, so that no
+// other process can take it.
+//
+// # A packet's way
+//
+// A packet for an address of the node is looked up by protocol and port, in
+// PREROUTING if it comes from outside or from a pod, in OUTPUT if it comes from
+// the node itself. If there is a row, its destination becomes the pod's
+// address and port. Its source stays what it was, but for one case: a pod that
+// reaches itself through its own host port would get answers from an address
+// it never asked; such packets are masqueraded in POSTROUTING. Packets that
+// the node only forwards are never touched, nor are rules of others.
+//
+// # Rows and owners
+//
+// The whole state is one table. A row is a host endpoint (IP family, protocol,
+// host IP or any, host port), the pod endpoint it leads to, and the pod's
+// sandbox id, its owner. Add puts rows in, Remove takes rows out, and a row is
+// only ever taken out for its owner. Two live pods cannot have overlapping
+// rows: the second one's Add fails with a [ConflictError] and changes nothing.
+//
+// Operations of several goroutines that meet are committed together, each with
+// its own result. An operation costs what its own pod costs.
+//
+// # Restarts
+//
+// Rules outlive the process, sockets do not. A new manager lists the rows that
+// the kernel holds, CRI-O's included, and holds their ports again before the
+// constructor returns. Whose they are it knows only by a hash, until an Add or
+// Remove names the owner; Add of a pod that wants such a port before that wins
+// over it, with a warning in the log.
+//
+// # Errors
+//
+// Arguments that cannot be accepted give [ErrInvalidMapping], a port of
+// another pod a *[ConflictError], a port of another process
+// syscall.EADDRINUSE, an operation that ran out of time
+// context.DeadlineExceeded. Wherever Add fails, everything is as it was before.
+//
+// # What is in the kernel
+//
+// In the nat table, KUBE-HOSTPORTS and CRIO-HOSTPORTS-MASQ lead by ranges of
+// ports to a chain KUBE-HP-<hash> and a chain CRIO-MASQ-<hash> for each row,
+// whose rules carry the pod's name and the host port as a comment. These are
+// the names that CRI-O uses, and either can remove what the other made.
+//
+// The package works on Linux. Elsewhere it builds, and New and Add return
+// errors.ErrUnsupported.
 package hostport

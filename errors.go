@@ -50,7 +50,7 @@ func hostPortText(protocol v1.Protocol, hostIP string, port int32) string {
 		return fmt.Sprintf("%s %s:%d", protocol, hostIP, port)
 	}
 
-	return fmt.Sprintf("%s %s", protocol, netip.AddrPortFrom(ip, uint16(port)))
+	return fmt.Sprintf("%s %s", protocol, netip.AddrPortFrom(ip, portOf(port)))
 }
 
 // rowError says which row of a pod an error is about.

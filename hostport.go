@@ -209,8 +209,10 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 			return nil, field(bad.field, bad.value)
 		}
 
+		containerPort := portOf(pm.ContainerPort)
+
 		switch {
-		case !validPort(pm.ContainerPort):
+		case containerPort == 0:
 			return nil, field("containerPort", pm.ContainerPort)
 		case podErr != nil:
 			return nil, invalid("row %d (hostPort %d): pod IP %q: %v", i, pm.HostPort, pod.IP, podErr)
@@ -222,7 +224,7 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 		r := &row{
 			endpoint: e,
-			pod:      netip.AddrPortFrom(podIP, uint16(pm.ContainerPort)),
+			pod:      netip.AddrPortFrom(podIP, containerPort),
 			owner:    o,
 			hash:     rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
 			label:    ruleLabel(o, e.port),
@@ -279,11 +281,10 @@ func endpointOf(pm *PortMapping) (endpoint, ipFamily, *badField) {
 		return endpoint{}, "", &badField{"protocol", pm.Protocol}
 	}
 
-	if !validPort(pm.HostPort) {
+	e := endpoint{portKey: portKey{proto: proto, port: portOf(pm.HostPort)}}
+	if e.port == 0 {
 		return endpoint{}, "", &badField{"hostPort", pm.HostPort}
 	}
-
-	e := endpoint{portKey: portKey{proto: proto, port: uint16(pm.HostPort)}}
 
 	if pm.HostIP == "" {
 		return e, "", nil
@@ -301,7 +302,14 @@ func endpointOf(pm *PortMapping) (endpoint, ipFamily, *badField) {
 	return e, familyOf(ip), nil
 }
 
-func validPort(p int32) bool { return p >= 1 && p <= 65535 }
+// portOf is p as a port number, and 0 if it is none.
+func portOf(p int32) uint16 {
+	if p < 1 || p > 65535 {
+		return 0
+	}
+
+	return uint16(p)
+}
 
 func parsePodIP(ip net.IP) (netip.Addr, error) {
 	addr, ok := netip.AddrFromSlice(ip)

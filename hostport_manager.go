@@ -62,7 +62,7 @@ type hostportManager struct {
 // It never fails: if iptables does not answer now, the first Add says why.
 // Its sockets are released by a Close method: io.Closer tells.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
-	m := newHostportManager(iptables.Family(), newConfig(opts), func(context.Context) (backend, error) {
+	m := newHostportManager(familyOfIPTables(iptables), newConfig(opts), func(context.Context) (backend, error) {
 		return newIPTablesBackend(iptables), nil
 	})
 	_ = m.start() // told by the first Add

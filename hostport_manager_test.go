@@ -39,7 +39,7 @@ func TestConflicts(t *testing.T) {
 				{"SCTP", &PortMapping{Protocol: "SCTP"}, &PortMapping{Protocol: "sctp"}, true},
 			} {
 				t.Run("IPv"+string(f)+"/"+tc.name, func(t *testing.T) {
-					n := &node{Bed: n.Bed, t: t, variant: n.variant}
+					n := n.within(t)
 					m := n.manager()
 
 					for _, pm := range []*PortMapping{tc.first, tc.second} {
@@ -238,8 +238,8 @@ func TestFailedStepIsUndone(t *testing.T) {
 				{"base", 2, func(string) error { return &lineError{2} }, false},
 			} {
 				t.Run(op.name+"/"+fail.name, func(t *testing.T) {
-					n := &node{Bed: n.Bed, t: t, variant: n.variant}
-					fake := &fakeIPTables{IPTables: n.realIPTables(IPv4)}
+					n := n.within(t)
+					fake := &fakeIPTables{IPTables: n.realIPTables()}
 					m := n.oneFamily(fake)
 
 					require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
@@ -249,7 +249,8 @@ func TestFailedStepIsUndone(t *testing.T) {
 					left := fail.restores
 
 					fake.restore = func(input []byte) ([]byte, error) {
-						if left--; left >= 0 {
+						left--
+						if left >= 0 {
 							return nil, fail.line(string(input))
 						}
 
@@ -347,14 +348,14 @@ func TestGroupCommit(t *testing.T) {
 		// What is wrong with one pod is in its rule, and the real
 		// iptables-restore finds it.
 		badIP := "10.88.9." + strconv.Itoa(bad)
-		fake := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+		fake := &fakeIPTables{IPTables: n.realIPTables(), restore: func(input []byte) ([]byte, error) {
 			return []byte(strings.ReplaceAll(string(input), badIP+":80", badIP+".1:80")), nil
 		}}
 		m := n.oneFamily(fake)
 		fake.saves.Store(0)
 
 		started := countProcesses(t)
-		fake.IPTables = n.realIPTables(IPv4) // through the counters
+		fake.IPTables = n.realIPTables() // through the counters
 
 		errs := make([]error, pods)
 
@@ -423,7 +424,7 @@ func TestGroupCommitWithoutBlame(t *testing.T) {
 	hold := make(chan struct{})
 	held := make(chan struct{})
 	first := true
-	fake := &fakeIPTables{IPTables: n.realIPTables(IPv4)}
+	fake := &fakeIPTables{IPTables: n.realIPTables()}
 	fake.restore = func(input []byte) ([]byte, error) {
 		if first { // until the others have queued up
 			first = false
@@ -464,7 +465,7 @@ func TestGroupCommitWithoutBlame(t *testing.T) {
 		defer m.queueMu.Unlock()
 
 		return len(m.queue) == len(errs)-1
-	}, within, time.Millisecond)
+	}, patience, time.Millisecond)
 	close(hold)
 	wg.Wait()
 
@@ -486,7 +487,7 @@ func TestTimeout(t *testing.T) {
 	n := newNode(t, variantNFT)
 	hold := make(chan struct{})
 	held := make(chan struct{})
-	fake := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+	fake := &fakeIPTables{IPTables: n.realIPTables(), restore: func(input []byte) ([]byte, error) {
 		close(held)
 		<-hold
 
@@ -522,7 +523,7 @@ func TestTimeout(t *testing.T) {
 // the table's, and goes.
 func TestKilledAfterCommit(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
-		ipt := n.realIPTables(IPv4)
+		ipt := n.realIPTables()
 		fake := &fakeIPTables{IPTables: ipt}
 		m := n.oneFamily(fake, WithTimeout(300*time.Millisecond))
 		require.NoError(t, n.add(m, "old", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))

@@ -87,12 +87,12 @@ func TestRowsOf(t *testing.T) {
 			rows, err := rowsOf("id", tc.pod)
 			require.NoError(t, err)
 
-			var got []string
+			got := make([]string, 0, len(rows))
 			for _, r := range rows {
 				got = append(got, r.String())
 			}
 
-			assert.Equal(t, tc.want, got)
+			assert.Equal(t, append([]string{}, tc.want...), got)
 		})
 	}
 }
@@ -108,19 +108,51 @@ func TestRowsOfInvalid(t *testing.T) {
 		pod  *PodPortMapping
 		want []string
 	}{
-		{"host port below range", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: -1, ContainerPort: 1}), []string{"row 1", "hostPort", "-1"}},
-		{"host port above range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 65536, ContainerPort: 1}), []string{"row 0", "hostPort", "65536"}},
+		{
+			"host port below range", "id",
+			podAt("10.0.0.1", good, &PortMapping{HostPort: -1, ContainerPort: 1}),
+			[]string{"row 1", "hostPort", "-1"},
+		},
+		{
+			"host port above range", "id",
+			podAt("10.0.0.1", &PortMapping{HostPort: 65536, ContainerPort: 1}),
+			[]string{"row 0", "hostPort", "65536"},
+		},
 		{"container port 0", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1}), []string{"row 0", "containerPort", `"0"`}},
-		{"container port above range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 65536}), []string{"containerPort", "65536"}},
-		{"protocol", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, Protocol: "ICMP"}), []string{"protocol", "ICMP"}},
-		{"host IP", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "localhost"}), []string{"hostIP", "localhost"}},
-		{"host IP with zone", "id", podAt("fd00::1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "fe80::1%eth0"}), []string{"hostIP", "fe80::1%eth0"}},
-		{"bad row of the other family", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: 1, HostIP: "::"}), []string{"row 1", "containerPort"}},
+		{
+			"container port above range", "id",
+			podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 65536}),
+			[]string{"containerPort", "65536"},
+		},
+		{
+			"protocol", "id",
+			podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, Protocol: "ICMP"}),
+			[]string{"protocol", "ICMP"},
+		},
+		{
+			"host IP", "id",
+			podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "localhost"}),
+			[]string{"hostIP", "localhost"},
+		},
+		{
+			"host IP with zone", "id",
+			podAt("fd00::1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "fe80::1%eth0"}),
+			[]string{"hostIP", "fe80::1%eth0"},
+		},
+		{
+			"bad row of the other family", "id",
+			podAt("10.0.0.1", good, &PortMapping{HostPort: 1, HostIP: "::"}),
+			[]string{"row 1", "containerPort"},
+		},
 		{"no pod IP", "id", podAt("", good), []string{"pod IP", "missing"}},
 		{"unspecified pod IP", "id", podAt("0.0.0.0", good), []string{"pod IP", "0.0.0.0"}},
 		{"multicast pod IP", "id", podAt("ff02::1", good), []string{"pod IP", "ff02::1"}},
 		{"loopback pod IP", "id", podAt("127.0.0.1", good), []string{"pod IP", "127.0.0.1"}},
-		{"pod IP of odd length", "id", &PodPortMapping{Namespace: "ns", Name: "pod", IP: net.IP{1, 2, 3}, PortMappings: []*PortMapping{good}}, []string{"pod IP"}},
+		{
+			"pod IP of odd length", "id",
+			&PodPortMapping{Namespace: "ns", Name: "pod", IP: net.IP{1, 2, 3}, PortMappings: []*PortMapping{good}},
+			[]string{"pod IP"},
+		},
 		{"no sandbox id", "", podAt("10.0.0.1", good), []string{"sandbox id"}},
 		{
 			"rows that differ in the container port", "id",
@@ -220,7 +252,7 @@ func FuzzRowsOf(f *testing.F) {
 		for _, r := range rows {
 			assert.True(t, claims[r.endpoint], "Remove does not find what Add made of %s", r)
 			assert.LessOrEqual(t, len(r.label), maxLabel)
-			assert.Equal(t, "", strings.Trim(r.label, " ._-abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"))
+			assert.Empty(t, strings.Trim(r.label, " ._-abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"))
 			assert.True(t, utf8.ValidString(r.label))
 			assert.True(t, isHash(r.hash))
 

@@ -13,8 +13,8 @@ import (
 
 // IPTables is the part of iptables(8) that this package drives for one family.
 type IPTables interface {
-	// Family is IPv4 for iptables and IPv6 for ip6tables.
-	Family() ipFamily
+	// IsIPv6 is false for iptables and true for ip6tables.
+	IsIPv6() bool
 
 	// Save returns what iptables-save(8) prints for a table. The kernel need
 	// not have the table, and does not get it by that.
@@ -25,6 +25,14 @@ type IPTables interface {
 	// error tells the line at fault, the first being 1, by a method
 	// `Line() int`, where that is known.
 	Restore(ctx context.Context, input []byte) error
+}
+
+func familyOfIPTables(ipt IPTables) ipFamily {
+	if ipt.IsIPv6() {
+		return IPv6
+	}
+
+	return IPv4
 }
 
 // The chains, by the names that CRI-O gives them.
@@ -225,14 +233,15 @@ func parseRule(line string) natRule {
 	}
 
 	for i := 0; i+1 < len(words); i += 2 {
-		n.other = !n.parse(words[i], words[i+1]) || n.other
+		n.other = !parseOption(&n, words[i], words[i+1]) || n.other
 	}
 
 	return n
 }
 
-// parse reads one option with its value, and tells whether it knows it.
-func (n *natRule) parse(option, value string) (ok bool) {
+// parseOption reads one option with its value into n, and tells whether it
+// knows it.
+func parseOption(n *natRule, option, value string) (ok bool) {
 	switch option {
 	case "-A":
 		n.chain, ok = value, true
@@ -350,7 +359,7 @@ func parseSave(save []byte) (*savedTable, error) {
 		case !inNAT:
 		case strings.HasPrefix(line, ":"):
 			name, _, _ := strings.Cut(line[1:], " ")
-			t.chains[name] = t.chains[name]
+			t.chains[name] = nil // chains come before rules
 		case strings.HasPrefix(line, cmdAppend):
 			r := savedRule{parseRule(line), strings.TrimPrefix(line, cmdAppend)}
 			t.chains[r.chain] = append(t.chains[r.chain], r)

@@ -58,7 +58,7 @@ func (b *iptablesBackend) list(ctx context.Context) ([]*row, error) {
 		return nil, err
 	}
 
-	rows := t.rows(b.ipt.Family())
+	rows := t.rows(familyOfIPTables(b.ipt))
 	b.state = t.state()
 
 	for _, r := range rows {
@@ -194,29 +194,6 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 	s.sweep(t)
 
 	return s
-}
-
-// sweep takes out the range chains that lead to nothing any more.
-func (s *script) sweep(t *savedTable) {
-	for again := true; again; {
-		again = false
-
-		for chain := range s.state.shared {
-			rules, ok := t.chains[chain]
-			if n, there := s.users(chain); !ok || n > 0 || !there ||
-				slices.ContainsFunc(rules, func(r savedRule) bool { return !s.deleted[r.line] }) {
-				continue
-			}
-
-			for _, j := range t.jumps[chain] {
-				s.emit(shared, nil, "%s", cmdDelete+j.line)
-				s.deleted[j.line], s.uses[j.natRule.String()] = true, -1
-			}
-
-			s.emit(shared, nil, "%s", cmdDelChain+chain)
-			s.uses[chain], again = -1, true
-		}
-	}
 }
 
 // holds tells whether a row stands in t as this package puts it. The range
@@ -361,8 +338,8 @@ func newScript(st *natState) *script {
 	}
 }
 
-func (s *script) emit(delta int, r *row, format string, args ...any) {
-	s.lines = append(s.lines, scriptLine{text: fmt.Sprintf(format, args...), delta: delta, row: r})
+func (s *script) emit(delta int, r *row, text string) {
+	s.lines = append(s.lines, scriptLine{text: text, delta: delta, row: r})
 }
 
 func (s *script) input() []byte {
@@ -426,13 +403,12 @@ func (s *script) settle() {
 // users is how many rows use a range chain or a jump to one, and whether the
 // kernel has it.
 func (s *script) users(key string) (n int, there bool) {
-	if n, ok := s.uses[key]; ok {
-		return max(n, 0), n >= 0
+	n, there = s.uses[key]
+	if !there {
+		n, there = s.state.shared[key]
 	}
 
-	n, there = s.state.shared[key]
-
-	return n, there
+	return max(n, 0), there && n >= 0
 }
 
 // base makes the transaction fail unless the base chains and jumps are in
@@ -441,18 +417,18 @@ func (s *script) base() {
 	for _, j := range baseJumps() {
 		line := j.String()
 		if s.state.base[line] {
-			s.emit(shared, nil, "%s", cmdCheck+line)
+			s.emit(shared, nil, cmdCheck+line)
 
 			continue
 		}
 
 		if !s.state.base[j.target] && !s.seen[j.target] {
 			s.seen[j.target] = true
-			s.emit(shared, nil, "%s", cmdNewChain+j.target)
+			s.emit(shared, nil, cmdNewChain+j.target)
 		}
 
 		if s.state.late[line] {
-			s.emit(shared, nil, "%s", cmdDelete+line)
+			s.emit(shared, nil, cmdDelete+line)
 		}
 
 		// Services come before host ports, so those go last.
@@ -461,7 +437,7 @@ func (s *script) base() {
 			cmd = cmdInsert
 		}
 
-		s.emit(shared, nil, "%s", cmd+line)
+		s.emit(shared, nil, cmd+line)
 	}
 }
 
@@ -493,7 +469,7 @@ func (s *script) stray(r *row) *stray {
 func (s *script) assert(i int, r *row) {
 	if found := s.stray(r); found != nil {
 		for _, line := range slices.Concat(found.jumps, found.rules) {
-			s.emit(i, r, "%s", cmdCheck+line)
+			s.emit(i, r, cmdCheck+line)
 		}
 
 		return
@@ -504,15 +480,15 @@ func (s *script) assert(i int, r *row) {
 			s.assertOnce(j)
 		}
 
-		s.emit(i, r, "%s", cmdCheck+side.jump.String())
-		s.emit(i, r, "%s", cmdCheck+side.rule.String())
+		s.emit(i, r, cmdCheck+side.jump.String())
+		s.emit(i, r, cmdCheck+side.rule.String())
 	}
 }
 
 func (s *script) assertOnce(j natRule) {
 	if line := j.String(); !s.seen[line] {
 		s.seen[line] = true
-		s.emit(shared, nil, "%s", cmdCheck+line)
+		s.emit(shared, nil, cmdCheck+line)
 	}
 }
 
@@ -523,14 +499,14 @@ func (s *script) put(i int, r *row) {
 
 	for _, side := range r.sides() {
 		// Makes the chain, or empties one that was left over.
-		s.emit(i, r, ":%s - [0:0]", side.rule.chain)
-		s.emit(i, r, "%s", cmdAppend+side.rule.String())
+		s.emit(i, r, ":"+side.rule.chain+" - [0:0]")
+		s.emit(i, r, cmdAppend+side.rule.String())
 		s.lines[len(s.lines)-1].own = true
 
 		if side.first {
-			s.emit(i, r, "%s", cmdInsert+side.jump.String())
+			s.emit(i, r, cmdInsert+side.jump.String())
 		} else {
-			s.emit(i, r, "%s", cmdAppend+side.jump.String())
+			s.emit(i, r, cmdAppend+side.jump.String())
 		}
 	}
 }
@@ -542,7 +518,7 @@ func (s *script) usePath(i int, r *row) {
 		for _, j := range side.path {
 			n, there := s.users(j.target)
 			if !there {
-				s.emit(i, r, "%s", cmdNewChain+j.target)
+				s.emit(i, r, cmdNewChain+j.target)
 			}
 
 			s.uses[j.target] = n + 1
@@ -551,7 +527,7 @@ func (s *script) usePath(i int, r *row) {
 
 			n, there = s.users(line)
 			if !there {
-				s.emit(i, r, "%s", cmdAppend+line)
+				s.emit(i, r, cmdAppend+line)
 				s.seen[line] = true
 			} else {
 				s.assertOnce(j)
@@ -571,19 +547,19 @@ func (s *script) drop(i int, r *row) {
 	}
 
 	for _, side := range r.sides() {
-		s.emit(i, r, "%s", cmdDelete+side.jump.String())
-		s.emit(i, r, "%s", cmdFlushChain+side.rule.chain)
-		s.emit(i, r, "%s", cmdDelChain+side.rule.chain)
+		s.emit(i, r, cmdDelete+side.jump.String())
+		s.emit(i, r, cmdFlushChain+side.rule.chain)
+		s.emit(i, r, cmdDelChain+side.rule.chain)
 
 		for _, j := range slices.Backward(side.path) {
 			line := j.String()
 			if s.unuse(line) {
-				s.emit(i, r, "%s", cmdDelete+line)
+				s.emit(i, r, cmdDelete+line)
 				delete(s.seen, line)
 			}
 
 			if s.unuse(j.target) {
-				s.emit(i, r, "%s", cmdDelChain+j.target)
+				s.emit(i, r, cmdDelChain+j.target)
 			}
 		}
 	}
@@ -592,26 +568,51 @@ func (s *script) drop(i int, r *row) {
 // unuse counts one user less, and tells whether that was the last.
 func (s *script) unuse(key string) bool {
 	n, _ := s.users(key)
-	if n--; n == 0 {
-		s.uses[key] = -1
-	} else {
-		s.uses[key] = n
+	if n > 1 {
+		s.uses[key] = n - 1
+
+		return false
 	}
 
-	return n == 0
+	s.uses[key] = -1
+
+	return true
 }
 
 // clear takes out whatever there is of a row.
 func (s *script) clear(i int, r *row, found *stray) {
 	for _, line := range found.jumps {
-		s.emit(i, r, "%s", cmdDelete+line)
+		s.emit(i, r, cmdDelete+line)
 		s.deleted[line] = true
 	}
 
 	for _, chain := range found.chains {
-		s.emit(i, r, "%s", cmdFlushChain+chain)
-		s.emit(i, r, "%s", cmdDelChain+chain)
+		s.emit(i, r, cmdFlushChain+chain)
+		s.emit(i, r, cmdDelChain+chain)
 	}
 
 	s.gone[r.hash] = true
+}
+
+// sweep takes out the range chains that lead to nothing any more.
+func (s *script) sweep(t *savedTable) {
+	for again := true; again; {
+		again = false
+
+		for chain := range s.state.shared {
+			rules, ok := t.chains[chain]
+			if n, there := s.users(chain); !ok || n > 0 || !there ||
+				slices.ContainsFunc(rules, func(r savedRule) bool { return !s.deleted[r.line] }) {
+				continue
+			}
+
+			for _, j := range t.jumps[chain] {
+				s.emit(shared, nil, cmdDelete+j.line)
+				s.deleted[j.line], s.uses[j.natRule.String()] = true, -1
+			}
+
+			s.emit(shared, nil, cmdDelChain+chain)
+			s.uses[chain], again = -1, true
+		}
+	}
 }

@@ -27,7 +27,7 @@ const (
 	variantLegacy variant = "legacy"
 )
 
-// commandTimeout bounds the commands that find out which iptables to use.
+// commandTimeout bounds what finds out which iptables to use.
 const commandTimeout = 10 * time.Second
 
 // ipTables runs the programs of one variant.
@@ -48,10 +48,13 @@ type ipTables struct {
 // It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
 // where iptables is not installed.
 func NewIPTables(family ipFamily) (IPTables, error) {
-	return findIPTables(family)
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+
+	return findIPTables(ctx, family)
 }
 
-func findIPTables(family ipFamily) (*ipTables, error) {
+func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 	if err := haveNetAdmin(); err != nil {
 		return nil, err
 	}
@@ -66,7 +69,7 @@ func findIPTables(family ipFamily) (*ipTables, error) {
 		}
 	}
 
-	v, err := variantOf(command(family))
+	v, err := variantOf(ctx, command(family))
 	if err != nil {
 		return nil, err
 	}
@@ -156,14 +159,11 @@ func tableThere(family ipFamily, v variant, table string) bool {
 	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
 }
 
-func variantOf(name string) (variant, error) {
+func variantOf(ctx context.Context, name string) (variant, error) {
 	path, err := exec.LookPath(name)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUnavailable, err)
 	}
-
-	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
-	defer cancel()
 
 	version, err := run(ctx, nil, path, "--version")
 	if err != nil {
@@ -208,8 +208,8 @@ func haveFamily(f ipFamily) error {
 	return unix.Close(fd) //nolint:wrapcheck // cannot fail
 }
 
-// Family implements IPTables.
-func (t *ipTables) Family() ipFamily { return t.family }
+// IsIPv6 implements IPTables.
+func (t *ipTables) IsIPv6() bool { return t.family == IPv6 }
 
 // Save implements IPTables.
 func (t *ipTables) Save(ctx context.Context, table string) ([]byte, error) {
@@ -305,12 +305,12 @@ func lineIn(stderr string) int {
 
 // openBackend returns what finds the backend for a family.
 func openBackend(f ipFamily, cfg config) func(context.Context) (backend, error) {
-	return func(context.Context) (backend, error) {
+	return func(ctx context.Context) (backend, error) {
 		if cfg.backend == BackendNFTables {
 			return nil, fmt.Errorf("backend %s: %w in this version", cfg.backend, errors.ErrUnsupported)
 		}
 
-		t, err := findIPTables(f)
+		t, err := findIPTables(ctx, f)
 		if err != nil {
 			return nil, fmt.Errorf("backend %s: %w", BackendIPTables, err)
 		}

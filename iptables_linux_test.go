@@ -278,13 +278,13 @@ func TestVariantChanges(t *testing.T) {
 // Where the old variant's row cannot be removed, the move is taken back.
 func TestVariantChangeFails(t *testing.T) {
 	n := newNode(t, variantNFT)
-	m := n.oneFamily(n.realIPTables(IPv4))
+	m := n.oneFamily(n.realIPTables())
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.NoError(t, n.add(m, "id", pod))
 	require.NoError(t, m.Close())
 
 	fail := true
-	old := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+	old := &fakeIPTables{IPTables: n.realIPTables(), restore: func(input []byte) ([]byte, error) {
 		if fail {
 			return nil, errInjected
 		}
@@ -293,7 +293,7 @@ func TestVariantChangeFails(t *testing.T) {
 	}}
 
 	n.variant = variantLegacy
-	inUse := n.realIPTables(IPv4)
+	inUse := n.realIPTables()
 	m = newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t))}), func(context.Context) (backend, error) {
 		return newLayers(newIPTablesBackend(inUse), testLogger(t), newIPTablesBackend(old)), nil
 	})
@@ -434,9 +434,17 @@ func TestHangingProcess(t *testing.T) {
 	pids := filepath.Join(dir, "pids")
 	hang := filepath.Join(dir, "restore")
 	require.NoError(t, os.WriteFile(hang, []byte(
-		"#!/bin/sh\nsleep 1000 & echo $$ $! >>"+pids+"; wait\n"), 0o700)) //nolint:gosec // it is run
+		"#!/bin/sh\nsleep 1000 & echo $$ $! >>"+pids+"; wait\n"), 0o700))
 
-	ipt := m.families[0].backend.(*layers).backend.(*iptablesBackend).ipt.(*ipTables) //nolint:forcetypeassert // it is
+	backend, ok := m.families[0].backend.(*layers)
+	require.True(t, ok)
+
+	inUse, ok := backend.backend.(*iptablesBackend)
+	require.True(t, ok)
+
+	ipt, ok := inUse.ipt.(*ipTables)
+	require.True(t, ok)
+
 	restore := ipt.restore
 	ipt.restore = hang
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
@@ -447,11 +455,11 @@ func TestHangingProcess(t *testing.T) {
 	assert.Less(t, time.Since(start), 3*time.Second)
 	assert.Empty(t, m.Mappings())
 
-	out, err := os.ReadFile(pids) //nolint:gosec // the test's own
+	out, err := os.ReadFile(pids)
 	require.NoError(t, err)
 
-	for _, pid := range strings.Fields(string(out)) {
-		require.Eventually(t, func() bool { return !running(pid) }, within, time.Millisecond, "process %s", pid)
+	for pid := range strings.FieldsSeq(string(out)) {
+		require.Eventually(t, func() bool { return !running(pid) }, patience, time.Millisecond, "process %s", pid)
 	}
 
 	ipt.restore = restore

@@ -8,10 +8,10 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func testRow(t *testing.T, id, podIP string, pm *PortMapping) *row {
+func testRow(t *testing.T, podIP string, pm *PortMapping) *row {
 	t.Helper()
 
-	rows, err := rowsOf(id, podAt(podIP, pm))
+	rows, err := rowsOf("id", podAt(podIP, pm))
 	require.NoError(t, err)
 	require.Len(t, rows, 1)
 
@@ -25,9 +25,9 @@ func TestRulesParseBack(t *testing.T) {
 	rules := baseJumps()
 
 	for _, r := range []*row{
-		testRow(t, "id", "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80}),
-		testRow(t, "id", "10.88.0.5", &PortMapping{HostPort: 65535, ContainerPort: 1, Protocol: "SCTP", HostIP: "192.0.2.1"}),
-		testRow(t, "id", "fd00::5", &PortMapping{HostPort: 1, ContainerPort: 65535, Protocol: "UDP", HostIP: "2001:db8::1"}),
+		testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80}),
+		testRow(t, "10.88.0.5", &PortMapping{HostPort: 65535, ContainerPort: 1, Protocol: "SCTP", HostIP: "192.0.2.1"}),
+		testRow(t, "fd00::5", &PortMapping{HostPort: 1, ContainerPort: 65535, Protocol: "UDP", HostIP: "2001:db8::1"}),
 	} {
 		for _, s := range r.sides() {
 			rules = append(append(rules, s.path...), s.jump, s.rule)
@@ -36,7 +36,7 @@ func TestRulesParseBack(t *testing.T) {
 
 	for _, r := range rules {
 		assert.Equal(t, r, parseRule(cmdAppend+r.String()))
-		assert.LessOrEqual(t, len(r.chain), 28, "XT_EXTENSION_MAXNAMELEN") //nolint:testifylint // a limit, not a length
+		assert.LessOrEqual(t, len(r.chain), 28, "XT_EXTENSION_MAXNAMELEN")
 		assert.LessOrEqual(t, len(r.target), 28)
 	}
 }
@@ -83,7 +83,7 @@ func TestLineIn(t *testing.T) {
 	require.Implements(t, &at, &lineError{})
 
 	s := newScript(&natState{})
-	r := testRow(t, "id", "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80})
+	r := testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80})
 	s.put(0, r)
 
 	lines := strings.Split(string(s.input()), "\n")

@@ -27,7 +27,7 @@ import (
 type node struct {
 	*testbed.Bed
 
-	t       *testing.T
+	t       testing.TB
 	variant variant
 }
 
@@ -42,14 +42,14 @@ func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 
 // newNode makes a node whose kubelet says that it uses variant v, with two
 // pods, web and other.
-func newNode(t *testing.T, v variant) *node {
-	t.Helper()
+func newNode(tb testing.TB, v variant) *node {
+	tb.Helper()
 
 	bed, err := testbed.New("web", "other")
-	require.NoError(t, err)
-	t.Cleanup(func() { assert.NoError(t, bed.Close()) })
+	require.NoError(tb, err)
+	tb.Cleanup(func() { assert.NoError(tb, bed.Close()) })
 
-	n := &node{Bed: bed, t: t, variant: v}
+	n := &node{Bed: bed, t: tb, variant: v}
 	n.hint(v)
 
 	return n
@@ -59,6 +59,13 @@ func (n *node) hint(v variant) {
 	for _, family := range []ipFamily{IPv4, IPv6} {
 		n.command(command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 	}
+}
+
+// within is the node for a subtest.
+func (n *node) within(t *testing.T) *node {
+	t.Helper()
+
+	return &node{Bed: n.Bed, t: t, variant: n.variant}
 }
 
 // do runs f in the host's namespace.
@@ -84,7 +91,7 @@ func (n *node) commandWith(stdin, name string, args ...string) string {
 	var out []byte
 
 	n.do(func() {
-		cmd := exec.CommandContext(n.t.Context(), name, args...) //nolint:gosec // a test's own command
+		cmd := exec.CommandContext(n.t.Context(), name, args...)
 		cmd.Stdin = strings.NewReader(stdin)
 
 		var err error
@@ -96,10 +103,9 @@ func (n *node) commandWith(stdin, name string, args ...string) string {
 }
 
 // iptables runs the node's iptables for the nat table.
-func (n *node) iptables(f ipFamily, args ...string) string {
+func (n *node) iptables(f ipFamily, args ...string) {
 	n.t.Helper()
-
-	return n.command(command(f)+"-"+string(n.variant), append([]string{"-t", natTable}, args...)...)
+	n.command(command(f)+"-"+string(n.variant), append([]string{"-t", natTable}, args...)...)
 }
 
 // rules returns the nat table of a family as it can be compared: without
@@ -162,25 +168,29 @@ func (n *node) oneFamily(ipt IPTables, opts ...Option) *hostportManager {
 
 	var m *hostportManager
 
-	n.do(func() { m = NewHostportManager(ipt, opts...).(*hostportManager) }) //nolint:forcetypeassert // it is
+	n.do(func() {
+		var ok bool
+		m, ok = NewHostportManager(ipt, opts...).(*hostportManager)
+		require.True(n.t, ok)
+	})
 	n.t.Cleanup(func() { assert.NoError(n.t, m.Close()) })
 
 	return m
 }
 
-func (n *node) realIPTables(f ipFamily) IPTables {
+func (n *node) realIPTables() IPTables {
 	n.t.Helper()
 
-	ipt, err := newIPTables(f, command(f)+"-"+string(n.variant), n.variant)
+	ipt, err := newIPTables(IPv4, command(IPv4)+"-"+string(n.variant), n.variant)
 	require.NoError(n.t, err)
 
 	return ipt
 }
 
-func testLogger(t *testing.T) klog.Logger {
-	t.Helper()
+func testLogger(tb testing.TB) klog.Logger {
+	tb.Helper()
 
-	return ktesting.NewLogger(t, ktesting.NewConfig(ktesting.Verbosity(2)))
+	return ktesting.NewLogger(tb, ktesting.NewConfig(ktesting.Verbosity(2)))
 }
 
 func (n *node) add(m HostPortManager, id string, pod *PodPortMapping) error {
@@ -223,14 +233,14 @@ func (n *node) serve(i int, network string, f ipFamily, port uint16) {
 	require.NoError(n.t, err)
 }
 
-// within bounds what a test waits for an answer that must come.
-const within = 3 * time.Second
+// patience bounds what a test waits for that must come.
+const patience = 3 * time.Second
 
 // answers asserts that a request is answered, and returns how.
 func (n *node) answers(from *testbed.Namespace, network string, to netip.AddrPort, by string) testbed.Answer {
 	n.t.Helper()
 
-	ctx, cancel := context.WithTimeout(n.t.Context(), within)
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
 	defer cancel()
 
 	a, err := from.Ask(ctx, network, to)
@@ -245,7 +255,7 @@ func (n *node) answers(from *testbed.Namespace, network string, to netip.AddrPor
 func (n *node) refused(from *testbed.Namespace, network string, to netip.AddrPort) {
 	n.t.Helper()
 
-	ctx, cancel := context.WithTimeout(n.t.Context(), within)
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
 	defer cancel()
 
 	_, err := from.Ask(ctx, network, to)
@@ -288,7 +298,7 @@ func countProcesses(t *testing.T) func() int {
 				require.NoError(t, err)
 
 				shim := fmt.Sprintf("#!/bin/sh\necho %s \"$@\" >>%s\nexec %s \"$@\"\n", name, log, path)
-				require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(shim), 0o700)) //nolint:gosec // it is run
+				require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(shim), 0o700))
 			}
 		}
 	}
@@ -298,7 +308,7 @@ func countProcesses(t *testing.T) func() int {
 	seen := 0
 
 	return func() int {
-		data, err := os.ReadFile(log) //nolint:gosec // the test's own
+		data, err := os.ReadFile(log)
 		if !os.IsNotExist(err) {
 			require.NoError(t, err)
 		}

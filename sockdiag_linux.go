@@ -72,18 +72,18 @@ func (s *sockets) findServer(e endpoint) (uint32, error) {
 	if err != nil {
 		return 0, fmt.Errorf("open sock_diag: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 
 	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
 		return 0, fmt.Errorf("sock_diag: %w", err)
 	}
 
-	ours := map[uint32]bool{}
+	ours := map[uint64]bool{}
 
 	for _, h := range s.held[e.portKey] {
 		var st unix.Stat_t
 		if h.fd >= 0 && unix.Fstat(h.fd, &st) == nil {
-			ours[uint32(st.Ino)] = true
+			ours[st.Ino] = true
 		}
 	}
 
@@ -115,7 +115,7 @@ func (s *sockets) findServer(e endpoint) (uint32, error) {
 		}
 
 		for _, m := range msgs {
-			if inode := servedBy(m.Data, e, s.family); inode != 0 && !ours[inode] {
+			if inode := servedBy(m.Data, e, s.family); inode != 0 && !ours[uint64(inode)] {
 				return inode, nil
 			}
 		}

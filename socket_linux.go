@@ -97,7 +97,8 @@ func (s *sockets) release(e endpoint) {
 		return
 	}
 
-	if h.rows--; h.rows > 0 {
+	h.rows--
+	if h.rows > 0 {
 		return
 	}
 
@@ -221,20 +222,27 @@ func (s *sockets) bindBeside(fd int, e endpoint) (err error) {
 		}
 	}
 
-	for _, fd := range reuse {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-			return fmt.Errorf("set SO_REUSEADDR: %w", err)
-		}
-
-		defer func() {
-			if e := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 0); e != nil && err == nil {
-				err = fmt.Errorf("clear SO_REUSEADDR: %w", e)
-			}
-		}()
+	if err := setReuse(reuse, 1); err != nil {
+		return err
 	}
+
+	defer func() { err = errors.Join(err, setReuse(reuse, 0)) }()
 
 	if err := unix.Bind(fd, sockaddr(e.hostIP(s.family), e.port)); err != nil {
 		return err //nolint:wrapcheck // bind wraps it, having looked at what it is
+	}
+
+	return nil
+}
+
+func setReuse(fds []int, on int) error {
+	var errs []error
+	for _, fd := range fds {
+		errs = append(errs, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, on))
+	}
+
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("set SO_REUSEADDR to %d: %w", on, err)
 	}
 
 	return nil
@@ -253,7 +261,7 @@ func dropAll(fd int) error {
 	filter := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
 
 	err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
-		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+		&unix.SockFprog{Len: 1, Filter: &filter[0]})
 	if err != nil {
 		return fmt.Errorf("set SO_ATTACH_FILTER: %w", err)
 	}

@@ -108,7 +108,7 @@ func TestPortsOfOthers(t *testing.T) {
 			{"UDP reusing", unix.SOCK_DGRAM, n.nodeIP(f), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{Protocol: "UDP"}},
 		} {
 			t.Run(tc.name, func(t *testing.T) {
-				n := &node{Bed: n.Bed, t: t, variant: n.variant}
+				n := n.within(t)
 				tc.row.HostPort, tc.row.ContainerPort = 8080, 80
 
 				var fd int
@@ -201,10 +201,10 @@ func TestTimeWait(t *testing.T) {
 		n.do(func() {
 			to := netip.AddrPortFrom(n.nodeIP(f), 8080)
 
-			l, err := net.Listen("tcp", to.String()) //nolint:gosec // in a namespace of its own
+			l, err := net.Listen("tcp", to.String())
 			require.NoError(t, err)
 
-			client, err := net.Dial("tcp", to.String()) //nolint:noctx // answered by the listener above
+			client, err := net.Dial("tcp", to.String())
 			require.NoError(t, err)
 			server, err := l.Accept()
 			require.NoError(t, err)
@@ -241,7 +241,7 @@ func TestHeldPortWithoutRule(t *testing.T) {
 		assert.Less(t, time.Since(start), time.Second, "not after a retransmission")
 
 		require.NoError(t, n.Client.Do(func() error {
-			conn, err := net.Dial("udp", netip.AddrPortFrom(n.nodeIP(f), 8080).String()) //nolint:noctx // sends nothing yet
+			conn, err := net.Dial("udp", netip.AddrPortFrom(n.nodeIP(f), 8080).String())
 			require.NoError(t, err)
 
 			defer conn.Close()
@@ -303,7 +303,7 @@ func TestDescriptorLeaks(t *testing.T) {
 
 	var fail bool
 
-	fake := &fakeIPTables{IPTables: n.realIPTables(IPv4), restore: func(input []byte) ([]byte, error) {
+	fake := &fakeIPTables{IPTables: n.realIPTables(), restore: func(input []byte) ([]byte, error) {
 		if fail {
 			return nil, errInjected
 		}

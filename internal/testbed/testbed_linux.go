@@ -27,6 +27,7 @@ type Bed struct {
 // A Pod is a namespace on the host's bridge.
 type Pod struct {
 	*Namespace
+
 	IPv4, IPv6 netip.Addr
 }
 

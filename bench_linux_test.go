@@ -1,0 +1,217 @@
+package hostport
+
+import (
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// crowd is the number of other rows that an operation or a connection is to
+// pass unharmed.
+const crowd = 5000
+
+// benchNode is a node with a number of rows besides the one measured.
+type benchNode struct {
+	*node
+
+	m HostPortManager
+}
+
+// crowdPort is the i-th port of the crowd: 12 apart, over most of the range,
+// none of them the one measured.
+func crowdPort(i int) int32 { return int32(1000 + 12*i) }
+
+func newBenchNode(b *testing.B, v variant, rows int) *benchNode {
+	b.Helper()
+
+	n := &benchNode{node: newNode(b, v)}
+	n.do(func() {
+		n.m = NewMetaHostportManager(WithLogger(klog.Logger{}), WithoutSockets())
+
+		for first := 0; first < rows; first += 500 { // 10 pods
+			pod := &PodPortMapping{IP: net.IPv4(10, 88, 1, byte(first/500))}
+			for i := range 500 {
+				pod.PortMappings = append(pod.PortMappings, &PortMapping{HostPort: crowdPort(first + i), ContainerPort: 80})
+			}
+
+			require.NoError(b, n.m.Add("crowd"+strconv.Itoa(first), pod, ""))
+		}
+	})
+
+	return n
+}
+
+// samples are durations of one thing.
+type samples []time.Duration
+
+func (s samples) median() time.Duration {
+	slices.Sort(s)
+
+	return s[len(s)/2]
+}
+
+// BenchmarkAdd compares, in turns, Add and Remove of a pod with one host port
+// on a node without other rows and on one with many. The median of each is
+// reported, and how much longer the second takes.
+func BenchmarkAdd(b *testing.B) {
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		b.Run(string(v), func(b *testing.B) {
+			nodes := []*benchNode{newBenchNode(b, v, 0), newBenchNode(b, v, crowd)}
+
+			var adds, removes [2]samples
+
+			for b.Loop() {
+				for i, n := range nodes {
+					n.do(func() {
+						pod := n.pod(0, IPv4, &PortMapping{HostPort: 30001, ContainerPort: 80})
+
+						start := time.Now()
+						err := n.m.Add("measured", pod, "")
+						added := time.Now()
+
+						require.NoError(b, err)
+						require.NoError(b, n.m.Remove("measured", pod))
+
+						adds[i], removes[i] = append(adds[i], added.Sub(start)), append(removes[i], time.Since(added))
+					})
+				}
+			}
+
+			report(b, "add", adds)
+			report(b, "remove", removes)
+		})
+	}
+}
+
+func report(b *testing.B, what string, s [2]samples) {
+	b.Helper()
+
+	none, many := s[0].median(), s[1].median()
+	b.ReportMetric(float64(none.Microseconds())/1000, what+"-ms/0-rows")
+	b.ReportMetric(float64(many.Microseconds())/1000, fmt.Sprintf("%s-ms/%d-rows", what, crowd))
+	b.ReportMetric(float64(many)/float64(none), what+"-ratio")
+}
+
+// BenchmarkConnect compares, in turns, new TCP connections through a row that
+// is alone with those through the worst-placed row among many: behind all
+// others in each chain that its packets walk. The rate of the second over that
+// of the first is reported, as the median over the rounds.
+func BenchmarkConnect(b *testing.B) {
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		for _, from := range []string{"client", "neighbour"} {
+			b.Run(string(v)+"/"+from, func(b *testing.B) {
+				var (
+					nodes  = []*benchNode{newBenchNode(b, v, 0), newBenchNode(b, v, crowd)}
+					times  [2]samples
+					ratios []float64
+				)
+
+				for _, n := range nodes {
+					n.addWorst(b)
+				}
+
+				for b.Loop() {
+					var took [2]time.Duration
+
+					for i, n := range nodes {
+						took[i] = n.connects(b, from, 500)
+						times[i] = append(times[i], took[i]/500)
+					}
+
+					ratios = append(ratios, float64(took[0])/float64(took[1]))
+				}
+
+				slices.Sort(ratios)
+				b.ReportMetric(float64(times[0].median().Nanoseconds())/1000, "us/connection-0-rows")
+				b.ReportMetric(float64(times[1].median().Nanoseconds())/1000, fmt.Sprintf("us/connection-%d-rows", crowd))
+				b.ReportMetric(ratios[len(ratios)/2], "rate-ratio")
+			})
+		}
+	}
+}
+
+// worstPort is in the last range that the crowd has on every level.
+const worstPort = 65535
+
+// addWorst adds the row measured, and rows that fill the chains before it.
+func (n *benchNode) addWorst(b *testing.B) {
+	b.Helper()
+	n.do(func() {
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: worstPort, ContainerPort: 80})
+
+		mappings, ok := n.m.(*Manager)
+		require.True(b, ok)
+
+		if len(mappings.Mappings()) > 0 {
+			full := n.pod(1, IPv4)
+			for port := int32(worstPort - 15); port < worstPort; port++ {
+				full.PortMappings = append(full.PortMappings, &PortMapping{HostPort: port, ContainerPort: 80})
+			}
+
+			for port := int32(worstPort - 255); port < worstPort-15; port += 16 {
+				full.PortMappings = append(full.PortMappings, &PortMapping{HostPort: port, ContainerPort: 80})
+			}
+
+			require.NoError(b, n.m.Add("full", full, ""))
+		}
+
+		require.NoError(b, n.m.Add("measured", pod, ""))
+	})
+}
+
+// connects makes connections, one after the other, to a port of the pod that
+// nobody serves: each is a new flow that is translated and refused.
+func (n *benchNode) connects(b *testing.B, from string, count int) time.Duration {
+	b.Helper()
+
+	namespace := n.Client
+	if from == "neighbour" {
+		namespace = n.Pods[1].Namespace
+	}
+
+	to := sockaddr(n.nodeIP(IPv4), worstPort)
+
+	var took time.Duration
+
+	require.NoError(b, namespace.Do(func() error {
+		start := time.Now()
+
+		for range count {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			require.NoError(b, err)
+			require.ErrorIs(b, unix.Connect(fd, to), syscall.ECONNREFUSED)
+			require.NoError(b, unix.Close(fd))
+		}
+
+		took = time.Since(start)
+
+		return nil
+	}))
+
+	return took
+}
+
+// BenchmarkList measures how long a new manager takes to find many rows.
+func BenchmarkList(b *testing.B) {
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		b.Run(string(v), func(b *testing.B) {
+			n := newBenchNode(b, v, crowd)
+
+			for b.Loop() {
+				n.do(func() {
+					m, err := New(WithLogger(klog.Logger{}), WithoutSockets())
+					require.NoError(b, err)
+					require.Len(b, m.Mappings(), crowd)
+				})
+			}
+		})
+	}
+}
