@@ -306,8 +306,8 @@ func lineIn(stderr string) int {
 // openBackend returns what finds the backend for a family.
 func openBackend(f ipFamily, cfg config) func(context.Context) (backend, error) {
 	return func(ctx context.Context) (backend, error) {
-		if cfg.backend == BackendNFTables {
-			return nil, fmt.Errorf("backend %s: %w in this version", cfg.backend, errors.ErrUnsupported)
+		if cfg.backend != BackendAuto && cfg.backend != BackendIPTables {
+			return nil, fmt.Errorf("backend %q: %w in this version", cfg.backend, errors.ErrUnsupported)
 		}
 
 		t, err := findIPTables(ctx, f)

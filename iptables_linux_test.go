@@ -2,12 +2,14 @@ package hostport
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -373,8 +375,11 @@ func TestNoIPTables(t *testing.T) {
 func TestBackendNotInThisVersion(t *testing.T) {
 	t.Parallel()
 
-	_, err := New(WithBackend(BackendNFTables), WithLogger(testLogger(t)))
-	assert.ErrorContains(t, err, "nftables")
+	for _, b := range []Backend{BackendNFTables, "iptabels", ""} {
+		_, err := New(WithBackend(b), WithLogger(testLogger(t)))
+		require.ErrorIs(t, err, errors.ErrUnsupported)
+		assert.ErrorContains(t, err, strconv.Quote(string(b)))
+	}
 }
 
 // Without IPv6 on the host, IPv4 works.
