@@ -2,9 +2,10 @@ package hostport
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"iter"
 	"slices"
+	"time"
 
 	"k8s.io/klog/v2"
 )
@@ -25,9 +26,10 @@ type backend interface {
 	// turns out not to hold what it should, apply puts it back from there, in
 	// the same transaction.
 	//
-	// On an error nothing has changed. A *refusedError tells which delta was
-	// at fault; after any other error of several deltas, each may be tried
-	// alone.
+	// On an error nothing has changed, or the next apply takes back what has:
+	// a process that was killed may have committed before. A *refusedError
+	// tells which delta was at fault; after any other error of several deltas,
+	// each may be tried alone.
 	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error
 
 	// owns tells whether id is the owner of a row whose owner is known only
@@ -58,7 +60,8 @@ func newLayers(inUse backend, log klog.Logger, before ...backend) *layers {
 	return &layers{backend: inUse, before: before, at: map[*row]backend{}, log: log}
 }
 
-// list also forgets backends that carry no rows: these are not asked again.
+// list also forgets backends that carry no rows, or cannot be asked: these
+// are left alone from then on.
 func (l *layers) list(ctx context.Context) ([]*row, error) {
 	rows, err := l.backend.list(ctx)
 	if err != nil {
@@ -68,11 +71,11 @@ func (l *layers) list(ctx context.Context) ([]*row, error) {
 	l.before = slices.DeleteFunc(l.before, func(b backend) bool {
 		old, err := b.list(ctx)
 		if err != nil {
-			l.log.Info("Cannot look for host ports from before", "reason", err)
+			l.log.Error(err, "Cannot look for host ports from before")
 		}
 
 		for _, r := range old {
-			r.elsewhere = true
+			r.astray = true
 			l.at[r] = b
 		}
 
@@ -81,7 +84,7 @@ func (l *layers) list(ctx context.Context) ([]*row, error) {
 		return len(old) == 0
 	})
 
-	return rows, nil
+	return rows, ctx.Err() // what had no time to answer is asked again
 }
 
 func (l *layers) owns(id string, r *row) bool {
@@ -109,7 +112,11 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 		}
 
 		if err := b.apply(ctx, old, l.rows(table, b)); err != nil {
-			return errors.Join(err, l.takeBack(ctx, inUse, l.rows(table, nil)))
+			if back := l.takeBack(ctx, inUse, l.rows(table, nil)); back != nil {
+				return fmt.Errorf("%s, and that could not be taken back: %w", err.Error(), back)
+			}
+
+			return err
 		}
 	}
 
@@ -122,8 +129,15 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 	return nil
 }
 
+// takeBackTimeout is for taking back a transaction; the operation's own time
+// may be up.
+const takeBackTimeout = 5 * time.Second
+
 // takeBack commits the opposite of deltas. table is with deltas.
 func (l *layers) takeBack(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takeBackTimeout)
+	defer cancel()
+
 	rows := slices.Collect(table)
 
 	var back []delta

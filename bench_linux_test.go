@@ -152,11 +152,11 @@ func (n *benchNode) addWorst(b *testing.B) {
 
 		if len(mappings.Mappings()) > 0 {
 			full := n.pod(1, IPv4)
-			for port := int32(worstPort - 15); port < worstPort; port++ {
+			for port := int32(worstPort - 255); port < worstPort; port++ {
 				full.PortMappings = append(full.PortMappings, &PortMapping{HostPort: port, ContainerPort: 80})
 			}
 
-			for port := int32(worstPort - 255); port < worstPort-15; port += 16 {
+			for port := int32(worstPort - 4095); port < worstPort-255; port += 256 {
 				full.PortMappings = append(full.PortMappings, &PortMapping{HostPort: port, ContainerPort: 80})
 			}
 

@@ -133,9 +133,10 @@ type row struct {
 	// label is the comment that the row's rules carry: pod and port, free of
 	// anything that could end a quoted string.
 	label string
-	// elsewhere is set for a row that stands in a backend other than the one
-	// in use: the next Add moves it.
-	elsewhere bool
+	// astray is set for a row that does not stand where this package would put
+	// it: CRI-O's, and those in another backend. The next Add of its pod that
+	// has to do with its port moves it.
+	astray bool
 }
 
 // owner is a pod. It is known only by the row's marks while id is empty.
@@ -341,8 +342,8 @@ func rowHash(id string, hostPort int32, protocol, hostIP string) string {
 	return shortHash(id + strconv.Itoa(int(hostPort)) + protocol + hostIP)
 }
 
-// hashedBy tells whether r's hash is one that id gives, in any spelling of
-// protocol and host IP that means r.
+// hashedBy tells whether r's hash is one that id gives, in a spelling of
+// protocol and host IP that callers use.
 func (r *row) hashedBy(id string) bool {
 	protocols := []string{strings.ToUpper(string(r.proto)), string(r.proto)}
 	if r.proto == tcp {
@@ -380,16 +381,20 @@ func ruleLabel(o owner, port uint16) string {
 		pod += "_" + o.namespace
 	}
 
-	pod = strings.Map(func(c rune) rune {
+	suffix := " hostport " + strconv.Itoa(int(port))
+	pod = harmless(pod, "")
+
+	return pod[:min(len(pod), maxLabel-len(suffix))] + suffix
+}
+
+// harmless replaces everything but letters, digits and a few others.
+func harmless(s, others string) string {
+	return strings.Map(func(c rune) rune {
 		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.ContainsRune("._-", c):
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.ContainsRune("._-"+others, c):
 			return c
 		default:
 			return '-'
 		}
-	}, pod)
-
-	suffix := " hostport " + strconv.Itoa(int(port))
-
-	return pod[:min(len(pod), maxLabel-len(suffix))] + suffix
+	}, s)
 }

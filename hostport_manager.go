@@ -52,6 +52,7 @@ type hostportManager struct {
 	turn    chan struct{}
 	backend backend            // nil until open has succeeded
 	rows    map[portKey][]*row // the table; slices are replaced, never changed
+	hashes  map[string]*row    // the table by what names a row in the kernel
 	sockets sockets
 	closed  bool
 }
@@ -77,6 +78,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		open:    open,
 		turn:    make(chan struct{}, 1),
 		rows:    map[portKey][]*row{},
+		hashes:  map[string]*row{},
 		sockets: newSockets(f, cfg.sockets),
 	}
 }
@@ -156,16 +158,19 @@ func (m *hostportManager) place(c *change, w *row) error {
 		switch {
 		case !r.overlaps(w.endpoint):
 		case m.owns(w.owner, w.hash, r):
-			if r.endpoint != w.endpoint {
-				continue // the pod has the port on any address and on one: both stand
-			}
-
-			if !kept && r.pod == w.pod && !r.elsewhere {
+			switch {
+			case r.endpoint == w.endpoint && r.pod == w.pod && !r.astray && !kept:
 				c.keep(r)
 
 				kept = true
-			} else {
+			case r.endpoint == w.endpoint:
 				c.del(r)
+			case r.astray: // beside w, on any address or on one: both stand, in order
+				again := *r
+				again.astray = false
+
+				c.del(r)
+				c.add(&again)
 			}
 		case r.owner.known():
 			return &ConflictError{
@@ -180,9 +185,18 @@ func (m *hostportManager) place(c *change, w *row) error {
 		}
 	}
 
-	if !kept {
-		c.add(w)
+	if kept {
+		return nil
 	}
+
+	// CRI-O's way to make names has these two in one hash: ids of different
+	// length, or 8 and 0::1 beside 80 and ::1.
+	if r := m.hashes[w.hash]; r != nil && r.endpoint != w.endpoint {
+		return &rowError{w, fmt.Errorf("%w: its name in the kernel, %s, is taken by row %s of pod %s",
+			ErrInvalidMapping, w.hash, r, r.owner)}
+	}
+
+	c.add(w)
 
 	return nil
 }
@@ -336,26 +350,24 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 			op.change.undo()
 		}
 
-		refused := (*refusedError)(nil)
+		failed := batch
 
-		switch {
-		case len(batch) == 1 || ctx.Err() != nil:
-			for _, op := range batch {
-				op.err = err
-			}
-
-			return
-		case errors.As(err, &refused):
-			culprit := batch[refused.delta]
-			culprit.err = refused.err
-			ops = slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return op == culprit })
-		default:
+		if refused := (*refusedError)(nil); errors.As(err, &refused) {
+			failed = batch[refused.delta : refused.delta+1]
+		} else if len(batch) > 1 && ctx.Err() == nil { // nobody knows whose fault it is
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
 			}
 
 			return
 		}
+
+		for _, op := range failed {
+			op.err = err
+		}
+
+		// The others may have been planned on what has just been undone.
+		ops = slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return slices.Contains(failed, op) })
 	}
 }
 
@@ -435,6 +447,12 @@ func (m *hostportManager) hold(c *change) error {
 		c.undos = append(c.undos, func() { m.sockets.release(r.endpoint) })
 	}
 
+	for _, r := range c.delta.keep {
+		if err := m.sockets.ensure(r.endpoint); err != nil {
+			return &rowError{r, err}
+		}
+	}
+
 	m.sockets.retry()
 
 	return nil
@@ -489,6 +507,14 @@ func (m *hostportManager) start() error {
 }
 
 func (m *hostportManager) setRows(k portKey, rows []*row) {
+	for _, r := range m.rows[k] {
+		delete(m.hashes, r.hash)
+	}
+
+	for _, r := range rows {
+		m.hashes[r.hash] = r
+	}
+
 	if len(rows) == 0 {
 		delete(m.rows, k)
 	} else {

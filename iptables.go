@@ -71,21 +71,22 @@ func baseJumps() []natRule {
 	}
 }
 
-// A dispatch chain is a tree over the port numbers: each level splits a range
-// in 16, down to chains for 16 ports that lead to the rows' own. A packet
-// walks some tens of rules at the most, however many rows there are, and
-// iptables reads as few to find one (it reads all of a chain for -D and -C).
-const (
-	rangeLevels = 3
-	rangeBits   = 4
-)
+// A dispatch chain is a tree over the port numbers, so that a packet walks some
+// tens of rules at the most, however many rows there are, and iptables reads as
+// few to find one (it reads all of a chain for -D and -C). It is no deeper than
+// that needs: for each change the kernel looks at all chains of the table for
+// loops (nf_tables, Linux 6.18).
+const rangeLevels = 3
+
+// rangeSize is how many ports a range has on a level, 0 being the widest.
+func rangeSize(level int) uint16 { return [rangeLevels]uint16{4096, 256, 64}[level] }
 
 // ports is a range of port numbers; the zero value is no range.
 type ports struct{ lo, hi uint16 }
 
-// rangeAt is the range around a port on a level, 0 being the widest.
+// rangeAt is the range around a port on a level.
 func rangeAt(port uint16, level int) ports {
-	low := uint16(1)<<(16-rangeBits*(level+1)) - 1
+	low := rangeSize(level) - 1
 
 	return ports{port &^ low, port | low}
 }
@@ -413,7 +414,7 @@ func rowFrom(hash string, rule natRule, jumps []savedRule) *row {
 			endpoint: endpoint{portKey: portKey{proto: rule.proto, port: j.dports.lo}},
 			pod:      rule.to,
 			hash:     hash,
-			label:    cmp.Or(rule.comment, j.comment),
+			label:    harmless(cmp.Or(rule.comment, j.comment), " "),
 		}
 		if rule.dst.IsValid() {
 			r.ip = rule.dst.Addr()

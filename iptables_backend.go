@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"strings"
 )
@@ -21,9 +22,10 @@ type iptablesBackend struct {
 	ipt IPTables
 	// state is what the kernel holds; nil: not known, has to be read.
 	state *natState
-	// doubtful rows are from transactions whose outcome is not known. They are
-	// removed where they are found.
-	doubtful []*row
+	// doubtful rows, by hash, are from transactions that failed: a process that
+	// was killed may have committed before. They are removed where they are
+	// found and are not in the table.
+	doubtful map[string]*row
 }
 
 // natState is what has to be known of the nat table to write a delta.
@@ -39,14 +41,16 @@ type natState struct {
 	strays map[string]*stray // by hash
 }
 
-// stray is a row that stands in other rules than ours, such as CRI-O's.
+// stray is what there is of a row that stands in other rules than ours, such
+// as CRI-O's.
 type stray struct {
 	jumps  []string // lines that lead to its chains
-	rules  []string // lines in its chains
 	chains []string
 }
 
-func newIPTablesBackend(ipt IPTables) *iptablesBackend { return &iptablesBackend{ipt: ipt} }
+func newIPTablesBackend(ipt IPTables) *iptablesBackend {
+	return &iptablesBackend{ipt: ipt, doubtful: map[string]*row{}}
+}
 
 func (b *iptablesBackend) kind() Backend { return BackendIPTables }
 
@@ -59,24 +63,44 @@ func (b *iptablesBackend) list(ctx context.Context) ([]*row, error) {
 	}
 
 	rows := t.rows(familyOfIPTables(b.ipt))
-	b.state = t.state()
+	state := t.state()
+	whole := true
 
 	for _, r := range rows {
-		if !t.holds(r) {
-			b.state.strays[r.hash] = t.stray(r)
-
-			continue
+		switch {
+		case t.holds(r):
+			whole = state.use(r) && whole
+		case t.leadsTo(r):
+			r.astray = true
+			state.strays[r.hash] = t.stray(r)
+		default:
+			whole = false
 		}
+	}
 
-		for _, s := range r.sides() {
-			for _, j := range s.path {
-				b.state.use(j.target)
-				b.state.use(j.String())
+	if whole { // else the first operation repairs it
+		b.state = state
+	}
+
+	return rows, nil
+}
+
+// use counts r as a user of the range chains that lead to it. It tells whether
+// these are all there.
+func (st *natState) use(r *row) bool {
+	whole := true
+
+	for _, s := range r.sides() {
+		for _, j := range s.path {
+			for _, key := range []string{j.target, j.String()} {
+				_, ok := st.shared[key]
+				whole = whole && ok
+				st.shared[key]++
 			}
 		}
 	}
 
-	return rows, nil
+	return whole
 }
 
 func (b *iptablesBackend) read(ctx context.Context) (*savedTable, error) {
@@ -89,6 +113,26 @@ func (b *iptablesBackend) read(ctx context.Context) (*savedTable, error) {
 }
 
 func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+	err := b.try(ctx, deltas, table)
+
+	switch {
+	case err == nil:
+		clear(b.doubtful) // a failure is followed by a repair, which takes them out
+	case !isRefused(err):
+		b.state = nil
+
+		for _, d := range deltas {
+			for _, r := range slices.Concat(d.add, d.del) {
+				b.doubtful[r.hash] = r
+			}
+		}
+	}
+
+	return err
+}
+
+// try is apply, but for what a failure leaves to be done.
+func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
 	if b.state != nil {
 		s := newScript(b.state)
 		s.base()
@@ -113,26 +157,14 @@ func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.
 
 // run commits a script.
 func (b *iptablesBackend) run(ctx context.Context, s *script) error {
-	err := b.ipt.Restore(ctx, s.input())
-	if err == nil {
-		s.settle()
-		b.state = s.state
-		b.doubtful = nil
-
-		return nil
+	if err := b.ipt.Restore(ctx, s.input()); err != nil {
+		return s.blame(err)
 	}
 
-	if err = s.blame(err); isRefused(err) {
-		return err // the kernel is as it was
-	}
+	s.settle()
+	b.state = s.state
 
-	b.state = nil
-
-	if ctx.Err() != nil { // it may have been killed before or after the commit
-		b.doubtful = append(b.doubtful, s.added...)
-	}
-
-	return err
+	return nil
 }
 
 func isRefused(err error) bool {
@@ -147,7 +179,7 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 	s.base()
 
 	of := map[*row]int{} // the delta that a row is in
-	gone := slices.Clone(b.doubtful)
+	gone := slices.Collect(maps.Values(b.doubtful))
 
 	for i, d := range deltas {
 		for _, r := range slices.Concat(d.add, d.keep) {
@@ -163,7 +195,7 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 	}
 
 	for _, r := range gone {
-		if wanted[r.hash] == nil {
+		if wanted[r.hash] == nil && !s.gone[r.hash] {
 			s.clear(shared, r, t.stray(r))
 		}
 	}
@@ -243,13 +275,8 @@ func (t *savedTable) stray(r *row) *stray {
 			s.jumps = append(s.jumps, j.line)
 		}
 
-		rules, ok := t.chains[chain]
-		if ok {
+		if _, ok := t.chains[chain]; ok {
 			s.chains = append(s.chains, chain)
-		}
-
-		for _, r := range rules {
-			s.rules = append(s.rules, r.line)
 		}
 	}
 
@@ -290,18 +317,19 @@ func (t *savedTable) state() *natState {
 // what Kubernetes puts there does not.
 func mayAccept(r savedRule) bool { return !strings.HasPrefix(r.target, "KUBE-") }
 
-// isRange tells whether a chain is a range chain, and not a row's own.
+// isRange tells whether a chain is a range chain by its name.
 func isRange(chain string) bool {
 	for _, prefix := range []string{dnatPrefix, masqPrefix} {
 		if rest, ok := strings.CutPrefix(chain, prefix); ok {
-			return !isHash(rest)
+			proto, ports, _ := strings.Cut(rest, "-")
+			_, ok := parsePorts(strings.Replace(ports, "-", ":", 1))
+
+			return ok && slices.Contains([]protocol{tcp, udp, sctp}, protocol(strings.ToLower(proto)))
 		}
 	}
 
 	return false
 }
-
-func (st *natState) use(key string) { st.shared[key]++ }
 
 // shared, in place of a delta's index, stands for lines that are for all.
 const shared = -1
@@ -314,10 +342,9 @@ type script struct {
 	// uses overlays state.shared: the number of rows that use each chain and
 	// jump, -1 for one that is gone. It becomes part of it when the script has
 	// been committed.
-	uses  map[string]int
-	seen  map[string]bool // what the script itself has asserted or made
-	added []*row
-	gone  map[string]bool // hashes of strays that the script removes
+	uses map[string]int
+	seen map[string]bool // what the script itself has asserted or made
+	gone map[string]bool // hashes of strays that the script removes
 	// deleted are the jumps, as lines, that lead to such.
 	deleted map[string]bool
 }
@@ -467,14 +494,6 @@ func (s *script) stray(r *row) *stray {
 
 // assert makes the transaction fail unless r stands.
 func (s *script) assert(i int, r *row) {
-	if found := s.stray(r); found != nil {
-		for _, line := range slices.Concat(found.jumps, found.rules) {
-			s.emit(i, r, cmdCheck+line)
-		}
-
-		return
-	}
-
 	for _, side := range r.sides() {
 		for _, j := range side.path {
 			s.assertOnce(j)
@@ -494,7 +513,6 @@ func (s *script) assertOnce(j natRule) {
 
 // put writes a row and what leads to it.
 func (s *script) put(i int, r *row) {
-	s.added = append(s.added, r)
 	s.usePath(i, r)
 
 	for _, side := range r.sides() {

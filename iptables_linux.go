@@ -64,8 +64,13 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 	}
 
 	for _, v := range []variant{variantNFT, variantLegacy} {
-		if hinted(family, v) {
-			return newIPTables(family, command(family)+"-"+string(v), v)
+		t, err := newIPTables(family, command(family)+"-"+string(v), v)
+		if err != nil {
+			continue // the node does not have both
+		}
+
+		if hinted, err := t.hinted(ctx); hinted || ctx.Err() != nil {
+			return t, err
 		}
 	}
 
@@ -117,29 +122,12 @@ func newIPTables(family ipFamily, name string, v variant) (*ipTables, error) {
 	return t, nil
 }
 
-// hinted tells whether a variant has chains that say the node uses it.
-func hinted(family ipFamily, v variant) bool {
-	const mangle = "mangle"
-	if !tableThere(family, v, mangle) {
-		return false
-	}
+// hinted tells whether the variant has chains that say the node uses it.
+func (t *ipTables) hinted(ctx context.Context) (bool, error) {
+	save, err := t.Save(ctx, "mangle") // takes no lock, so nobody can make it miss the hint
 
-	proto := iptables.ProtocolIPv4
-	if family == IPv6 {
-		proto = iptables.ProtocolIPv6
-	}
-
-	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Path(command(family)+"-"+string(v)),
-		iptables.Timeout(int(commandTimeout.Seconds())))
-	if err != nil {
-		return false
-	}
-
-	return slices.ContainsFunc([]string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"}, func(chain string) bool {
-		ok, err := ipt.ChainExists(mangle, chain)
-
-		return ok && err == nil
-	})
+	return bytes.Contains(save, []byte("\n:KUBE-IPTABLES-HINT ")) ||
+		bytes.Contains(save, []byte("\n:KUBE-KUBELET-CANARY ")), err
 }
 
 // tableThere tells whether a legacy table exists; to ask iptables would make
@@ -159,13 +147,20 @@ func tableThere(family ipFamily, v variant, table string) bool {
 	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
 }
 
+// variantOf asks the iptables of PATH which variant it is. go-iptables, which
+// asks too, keeps that to itself, but it knows versions.
 func variantOf(ctx context.Context, name string) (variant, error) {
-	path, err := exec.LookPath(name)
+	ipt, err := iptables.New(iptables.Path(name))
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 
-	version, err := run(ctx, nil, path, "--version")
+	if major, minor, patch := ipt.GetIptablesVersion(); slices.Compare([]int{major, minor, patch}, []int{1, 6, 2}) < 0 {
+		return "", fmt.Errorf("%w: %s %d.%d.%d is too old, --wait of %s-restore came with 1.6.2",
+			errUnavailable, name, major, minor, patch, name)
+	}
+
+	version, err := run(ctx, nil, name, "--version")
 	if err != nil {
 		return "", err
 	}

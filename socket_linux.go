@@ -45,12 +45,20 @@ func (s *sockets) acquire(e endpoint) error {
 	}
 
 	if h := s.find(e); h != nil {
+		if err := s.ensure(e); err != nil {
+			return err
+		}
+
 		h.rows++
 
 		return nil
 	}
 
 	fd, err := s.bind(e)
+	if errors.Is(err, unix.EADDRINUSE) {
+		err = s.portInUse(e)
+	}
+
 	if err != nil {
 		return err
 	}
@@ -60,13 +68,32 @@ func (s *sockets) acquire(e endpoint) error {
 	return nil
 }
 
+// ensure tries again to bind an endpoint that is not held yet, and fails as
+// acquire does.
+func (s *sockets) ensure(e endpoint) error {
+	h := s.find(e)
+	if h == nil || h.fd >= 0 || s.fill(h) {
+		return nil
+	}
+
+	return s.portInUse(e)
+}
+
 // adopt is acquire for a row that stands in any case. It returns why the port
 // is not held.
 func (s *sockets) adopt(e endpoint) error {
-	err := s.acquire(e)
-	if err != nil {
-		s.put(e, -1)
+	if s.off || e.proto == sctp {
+		return nil
 	}
+
+	if h := s.find(e); h != nil {
+		h.rows++
+
+		return nil
+	}
+
+	fd, err := s.bind(e)
+	s.put(e, fd)
 
 	return err
 }
@@ -120,14 +147,32 @@ func (s *sockets) holds(e endpoint) bool {
 	return h != nil && h.fd >= 0
 }
 
-// retry tries again to bind what is waiting.
+// retry tries again to bind some of what is waiting.
 func (s *sockets) retry() {
+	const some = 16 // so that an operation's cost stays its own
+
+	tried := 0
+
 	for h := range s.waiting {
-		if fd, err := s.bind(h.endpoint); err == nil && fd >= 0 {
-			h.fd = fd
-			delete(s.waiting, h)
+		if s.fill(h); tried == some {
+			return
 		}
+
+		tried++
 	}
+}
+
+// fill binds the endpoint of a holder without a socket, if it can now.
+func (s *sockets) fill(h *holder) bool {
+	fd, err := s.bind(h.endpoint)
+	if err != nil || fd < 0 {
+		return false
+	}
+
+	h.fd = fd
+	delete(s.waiting, h)
+
+	return true
 }
 
 // close releases everything.
@@ -144,8 +189,8 @@ func (s *sockets) close() {
 	clear(s.waiting)
 }
 
-// bind returns a socket bound to e, or -1 where only an outgoing connection
-// is in the way, or where the kernel cannot bind such an address.
+// bind returns a socket bound to e, or -1 without an error where the kernel
+// cannot bind such an address.
 func (s *sockets) bind(e endpoint) (fd int, err error) {
 	domain, level, freebind := unix.AF_INET, unix.SOL_IP, unix.IP_FREEBIND
 	if s.family == IPv6 {
@@ -190,8 +235,6 @@ func (s *sockets) bind(e endpoint) (fd int, err error) {
 	err = s.bindBeside(fd, e)
 
 	switch {
-	case errors.Is(err, unix.EADDRINUSE):
-		return -1, s.portInUse(e)
 	case errors.Is(err, unix.EINVAL) && e.ip.IsLinkLocalUnicast():
 		return -1, nil // bind(2) wants a scope, which a HostIP does not have
 	case err != nil:
@@ -222,11 +265,18 @@ func (s *sockets) bindBeside(fd int, e endpoint) (err error) {
 		}
 	}
 
-	if err := setReuse(reuse, 1); err != nil {
-		return err
+	if e.proto == udp && len(reuse) > 0 {
+		// Among UDP sockets that is all it takes to share a port with others.
+		if err := s.portInUse(e); err != nil {
+			return err
+		}
 	}
 
 	defer func() { err = errors.Join(err, setReuse(reuse, 0)) }()
+
+	if err := setReuse(reuse, 1); err != nil {
+		return err
+	}
 
 	if err := unix.Bind(fd, sockaddr(e.hostIP(s.family), e.port)); err != nil {
 		return err //nolint:wrapcheck // bind wraps it, having looked at what it is
