@@ -18,6 +18,17 @@ import (
 // pass unharmed.
 const crowd = 5000
 
+// worstPort is the port of the row measured: the last of its range on every
+// level but the widest, so that it stands behind the crowd in each chain.
+const worstPort = 16383
+
+// consecutive puts the crowd right before the row measured, so that the chains
+// on the way are full.
+func consecutive(i int) int32 { return int32(worstPort - crowd + i) }
+
+// spread puts the crowd all over, so that there are as many chains as can be.
+func spread(i int) int32 { return int32(1000 + 12*i) }
+
 // benchNode is a node with a number of rows besides the one measured.
 type benchNode struct {
 	*node
@@ -25,11 +36,7 @@ type benchNode struct {
 	m HostPortManager
 }
 
-// crowdPort is the i-th port of the crowd: 12 apart, over most of the range,
-// none of them the one measured.
-func crowdPort(i int) int32 { return int32(1000 + 12*i) }
-
-func newBenchNode(b *testing.B, v variant, rows int) *benchNode {
+func newBenchNode(b *testing.B, v variant, rows int, port func(i int) int32) *benchNode {
 	b.Helper()
 
 	n := &benchNode{node: newNode(b, v)}
@@ -39,7 +46,7 @@ func newBenchNode(b *testing.B, v variant, rows int) *benchNode {
 		for first := 0; first < rows; first += 500 { // 10 pods
 			pod := &PodPortMapping{IP: net.IPv4(10, 88, 1, byte(first/500))}
 			for i := range 500 {
-				pod.PortMappings = append(pod.PortMappings, &PortMapping{HostPort: crowdPort(first + i), ContainerPort: 80})
+				pod.PortMappings = append(pod.PortMappings, &PortMapping{HostPort: port(first + i), ContainerPort: 80})
 			}
 
 			require.NoError(b, n.m.Add("crowd"+strconv.Itoa(first), pod, ""))
@@ -62,16 +69,24 @@ func (s samples) median() time.Duration {
 // on a node without other rows and on one with many. The median of each is
 // reported, and how much longer the second takes.
 func BenchmarkAdd(b *testing.B) {
-	for _, v := range []variant{variantNFT, variantLegacy} {
-		b.Run(string(v), func(b *testing.B) {
-			nodes := []*benchNode{newBenchNode(b, v, 0), newBenchNode(b, v, crowd)}
+	for _, bc := range []struct {
+		name  string
+		v     variant
+		ports func(i int) int32
+	}{
+		{"nft/consecutive", variantNFT, consecutive},
+		{"nft/spread", variantNFT, spread},
+		{"legacy/consecutive", variantLegacy, consecutive},
+	} {
+		b.Run(bc.name, func(b *testing.B) {
+			nodes := []*benchNode{newBenchNode(b, bc.v, 0, nil), newBenchNode(b, bc.v, crowd, bc.ports)}
 
 			var adds, removes [2]samples
 
 			for b.Loop() {
 				for i, n := range nodes {
 					n.do(func() {
-						pod := n.pod(0, IPv4, &PortMapping{HostPort: 30001, ContainerPort: 80})
+						pod := n.pod(0, IPv4, &PortMapping{HostPort: worstPort, ContainerPort: 80})
 
 						start := time.Now()
 						err := n.m.Add("measured", pod, "")
@@ -101,29 +116,33 @@ func report(b *testing.B, what string, s [2]samples) {
 }
 
 // BenchmarkConnect compares, in turns, new TCP connections through a row that
-// is alone with those through the worst-placed row among many: behind all
-// others in each chain that its packets walk. The rate of the second over that
-// of the first is reported, as the median over the rounds.
+// is alone with those through the worst-placed row among many. The rate of the
+// second over that of the first is reported, as the median over the rounds.
 func BenchmarkConnect(b *testing.B) {
 	for _, v := range []variant{variantNFT, variantLegacy} {
 		for _, from := range []string{"client", "neighbour"} {
 			b.Run(string(v)+"/"+from, func(b *testing.B) {
+				const connections = 500
+
+				nodes := []*benchNode{newBenchNode(b, v, 0, nil), newBenchNode(b, v, crowd, consecutive)}
+
+				for _, n := range nodes {
+					n.do(func() {
+						require.NoError(b, n.m.Add("measured", n.pod(0, IPv4, &PortMapping{HostPort: worstPort, ContainerPort: 80}), ""))
+					})
+				}
+
 				var (
-					nodes  = []*benchNode{newBenchNode(b, v, 0), newBenchNode(b, v, crowd)}
 					times  [2]samples
 					ratios []float64
 				)
-
-				for _, n := range nodes {
-					n.addWorst(b)
-				}
 
 				for b.Loop() {
 					var took [2]time.Duration
 
 					for i, n := range nodes {
-						took[i] = n.connects(b, from, 500)
-						times[i] = append(times[i], took[i]/500)
+						took[i] = n.connects(b, from, connections)
+						times[i] = append(times[i], took[i]/connections)
 					}
 
 					ratios = append(ratios, float64(took[0])/float64(took[1]))
@@ -136,35 +155,6 @@ func BenchmarkConnect(b *testing.B) {
 			})
 		}
 	}
-}
-
-// worstPort is in the last range that the crowd has on every level.
-const worstPort = 65535
-
-// addWorst adds the row measured, and rows that fill the chains before it.
-func (n *benchNode) addWorst(b *testing.B) {
-	b.Helper()
-	n.do(func() {
-		pod := n.pod(0, IPv4, &PortMapping{HostPort: worstPort, ContainerPort: 80})
-
-		mappings, ok := n.m.(*Manager)
-		require.True(b, ok)
-
-		if len(mappings.Mappings()) > 0 {
-			full := n.pod(1, IPv4)
-			for port := int32(worstPort - 255); port < worstPort; port++ {
-				full.PortMappings = append(full.PortMappings, &PortMapping{HostPort: port, ContainerPort: 80})
-			}
-
-			for port := int32(worstPort - 4095); port < worstPort-255; port += 256 {
-				full.PortMappings = append(full.PortMappings, &PortMapping{HostPort: port, ContainerPort: 80})
-			}
-
-			require.NoError(b, n.m.Add("full", full, ""))
-		}
-
-		require.NoError(b, n.m.Add("measured", pod, ""))
-	})
 }
 
 // connects makes connections, one after the other, to a port of the pod that
@@ -203,7 +193,7 @@ func (n *benchNode) connects(b *testing.B, from string, count int) time.Duration
 func BenchmarkList(b *testing.B) {
 	for _, v := range []variant{variantNFT, variantLegacy} {
 		b.Run(string(v), func(b *testing.B) {
-			n := newBenchNode(b, v, crowd)
+			n := newBenchNode(b, v, crowd, consecutive)
 
 			for b.Loop() {
 				n.do(func() {

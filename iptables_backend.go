@@ -529,11 +529,12 @@ func (s *script) put(i int, r *row) {
 	}
 }
 
-// usePath makes the range chains that lead to r, where they are missing, and
-// asserts the others.
+// usePath makes the range chains that lead to r, where they are missing. Of
+// the jumps that are there it asserts the first: each takes time, as iptables
+// reads the whole chain that a jump leads to.
 func (s *script) usePath(i int, r *row) {
 	for _, side := range r.sides() {
-		for _, j := range side.path {
+		for level, j := range side.path {
 			n, there := s.users(j.target)
 			if !there {
 				s.emit(i, r, cmdNewChain+j.target)
@@ -547,7 +548,7 @@ func (s *script) usePath(i int, r *row) {
 			if !there {
 				s.emit(i, r, cmdAppend+line)
 				s.seen[line] = true
-			} else {
+			} else if level == 0 {
 				s.assertOnce(j)
 			}
 

@@ -1,0 +1,71 @@
+# The menu comes from the comments behind the targets; what takes more than a line is in hack/.
+
+GOLANGCI_LINT_VERSION ?= v2.15.0
+GOLANGCI_LINT := bin/golangci-lint
+
+# For the command line: make test RUN=TestAdd PKG=. V=1, make bench BENCH=Add COUNT=5, make fuzz FUZZTIME=2m
+PKG ?= ./...
+RUN ?= .
+V ?=
+BENCH ?= .
+BENCHTIME ?= 1s
+COUNT ?= 1
+FUZZTIME ?= 20s
+
+# A plain user's PATH lacks the sbin folders, a fresh root's the place where Go's own archive goes.
+export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+
+DEPS := hack/install-deps.sh
+INSIDE := hack/in-namespace.sh
+
+.NOTPARALLEL:
+.PHONY: help demo test lint fmt cross bench fuzz verify tidy-check clean lint-tool
+
+help:
+	@echo "hostport: host ports for container runtimes, by nftables or iptables. None of this needs root or touches the host's network."
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
+	@$(DEPS) go iptables nft conntrack unshare
+	@go build -buildvcs=false -o bin/sandbox ./examples/sandbox
+	@$(INSIDE) bin/sandbox
+
+test: ## all tests, against the real kernel; a skipped test is an error (RUN=, PKG=, V=1)
+	@$(DEPS) go iptables nft conntrack unshare
+	@V='$(V)' $(INSIDE) hack/test.sh -run '$(RUN)' $(PKG)
+
+lint: lint-tool ## golangci-lint for Linux and for the other systems' files, shellcheck for the scripts
+	@$(DEPS) shellcheck
+	@hack/lint.sh $(GOLANGCI_LINT)
+	@shellcheck -x hack/*.sh .ci/run
+
+fmt: lint-tool ## put the Go files into the form that lint asks for
+	@$(GOLANGCI_LINT) fmt
+
+cross: ## go vet and go build for every system and architecture that must compile
+	@$(DEPS) go
+	@hack/cross.sh
+
+bench: ## benchmarks of the root package (BENCH=, BENCHTIME=, COUNT=)
+	@$(DEPS) go iptables nft conntrack unshare
+	@$(INSIDE) go test -run '^$$' -bench '$(BENCH)' -benchtime '$(BENCHTIME)' -count '$(COUNT)' -benchmem .
+
+fuzz: ## every fuzz target, one after the other (FUZZTIME=)
+	@$(DEPS) go unshare
+	@$(INSIDE) hack/fuzz.sh '$(FUZZTIME)'
+
+verify: ## everything that CI runs
+	@.ci/run
+
+tidy-check: ## fail if go.mod or go.sum is not what go mod tidy makes
+	@$(DEPS) go
+	@go mod tidy -diff
+
+clean: ## remove what was built
+	@rm -rf bin coverage.out
+
+lint-tool:
+	@$(DEPS) go
+	@test "$$($(GOLANGCI_LINT) version --short 2>/dev/null)" = '$(GOLANGCI_LINT_VERSION:v%=%)' || \
+		hack/quietly.sh 'building golangci-lint $(GOLANGCI_LINT_VERSION), once; this takes some minutes' \
+			env GOBIN='$(CURDIR)/bin' go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)

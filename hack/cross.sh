@@ -1,0 +1,21 @@
+#!/bin/sh
+# Vets (tests included) and builds every package for each system and architecture that the module must compile for.
+set -eu
+
+cd "$(dirname "$0")/.."
+. hack/cheap-build.sh
+
+failed=0
+for pair in \
+	linux/amd64 linux/arm64 linux/386 linux/arm linux/s390x \
+	darwin/amd64 darwin/arm64 windows/amd64 windows/arm64 freebsd/amd64 freebsd/arm64; do
+	export GOOS="${pair%/*}" GOARCH="${pair#*/}"
+	if out=$(go vet ./... 2>&1 && go build -buildvcs=false -o /dev/null ./... 2>&1); then
+		echo "ok    $pair"
+	else
+		failed=1
+		echo "FAIL  $pair"
+		echo "$out"
+	fi
+done
+exit "$failed"

@@ -1,0 +1,84 @@
+#!/bin/sh
+# Usage: install-deps.sh NEED...
+# Sees to it that each NEED is there: go, iptables (both variants), nft, conntrack, unshare, shellcheck, make.
+# Root gets what is missing from the distribution; a plain user gets one line that says what to install.
+set -eu
+
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+die() {
+	echo "$*" >&2
+	exit 1
+}
+
+# The programs that a need stands for.
+programs() {
+	case $1 in
+	iptables) echo iptables-nft-restore ip6tables-nft-restore iptables-legacy-restore ip6tables-legacy-restore ;;
+	*) echo "$1" ;;
+	esac
+}
+
+# The packages that hold them, by package manager.
+packages() {
+	case $manager:$1 in
+	apt-get:iptables) echo iptables ;;
+	dnf:iptables) echo iptables-nft iptables-legacy ;;
+	apk:iptables) echo iptables iptables-legacy ;;
+	*:nft) echo nftables ;;
+	apt-get:conntrack) echo conntrack ;;
+	*:conntrack) echo conntrack-tools ;;
+	*:unshare) echo util-linux ;;
+	dnf:shellcheck) echo ShellCheck ;;
+	*) echo "$1" ;;
+	esac
+}
+
+# Of the needs given, those that are not met.
+missing() {
+	for need; do
+		for program in $(programs "$need"); do
+			command -v "$program" >/dev/null || {
+				echo "$need"
+				break
+			}
+		done
+	done
+}
+
+lacking=$(missing "$@" | xargs)
+case " $lacking " in
+*' go '*) die "go is missing: install Go $(sed -n 's/^go //p' go.mod) or later, see https://go.dev/doc/install" ;;
+'  ') exit 0 ;;
+esac
+
+manager=
+for candidate in apt-get dnf apk; do
+	if command -v "$candidate" >/dev/null; then
+		manager=$candidate
+		break
+	fi
+done
+
+names=$(for need in $lacking; do packages "$need"; done | xargs)
+case $manager in
+apt-get) install="apt-get install -y $names" ;;
+dnf) install="dnf install -y $names" ;;
+apk) install="apk add $names" ;;
+*) die "missing: $lacking; neither apt-get, dnf nor apk is here to install them" ;;
+esac
+
+[ "$(id -u)" -eq 0 ] || die "missing: $lacking; as root, run: $install"
+
+export DEBIAN_FRONTEND=noninteractive
+if [ "$manager" = apt-get ]; then
+	# A mirror that does not answer is no reason to stop: the install says whether it matters.
+	apt-get update -qq >/dev/null 2>&1 </dev/null || true
+	install="apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $names"
+fi
+# shellcheck disable=SC2086 # the command is a list of words
+hack/quietly.sh "installing $names" $install || die "missing: $lacking; could not install them"
+
+lacking=$(missing "$@" | xargs)
+[ -z "$lacking" ] || die "missing: $lacking, though $names is installed"
