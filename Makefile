@@ -3,7 +3,7 @@
 GOLANGCI_LINT_VERSION ?= v2.15.0
 GOLANGCI_LINT := bin/golangci-lint
 
-# For the command line: make test RUN=TestAdd PKG=. V=1, make bench BENCH=Add COUNT=5, make fuzz FUZZTIME=2m
+# For the command line: make test RUN=TestAdd PKG=. V=-v, make bench BENCH=Add COUNT=5, make fuzz FUZZTIME=2m
 PKG ?= ./...
 RUN ?= .
 V ?=
@@ -22,17 +22,17 @@ INSIDE := hack/in-namespace.sh
 .PHONY: help demo test lint fmt cross bench fuzz verify tidy-check clean lint-tool
 
 help:
-	@echo "hostport: host ports for container runtimes, by nftables or iptables. None of this needs root or touches the host's network."
+	@echo "hostport: host ports for container runtimes. None of this needs root or touches the host's network."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
-	@$(DEPS) go iptables nft conntrack unshare
+	@$(DEPS) go iptables unshare
 	@go build -buildvcs=false -o bin/sandbox ./examples/sandbox
 	@$(INSIDE) bin/sandbox
 
-test: ## all tests, against the real kernel; a skipped test is an error (RUN=, PKG=, V=1)
-	@$(DEPS) go iptables nft conntrack unshare
-	@V='$(V)' $(INSIDE) hack/test.sh -run '$(RUN)' $(PKG)
+test: ## all tests, against the real kernel (RUN=, PKG=, V=-v)
+	@$(DEPS) go iptables unshare
+	@$(INSIDE) hack/test.sh $(V) -run '$(RUN)' $(PKG)
 
 lint: lint-tool ## golangci-lint for Linux and for the other systems' files, shellcheck for the scripts
 	@$(DEPS) shellcheck
@@ -47,7 +47,7 @@ cross: ## go vet and go build for every system and architecture that must compil
 	@hack/cross.sh
 
 bench: ## benchmarks of the root package (BENCH=, BENCHTIME=, COUNT=)
-	@$(DEPS) go iptables nft conntrack unshare
+	@$(DEPS) go iptables unshare
 	@$(INSIDE) go test -run '^$$' -bench '$(BENCH)' -benchtime '$(BENCHTIME)' -count '$(COUNT)' -benchmem .
 
 fuzz: ## every fuzz target, one after the other (FUZZTIME=)

@@ -55,4 +55,4 @@ func (e *lineError) Line() int     { return e.line }
 // chains, and a row for one host address has it in the DNAT rule alone.
 //
 //go:embed testdata/crio-iptables-save
-var crioSave string //nolint:gochecknoglobals // embedded
+var crioSave string

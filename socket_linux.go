@@ -151,14 +151,16 @@ func (s *sockets) holds(e endpoint) bool {
 func (s *sockets) retry() {
 	const some = 16 // so that an operation's cost stays its own
 
-	tried := 0
+	left := some
 
 	for h := range s.waiting {
-		if s.fill(h); tried == some {
+		if left == 0 {
 			return
 		}
 
-		tried++
+		left--
+
+		s.fill(h)
 	}
 }
 
