@@ -160,9 +160,8 @@ func (m *hostportManager) place(c *change, w *row) error {
 		case m.owns(w.owner, w.hash, r):
 			switch {
 			case r.endpoint == w.endpoint && r.pod == w.pod && !r.astray && !kept:
+				r.label, kept = w.label, true // of a row from before it may be lost
 				c.keep(r)
-
-				kept = true
 			case r.endpoint == w.endpoint:
 				c.del(r)
 			case r.astray: // beside w, on any address or on one: both stand, in order

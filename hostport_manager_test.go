@@ -418,56 +418,76 @@ func (n *node) iptablesSave(f ipFamily) string {
 	return n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)
 }
 
-// A failure that cannot be laid at anybody's door is tried alone by each.
-func TestGroupCommitWithoutBlame(t *testing.T) {
-	n := newNode(t, variantNFT)
-	hold := make(chan struct{})
-	held := make(chan struct{})
+// together runs operations so that all but the first are committed together:
+// they queue up while the first one's restore is held back. restore decides
+// about the others' input.
+func together(n *node, fake *fakeIPTables, m *hostportManager, restore func(input string) error, ops ...func() error) []error {
+	n.t.Helper()
+
+	hold, held := make(chan struct{}), make(chan struct{})
 	first := true
-	fake := &fakeIPTables{IPTables: n.realIPTables()}
 	fake.restore = func(input []byte) ([]byte, error) {
-		if first { // until the others have queued up
+		if first {
 			first = false
 
 			close(held)
 			<-hold
-		} else if strings.Contains(string(input), "10.88.9.2:80") {
-			return nil, errInjected
+
+			return input, nil
 		}
 
-		return input, nil
+		return input, restore(string(input))
 	}
-	m := n.oneFamily(fake)
 
 	var wg sync.WaitGroup
 
-	errs := make([]error, 5)
-	add := func(i int) {
-		wg.Go(func() {
-			errs[i] = n.Host.Do(func() error {
-				return m.Add("id"+strconv.Itoa(i), &PodPortMapping{
-					Name: "pod" + strconv.Itoa(i), IP: net.IPv4(10, 88, 9, byte(i)),
-					PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
-				}, "")
-			})
-		})
+	errs := make([]error, len(ops))
+
+	for i, op := range ops {
+		wg.Go(func() { errs[i] = n.Host.Do(op) })
+
+		if i == 0 {
+			<-held
+
+			continue
+		}
+
+		require.Eventually(n.t, func() bool {
+			m.queueMu.Lock()
+			defer m.queueMu.Unlock()
+
+			return len(m.queue) == i
+		}, patience, time.Millisecond)
 	}
 
-	add(0)
-	<-held
-
-	for i := 1; i < len(errs); i++ {
-		add(i)
-	}
-
-	require.Eventually(t, func() bool {
-		m.queueMu.Lock()
-		defer m.queueMu.Unlock()
-
-		return len(m.queue) == len(errs)-1
-	}, patience, time.Millisecond)
 	close(hold)
 	wg.Wait()
+
+	fake.restore = nil
+
+	return errs
+}
+
+// A failure that cannot be laid at anybody's door is tried alone by each.
+func TestGroupCommitWithoutBlame(t *testing.T) {
+	n := newNode(t, variantNFT)
+	fake := &fakeIPTables{IPTables: n.realIPTables()}
+	m := n.oneFamily(fake)
+
+	var ops []func() error
+
+	for i := range 5 {
+		pod := podAt("10.88.9."+strconv.Itoa(i), &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80})
+		ops = append(ops, func() error { return m.Add("id"+strconv.Itoa(i), pod, "") })
+	}
+
+	errs := together(n, fake, m, func(input string) error {
+		if strings.Contains(input, "10.88.9.2:80") {
+			return errInjected
+		}
+
+		return nil
+	}, ops...)
 
 	for i, err := range errs {
 		if i == 2 {
@@ -479,6 +499,58 @@ func TestGroupCommitWithoutBlame(t *testing.T) {
 
 	assert.Len(t, m.mappings(), 4)
 	assert.Len(t, parsedRows(t, n), 4)
+}
+
+// What one operation found because of another that was then undone is no
+// outcome.
+func TestGroupCommitForgetsUndone(t *testing.T) {
+	n := newNode(t, variantNFT)
+	fake := &fakeIPTables{IPTables: n.realIPTables()}
+	m := n.oneFamily(fake)
+
+	pod := func(i int, port int32) *PodPortMapping {
+		return n.pod(i, IPv4, &PortMapping{HostPort: port, ContainerPort: 80})
+	}
+	first := func() error { return m.Add("first", pod(0, 9000), "") }
+
+	errs := together(n, fake, m,
+		func(input string) error {
+			if strings.Contains(input, n.Pods[0].IPv4.String()+":80") {
+				return errInjected
+			}
+
+			return nil
+		},
+		first,
+		func() error { return m.Add("a", pod(0, 8080), "") },
+		func() error { return m.Add("b", pod(1, 8080), "") })
+	require.ErrorIs(t, errs[1], errInjected)
+	require.NoError(t, errs[2], "the port is free: a's Add failed")
+	require.Len(t, m.mappings(), 2)
+
+	errs = together(n, fake, m,
+		func(string) error { return errInjected },
+		func() error { return m.Add("first", pod(0, 9001), "") },
+		func() error { return m.Remove("b", nil) },
+		func() error { return m.Remove("b", nil) })
+	require.ErrorIs(t, errs[1], errInjected)
+	require.ErrorIs(t, errs[2], errInjected, "b is still there")
+	require.NoError(t, n.remove(m, "b", nil))
+	assert.Len(t, m.mappings(), 2)
+}
+
+// Ids of unequal length can give rows one name in the kernel, as CRI-O makes
+// names. The second is refused, or it would take the first one's traffic.
+func TestNamesCollide(t *testing.T) {
+	n := newNode(t, variantNFT)
+	m := n.manager()
+	require.NoError(t, n.add(m, "pod1", n.pod(0, IPv4, &PortMapping{HostPort: 1080, ContainerPort: 80})))
+	before := n.dump(m)
+
+	err := n.add(m, "pod110", n.pod(1, IPv4, &PortMapping{HostPort: 80, ContainerPort: 80}))
+	require.ErrorIs(t, err, ErrInvalidMapping)
+	assert.ErrorContains(t, err, "ns/web")
+	assert.Equal(t, before, n.dump(m))
 }
 
 // An operation ends in time when its turn does not come, or when its process

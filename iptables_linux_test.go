@@ -509,3 +509,156 @@ func TestXtablesLock(t *testing.T) {
 	require.NoError(t, n.add(m, "id", pod))
 	assert.Len(t, parsedRows(t, n), 1)
 }
+
+// Two time-outs with one row, before the commit and after, leave a row in
+// doubt twice; the next operation clears it once.
+func TestDoubtTwice(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		ipt := n.realIPTables()
+		fake := &fakeIPTables{IPTables: ipt}
+		m := n.oneFamily(fake)
+		a := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+		for _, commits := range []bool{false, true} {
+			fake.restore = func(input []byte) ([]byte, error) {
+				if commits {
+					assert.NoError(t, ipt.Restore(t.Context(), input))
+				}
+
+				return nil, context.DeadlineExceeded
+			}
+			require.ErrorIs(t, n.add(m, "a", a), context.DeadlineExceeded)
+		}
+
+		fake.restore = nil
+
+		require.NoError(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+		assert.Len(t, parsedRows(t, n), 1)
+		require.NoError(t, n.add(m, "a", a))
+		require.NoError(t, n.remove(m, "a", nil))
+		require.NoError(t, n.remove(m, "b", nil))
+		assert.Len(t, n.ours(IPv4), 5)
+	})
+}
+
+// Where the other variant does not answer in time, what was put into the one
+// in use does not stay.
+func TestVariantChangeTimesOut(t *testing.T) {
+	n := newNode(t, variantNFT)
+	first := n.oneFamily(n.realIPTables())
+	require.NoError(t, n.add(first, "a", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	require.NoError(t, first.Close())
+
+	hang := true
+	old := &slowIPTables{IPTables: n.realIPTables(), hang: &hang}
+
+	n.variant = variantLegacy
+	inUse := n.realIPTables()
+	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(300 * time.Millisecond)}),
+		func(context.Context) (backend, error) {
+			return newLayers(newIPTablesBackend(inUse), testLogger(t), newIPTablesBackend(old)), nil
+		})
+
+	n.do(func() { require.NoError(t, m.start()) })
+	t.Cleanup(func() { assert.NoError(t, m.Close()) })
+
+	require.ErrorIs(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 81})), context.DeadlineExceeded)
+	assert.Empty(t, parsedRows(t, n), "taken back")
+
+	hang = false
+	m.cfg.timeout = defaultTimeout
+
+	require.NoError(t, n.add(m, "c", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 82})))
+	require.Len(t, parsedRows(t, n), 1)
+	assert.Equal(t, uint16(82), parsedRows(t, n)[0].pod.Port())
+}
+
+// slowIPTables restores nothing until its time is up, while it hangs.
+type slowIPTables struct {
+	IPTables
+
+	hang *bool
+}
+
+func (s *slowIPTables) Restore(ctx context.Context, input []byte) error {
+	if *s.hang {
+		<-ctx.Done()
+
+		return ctx.Err()
+	}
+
+	return s.IPTables.Restore(ctx, input)
+}
+
+// What CRI-O took over from a sandbox name into a comment is put back without
+// what could end a quoted string.
+func TestAdoptedCommentIsHarmless(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.commandWith(strings.ReplaceAll(crioSave, "k8s_a_default_uid_0_", `k8s_\" -j ACCEPT \\_`),
+			command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush")
+
+		m := n.manager()
+		n.iptables(IPv4, "-F")
+		n.iptables(IPv4, "-X")
+		require.NoError(t, n.add(m, "new", n.pod(1, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80})))
+		assert.Len(t, parsedRows(t, n), 3)
+		assert.NotContains(t, n.iptablesSave(IPv4), "ACCEPT \\")
+	})
+}
+
+// Half of a row found at start is not taken for a row of CRI-O's: the first
+// operation makes it whole.
+func TestHalfARowAtStart(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		first := n.manager()
+		require.NoError(t, n.add(first, "id", pod))
+		require.NoError(t, first.Close())
+
+		before := sorted(n.ours(IPv4))
+		row := parsedRows(t, n)[0]
+
+		n.iptables(IPv4, append([]string{"-D"}, strings.Fields(row.masqSide().jump.String())...)...)
+		n.iptables(IPv4, "-F", row.masqChain())
+		n.iptables(IPv4, "-X", row.masqChain())
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", pod))
+
+		assert.Equal(t, before, sorted(n.ours(IPv4)))
+	})
+}
+
+// CRI-O's row for any address stands before ours: beside a row for one
+// address, it is put where ours stand.
+func TestSpecificAddressBesideCRIO(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+		loadCRIO(n)
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "crio-a", n.pod(0, IPv4,
+			&PortMapping{HostPort: 8080, ContainerPort: 81, HostIP: n.otherNodeIP(IPv4).String()})))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.otherNodeIP(IPv4), 8080)) // port 81
+		require.NoError(t, n.remove(m, "crio-a", nil))
+		assert.Len(t, m.Mappings(), 1)
+	})
+}
+
+// The hint is seen also while somebody holds the xtables lock.
+func TestHintUnderLock(t *testing.T) {
+	n := newNode(t, variantLegacy)
+
+	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
+	require.NoError(t, err)
+
+	defer lock.Close()
+
+	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+	n.do(func() {
+		ipt, err := findIPTables(t.Context(), IPv4)
+		require.NoError(t, err)
+		assert.Equal(t, variantLegacy, ipt.variant)
+	})
+}

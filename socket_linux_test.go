@@ -389,3 +389,53 @@ func TestSocketsOfOnePort(t *testing.T) {
 		}
 	}
 }
+
+// A row from before does not stand for its port: who serves it meanwhile is
+// found when a pod wants it.
+func TestPortTakenWhileAway(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		first := n.manager()
+		require.NoError(t, n.add(first, "id", pod))
+		require.NoError(t, first.Close())
+
+		var fd int
+
+		n.do(func() {
+			var err error
+			fd, err = tryBind(t, netip.AddrPortFrom(netip.IPv4Unspecified(), 8080), unix.SOCK_STREAM)
+			require.NoError(t, err)
+		})
+
+		m := n.manager()
+		require.Len(t, m.Mappings(), 1)
+		assert.False(t, m.Mappings()[0].Held)
+
+		before := n.dump(m)
+
+		for _, id := range []string{"other", "id"} {
+			require.ErrorIs(t, n.add(m, id, pod), unix.EADDRINUSE)
+		}
+
+		assert.Equal(t, len(before), len(n.dump(m))-len("idnsweb"), "but for the name")
+		require.NoError(t, unix.Close(fd))
+		require.NoError(t, n.add(m, "id", pod))
+		assert.True(t, m.Mappings()[0].Held)
+	})
+}
+
+// A pod's second UDP socket for a port does not let others in.
+func TestUDPBesideOthers(t *testing.T) {
+	n := newNode(t, variantNFT)
+	m := n.manager()
+
+	n.do(func() {
+		_, err := tryBind(t, netip.AddrPortFrom(n.otherNodeIP(IPv4), 5353), unix.SOCK_DGRAM, unix.SO_REUSEADDR)
+		require.NoError(t, err)
+	})
+
+	one := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: n.nodeIP(IPv4).String()}
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, one)))
+	require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})), unix.EADDRINUSE)
+	assert.Len(t, m.Mappings(), 1)
+}
