@@ -46,9 +46,10 @@
 // # What is in the kernel
 //
 // In the nat table, KUBE-HOSTPORTS and CRIO-HOSTPORTS-MASQ lead by ranges of
-// ports to a chain KUBE-HP-<hash> and a chain CRIO-MASQ-<hash> for each row,
-// whose rules carry the pod's name and the host port as a comment. These are
-// the names that CRI-O uses, and either can remove what the other made.
+// ports to a chain KUBE-HP-<hash> and a chain CRIO-MASQ-<hash> for each row.
+// The rule in the latter has the pod's name and the host port as a comment.
+// The names are those that CRI-O uses, and either can remove what the other
+// made.
 //
 // The package works on Linux. Elsewhere it builds, and New and Add return
 // errors.ErrUnsupported.

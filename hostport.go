@@ -130,7 +130,7 @@ type row struct {
 	// hash names the row's chains in iptables. It is over the strings as the
 	// caller gave them, so that it is the same in every process.
 	hash string
-	// label is the comment that the row's rules carry: pod and port, free of
+	// label is the comment that says whose the row is: pod and port, free of
 	// anything that could end a quoted string.
 	label string
 	// astray is set for a row that does not stand where this package would put
