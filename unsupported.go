@@ -23,6 +23,7 @@ type sockets struct{}
 func newSockets(ipFamily, bool) sockets { return sockets{} }
 
 func (*sockets) acquire(endpoint) error { return nil }
+func (*sockets) ensure(endpoint) error  { return nil }
 func (*sockets) adopt(endpoint) error   { return nil }
 func (*sockets) release(endpoint)       {}
 func (*sockets) retry()                 {}
