@@ -8,7 +8,7 @@ PKG ?= ./...
 RUN ?= .
 V ?=
 BENCH ?= .
-BENCHTIME ?= 1s
+BENCHTIME ?= 61x
 COUNT ?= 1
 FUZZTIME ?= 20s
 
