@@ -1,0 +1,237 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// operation is one Add or Remove on its way through the queue.
+type operation struct {
+	name   string
+	owner  owner
+	remove bool
+	// plan does the operation to the table and the sockets. It may be called
+	// again after its change has been undone.
+	plan func(*change) error
+
+	change *change
+	done   bool // guarded by turn, as is err
+	err    error
+}
+
+// do brings op into the kernel, together with whatever else waits.
+func (m *hostportManager) do(op *operation) error {
+	start := time.Now()
+
+	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
+	defer cancel()
+
+	m.queueMu.Lock()
+	m.queue = append(m.queue, op)
+	m.queueMu.Unlock()
+
+	select {
+	case m.turn <- struct{}{}:
+	case <-ctx.Done():
+		if m.withdraw(op) {
+			return m.wrap(op, fmt.Errorf("waiting for operations before it: %w", ctx.Err()))
+		}
+
+		m.turn <- struct{}{} // somebody is at it already
+	}
+
+	defer func() { <-m.turn }()
+
+	if !op.done {
+		m.commit(m.takeQueue())
+	}
+
+	if op.err != nil {
+		return m.wrap(op, op.err)
+	}
+
+	m.logDone(op, time.Since(start))
+
+	return nil
+}
+
+func (m *hostportManager) takeQueue() []*operation {
+	m.queueMu.Lock()
+	defer m.queueMu.Unlock()
+
+	ops := m.queue
+	m.queue = nil
+
+	return ops
+}
+
+func (m *hostportManager) withdraw(op *operation) bool {
+	m.queueMu.Lock()
+	defer m.queueMu.Unlock()
+
+	before := len(m.queue)
+	m.queue = slices.DeleteFunc(m.queue, func(o *operation) bool { return o == op })
+
+	return len(m.queue) < before
+}
+
+// wrap names the pod, unless the error does.
+func (m *hostportManager) wrap(op *operation, err error) error {
+	if conflict := (*ConflictError)(nil); errors.As(err, &conflict) {
+		return err
+	}
+
+	return fmt.Errorf("%s host ports of pod %s: %w", op.name, op.owner, err)
+}
+
+func (m *hostportManager) logDone(op *operation, took time.Duration) {
+	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.id, "family", m.family)
+
+	c := op.change
+	if c == nil || c.delta.empty() {
+		log.V(4).Info("No host ports to "+op.name, "took", took)
+
+		return
+	}
+
+	done := "Added host ports"
+	if op.remove {
+		done = "Removed host ports"
+	}
+
+	log.Info(done, "added", len(c.delta.add), "removed", len(c.delta.del), "kept", len(c.delta.keep), "took", took)
+
+	if v := log.V(4); v.Enabled() {
+		for _, r := range slices.Concat(c.delta.del, c.delta.add, c.delta.keep) {
+			v.Info("Host port row", "row", r)
+		}
+	}
+}
+
+// commit gives each operation its outcome. The caller has the turn.
+func (m *hostportManager) commit(ops []*operation) {
+	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
+	defer cancel()
+
+	err := m.ready(ctx)
+	if err == nil {
+		m.commitAll(ctx, ops)
+	}
+
+	for _, op := range ops {
+		op.done = true
+		if err != nil && !(op.remove && errors.Is(err, errUnavailable)) {
+			op.err = err
+		}
+	}
+}
+
+// commitAll commits ops in one transaction. An operation that the kernel
+// refuses does not stop the others: they are planned anew without it.
+func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
+	for len(ops) > 0 {
+		batch, deltas := m.plan(ops)
+		if len(batch) == 0 {
+			return
+		}
+
+		err := m.backend.apply(ctx, deltas, m.table())
+		if err == nil {
+			for _, op := range batch {
+				op.change.finish()
+			}
+
+			return
+		}
+
+		for _, op := range slices.Backward(batch) {
+			op.change.undo()
+		}
+
+		failed := batch
+
+		if refused := (*refusedError)(nil); errors.As(err, &refused) {
+			failed = batch[refused.delta : refused.delta+1]
+		} else if len(batch) > 1 && ctx.Err() == nil { // nobody knows whose fault it is
+			for _, op := range ops {
+				m.commitAll(ctx, []*operation{op})
+			}
+
+			return
+		}
+
+		for _, op := range failed {
+			op.err = err
+		}
+
+		// The others may have been planned on what has just been undone.
+		ops = slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return slices.Contains(failed, op) })
+	}
+}
+
+// plan does ops to the table and the sockets, one after the other, and
+// returns those that have something for the kernel to do.
+func (m *hostportManager) plan(ops []*operation) ([]*operation, []delta) {
+	var (
+		batch  []*operation
+		deltas []delta
+	)
+
+	for _, op := range ops {
+		op.change = &change{m: m}
+
+		if op.err = op.plan(op.change); op.err != nil {
+			op.change.undo()
+		} else if !op.change.delta.empty() {
+			batch = append(batch, op)
+			deltas = append(deltas, op.change.delta)
+		}
+	}
+
+	return batch, deltas
+}
+
+// change is what one operation has done so far, and how to take it back.
+type change struct {
+	m       *hostportManager
+	delta   delta
+	undos   []func()
+	release []endpoint // sockets of rows that go, once the rules have gone
+}
+
+func (c *change) add(r *row) {
+	c.delta.add = append(c.delta.add, r)
+	c.set(r.portKey, append(slices.Clip(c.m.rows[r.portKey]), r))
+}
+
+func (c *change) del(r *row) {
+	c.delta.del = append(c.delta.del, r)
+	c.release = append(c.release, r.endpoint)
+
+	rest := slices.Clone(c.m.rows[r.portKey])
+	c.set(r.portKey, slices.DeleteFunc(rest, func(o *row) bool { return o == r }))
+}
+
+func (c *change) keep(r *row) { c.delta.keep = append(c.delta.keep, r) }
+
+func (c *change) set(k portKey, rows []*row) {
+	before := c.m.rows[k]
+	c.undos = append(c.undos, func() { c.m.setRows(k, before) })
+	c.m.setRows(k, rows)
+}
+
+func (c *change) undo() {
+	for _, undo := range slices.Backward(c.undos) {
+		undo()
+	}
+}
+
+// finish lets go of what the operation no longer needs.
+func (c *change) finish() {
+	for _, e := range c.release {
+		c.m.sockets.release(e)
+	}
+}
