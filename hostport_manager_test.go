@@ -365,10 +365,10 @@ func TestGroupCommit(t *testing.T) {
 
 		for i := range pods {
 			wg.Go(func() {
-				ready.Done()
-				ready.Wait()
-
 				errs[i] = n.Host.Do(func() error {
+					ready.Done() // each on its thread in the namespace
+					ready.Wait()
+
 					return m.Add("id"+strconv.Itoa(i), &PodPortMapping{
 						Namespace: "ns", Name: "pod" + strconv.Itoa(i), IP: net.IPv4(10, 88, 9, byte(i)),
 						PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
