@@ -133,14 +133,11 @@ func FuzzParseRule(f *testing.F) {
 	f.Fuzz(func(t *testing.T, line string) {
 		r := parseRule(line)
 		if r.other || strings.ContainsAny(r.comment+r.chain+r.target+string(r.proto), "\"\\ \n") ||
-			r.chain == "" || r.to.Addr().Zone() != "" {
+			r.chain == "" || r.to.Addr().Zone() != "" || (r.dports != ports{} && r.proto == "") {
 			return
 		}
 
 		// What is understood in full can be written and read again.
-		again := parseRule(cmdAppend + r.String())
-		if r.dports == (ports{}) && r.origPorts == (ports{}) {
-			assert.Equal(t, r, again, line)
-		}
+		assert.Equal(t, r, parseRule(cmdAppend+r.String()), line)
 	})
 }
