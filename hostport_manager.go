@@ -91,6 +91,11 @@ func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, _ strin
 		return nil
 	}
 
+	return m.add(rows)
+}
+
+// add puts in the rows of one pod, of which there is at least one.
+func (m *hostportManager) add(rows []*row) error {
 	return m.do(&operation{
 		name:  "add",
 		owner: rows[0].owner,

@@ -150,7 +150,7 @@ func (r *row) dnatSide() side {
 //
 // The rule has the row's comment, and no other does: a comment is a match, and
 // the kernel visits each for every change, on the DNAT side twice (from
-// PREROUTING and from OUTPUT), which makes a fifth of an Add at 5000 rows.
+// PREROUTING and from OUTPUT), which there made a tenth of an Add at 5000 rows.
 func (r *row) masqSide() side {
 	pod := hostPrefix(r.pod.Addr())
 	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) natRule {
@@ -171,7 +171,7 @@ func (r *row) masqSide() side {
 	}
 }
 
-func (r *row) sides() [2]side { return [2]side{r.dnatSide(), r.masqSide()} }
+func (r *row) sides() []side { return []side{r.dnatSide(), r.masqSide()} }
 
 func (r *row) dnatChain() string { return dnatPrefix + r.hash }
 func (r *row) masqChain() string { return masqPrefix + r.hash }

@@ -207,7 +207,7 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 		}
 
 		if t.holds(r) {
-			s.usePath(i, r)
+			s.usePath(i, r, r.sides())
 
 			continue
 		}
@@ -513,13 +513,16 @@ func (s *script) assertOnce(j natRule) {
 // the masquerade sides: what the kernel visits together, to look for loops, it
 // has then made together, which makes that a tenth faster.
 func (s *script) put(i int, rows ...*row) {
-	for _, r := range rows {
-		s.usePath(i, r)
+	sides := make([][]side, len(rows))
+
+	for j, r := range rows {
+		sides[j] = r.sides()
+		s.usePath(i, r, sides[j])
 	}
 
-	for side := range 2 {
-		for _, r := range rows {
-			s.putSide(i, r, r.sides()[side])
+	for which := range 2 {
+		for j, r := range rows {
+			s.putSide(i, r, sides[j][which])
 		}
 	}
 }
@@ -540,8 +543,8 @@ func (s *script) putSide(i int, r *row, side side) {
 // usePath makes the range chains that lead to r, where they are missing. Of
 // the jumps that are there it asserts the first: each takes time, as iptables
 // reads the whole chain that a jump leads to.
-func (s *script) usePath(i int, r *row) {
-	for _, side := range r.sides() {
+func (s *script) usePath(i int, r *row, sides []side) {
+	for _, side := range sides {
 		for level, j := range side.path {
 			n, there := s.users(j.target)
 			if !there {

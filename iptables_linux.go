@@ -51,7 +51,12 @@ func NewIPTables(family ipFamily) (IPTables, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
 	defer cancel()
 
-	return findIPTables(ctx, family)
+	t, err := findIPTables(ctx, family)
+	if err != nil {
+		return nil, err // and no interface around a nil pointer
+	}
+
+	return t, nil
 }
 
 func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {

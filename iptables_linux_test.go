@@ -611,9 +611,7 @@ func TestAdoptedCommentIsHarmless(t *testing.T) {
 func TestHalfARowAtStart(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
-		first := n.manager()
-		require.NoError(t, n.add(first, "id", pod))
-		require.NoError(t, first.Close())
+		n.leftBehind("id", pod)
 
 		before := sorted(n.ours(IPv4))
 		row := parsedRows(t, n)[0]

@@ -67,15 +67,15 @@ func newManager(opts []Option) (*Manager, error) {
 }
 
 // Add implements HostPortManager.
-func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error {
-	for _, fm := range m.families {
-		// A family leaves the pods of the other one alone.
-		if err := fm.Add(id, podPortMapping, natInterfaceName); err != nil {
-			return err
-		}
+func (m *Manager) Add(id string, podPortMapping *PodPortMapping, _ string) error {
+	rows, err := rowsOf(id, podPortMapping)
+	if err != nil || len(rows) == 0 {
+		return err
 	}
 
-	return nil
+	i := slices.IndexFunc(m.families, func(fm *hostportManager) bool { return fm.family == rows[0].family() })
+
+	return m.families[i].add(rows)
 }
 
 // Remove implements HostPortManager. It goes on past an error and returns all.

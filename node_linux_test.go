@@ -213,6 +213,15 @@ func (n *node) remove(m HostPortManager, id string, pod *PodPortMapping) error {
 	return err
 }
 
+// leftBehind has a manager that is gone leave a pod's rows in the kernel.
+func (n *node) leftBehind(id string, pod *PodPortMapping) {
+	n.t.Helper()
+
+	gone := n.manager()
+	require.NoError(n.t, n.add(gone, id, pod))
+	require.NoError(n.t, gone.Close())
+}
+
 // pod is the mapping of the node's i-th pod in one family.
 func (n *node) pod(i int, f ipFamily, mappings ...*PortMapping) *PodPortMapping {
 	p := n.Pods[i]

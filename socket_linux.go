@@ -54,11 +54,7 @@ func (s *sockets) acquire(e endpoint) error {
 		return nil
 	}
 
-	fd, err := s.bind(e)
-	if errors.Is(err, unix.EADDRINUSE) {
-		err = s.portInUse(e)
-	}
-
+	fd, err := s.bindOrName(e)
 	if err != nil {
 		return err
 	}
@@ -68,15 +64,29 @@ func (s *sockets) acquire(e endpoint) error {
 	return nil
 }
 
+// bindOrName is bind, but that its error names who serves the port, and that
+// it returns -1 without one where nobody does.
+func (s *sockets) bindOrName(e endpoint) (int, error) {
+	fd, err := s.bind(e)
+	if errors.Is(err, unix.EADDRINUSE) {
+		err = s.portInUse(e)
+	}
+
+	return fd, err
+}
+
 // ensure tries again to bind an endpoint that is not held yet, and fails as
 // acquire does.
 func (s *sockets) ensure(e endpoint) error {
 	h := s.find(e)
-	if h == nil || h.fd >= 0 || s.fill(h) {
+	if h == nil || h.fd >= 0 {
 		return nil
 	}
 
-	return s.portInUse(e)
+	fd, err := s.bindOrName(e)
+	s.fill(h, fd)
+
+	return err
 }
 
 // adopt is acquire for a row that stands in any case. It returns why the port
@@ -160,21 +170,17 @@ func (s *sockets) retry() {
 
 		left--
 
-		s.fill(h)
+		fd, _ := s.bind(h.endpoint) // there will be another time
+		s.fill(h, fd)
 	}
 }
 
-// fill binds the endpoint of a holder without a socket, if it can now.
-func (s *sockets) fill(h *holder) bool {
-	fd, err := s.bind(h.endpoint)
-	if err != nil || fd < 0 {
-		return false
+// fill gives a holder its socket, if there is one now.
+func (s *sockets) fill(h *holder, fd int) {
+	if fd >= 0 {
+		h.fd = fd
+		delete(s.waiting, h)
 	}
-
-	h.fd = fd
-	delete(s.waiting, h)
-
-	return true
 }
 
 // close releases everything.
@@ -269,8 +275,8 @@ func (s *sockets) bindBeside(fd int, e endpoint) (err error) {
 
 	if e.proto == udp && len(reuse) > 0 {
 		// Among UDP sockets that is all it takes to share a port with others.
-		if err := s.portInUse(e); err != nil {
-			return err
+		if inode, err := s.findServer(e); err != nil || inode != 0 {
+			return unix.EADDRINUSE
 		}
 	}
 

@@ -395,9 +395,7 @@ func TestSocketsOfOnePort(t *testing.T) {
 func TestPortTakenWhileAway(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
-		first := n.manager()
-		require.NoError(t, n.add(first, "id", pod))
-		require.NoError(t, first.Close())
+		n.leftBehind("id", pod)
 
 		var fd int
 
