@@ -12,24 +12,39 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/cri-o/hostport/internal/testbed"
 )
 
-// crowd is the number of other rows that an operation or a connection is to
-// pass unharmed.
+// crowd is the number of rows that an operation or a connection is to pass
+// unharmed.
 const crowd = 5000
 
-// worstPort is the port of the row measured: the last of its range on every
-// level but the widest, so that it stands behind the crowd in each chain.
-const worstPort = 16383
+// The ports below lastPort are the crowd's, where that is consecutive. In a
+// range whose rows came one after the other, deepest is the last row of the
+// last chain, and lastBeside the last one of those that stand higher up.
+const (
+	lastPort   = 65535
+	deepest    = lastPort - 1
+	lastBeside = lastPort&^255 + fewRows - 1
+)
 
-// consecutive puts the crowd right before the row measured, so that the chains
-// on the way are full.
-func consecutive(i int) int32 { return int32(worstPort - crowd + i) }
+// consecutive puts the crowd right before lastPort, but for one row in each
+// range that would else be missing beside it, so that the chains on the way are
+// as full as can be.
+func consecutive(i int) int32 {
+	beside := []int32{1, 16385, 32769, 49153, 53249, 57345}
+	if i < len(beside) {
+		return beside[i]
+	}
+
+	return int32(lastPort - crowd + i)
+}
 
 // spread puts the crowd all over, so that there are as many chains as can be.
 func spread(i int) int32 { return int32(1000 + 12*i) }
 
-// benchNode is a node with a number of rows besides the one measured.
+// benchNode is a node with a number of rows.
 type benchNode struct {
 	*node
 
@@ -45,6 +60,10 @@ func newBenchNode(b *testing.B, v variant, rows int, port func(i int) int32) *be
 
 		for first := 0; first < rows; first += 500 { // 10 pods
 			pod := &PodPortMapping{IP: net.IPv4(10, 88, 1, byte(first/500))}
+			if first+500 == rows {
+				pod.IP = n.Pods[0].IPv4.AsSlice() // this one answers
+			}
+
 			for i := range 500 {
 				pod.PortMappings = append(pod.PortMappings, &PortMapping{HostPort: port(first + i), ContainerPort: 80})
 			}
@@ -86,7 +105,7 @@ func BenchmarkAdd(b *testing.B) {
 			for b.Loop() {
 				for i, n := range nodes {
 					n.do(func() {
-						pod := n.pod(0, IPv4, &PortMapping{HostPort: worstPort, ContainerPort: 80})
+						pod := n.pod(0, IPv4, &PortMapping{HostPort: lastPort, ContainerPort: 80})
 
 						start := time.Now()
 						err := n.m.Add("measured", pod, "")
@@ -116,62 +135,67 @@ func report(b *testing.B, what string, s [2]samples) {
 }
 
 // BenchmarkConnect compares, in turns, new TCP connections through a row that
-// is alone with those through the worst-placed row among many. The rate of the
+// is alone with those through the worst-placed rows among many. The rate of the
 // second over that of the first is reported, as the median over the rounds.
 func BenchmarkConnect(b *testing.B) {
 	for _, v := range []variant{variantNFT, variantLegacy} {
-		for _, from := range []string{"client", "neighbour"} {
-			b.Run(string(v)+"/"+from, func(b *testing.B) {
-				const connections = 500
+		nodes := []*benchNode{newBenchNode(b, v, 0, nil), newBenchNode(b, v, crowd, consecutive)}
+		ports := map[string]int32{"deepest": deepest, "beside": lastBeside}
 
-				nodes := []*benchNode{newBenchNode(b, v, 0, nil), newBenchNode(b, v, crowd, consecutive)}
+		for _, port := range ports {
+			nodes[0].do(func() {
+				require.NoError(b, nodes[0].m.Add("alone", nodes[0].pod(0, IPv4, &PortMapping{HostPort: port, ContainerPort: 80}), ""))
+			})
+		}
 
-				for _, n := range nodes {
-					n.do(func() {
-						require.NoError(b, n.m.Add("measured", n.pod(0, IPv4, &PortMapping{HostPort: worstPort, ContainerPort: 80}), ""))
-					})
-				}
-
-				var (
-					times  [2]samples
-					ratios []float64
-				)
-
-				for b.Loop() {
-					var took [2]time.Duration
-
-					for i, n := range nodes {
-						took[i] = n.connects(b, from, connections)
-						times[i] = append(times[i], took[i]/connections)
-					}
-
-					ratios = append(ratios, float64(took[0])/float64(took[1]))
-				}
-
-				slices.Sort(ratios)
-				b.ReportMetric(float64(times[0].median().Nanoseconds())/1000, "us/connection-0-rows")
-				b.ReportMetric(float64(times[1].median().Nanoseconds())/1000, fmt.Sprintf("us/connection-%d-rows", crowd))
-				b.ReportMetric(ratios[len(ratios)/2], "rate-ratio")
+		for name, port := range ports {
+			b.Run(string(v)+"/client/"+name, func(b *testing.B) {
+				compareConnects(b, nodes, func(n *benchNode) *testbed.Namespace { return n.Client }, port)
+			})
+			b.Run(string(v)+"/neighbour/"+name, func(b *testing.B) {
+				compareConnects(b, nodes, func(n *benchNode) *testbed.Namespace { return n.Pods[1].Namespace }, port)
 			})
 		}
 	}
 }
 
-// connects makes connections, one after the other, to a port of the pod that
-// nobody serves: each is a new flow that is translated and refused.
-func (n *benchNode) connects(b *testing.B, from string, count int) time.Duration {
+func compareConnects(b *testing.B, nodes []*benchNode, from func(*benchNode) *testbed.Namespace, port int32) {
 	b.Helper()
 
-	namespace := n.Client
-	if from == "neighbour" {
-		namespace = n.Pods[1].Namespace
+	const connections = 500
+
+	var (
+		times  [2]samples
+		ratios []float64
+	)
+
+	for b.Loop() {
+		var took [2]time.Duration
+
+		for i, n := range nodes {
+			took[i] = n.connects(b, from(n), port, connections)
+			times[i] = append(times[i], took[i]/connections)
+		}
+
+		ratios = append(ratios, float64(took[0])/float64(took[1]))
 	}
 
-	to := sockaddr(n.nodeIP(IPv4), worstPort)
+	slices.Sort(ratios)
+	b.ReportMetric(float64(times[0].median().Nanoseconds())/1000, "us/connection-0-rows")
+	b.ReportMetric(float64(times[1].median().Nanoseconds())/1000, fmt.Sprintf("us/connection-%d-rows", crowd))
+	b.ReportMetric(ratios[len(ratios)/2], "rate-ratio")
+}
+
+// connects makes connections, one after the other, to a port of the pod that
+// nobody serves: each is a new flow that is translated and refused.
+func (n *benchNode) connects(b *testing.B, from *testbed.Namespace, port int32, count int) time.Duration {
+	b.Helper()
+
+	to := sockaddr(n.nodeIP(IPv4), portOf(port))
 
 	var took time.Duration
 
-	require.NoError(b, namespace.Do(func() error {
+	require.NoError(b, from.Do(func() error {
 		start := time.Now()
 
 		for range count {

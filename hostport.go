@@ -137,6 +137,9 @@ type row struct {
 	// it: CRI-O's, and those in another backend. The next Add of its pod that
 	// has to do with its port moves it.
 	astray bool
+	// depth is the level of the range chain that the row stands in, as the
+	// iptables backend chose it.
+	depth int
 }
 
 // owner is a pod. It is known only by the row's marks while id is empty.

@@ -73,13 +73,22 @@ func baseJumps() []natRule {
 
 // A dispatch chain is a tree over the port numbers, so that a packet walks some
 // tens of rules at the most, however many rows there are, and iptables reads as
-// few to find one (it reads all of a chain for -D and -C). It is no deeper than
-// that needs: for each change the kernel looks at all chains of the table for
-// loops (nf_tables, Linux 6.18).
-const rangeLevels = 3
+// few to find one (it reads all of a chain for -D and -C).
+//
+// Each range chain costs as well: for each change the kernel looks at all chains
+// of the table for loops (nf_tables, Linux 6.18). So a row stands in the widest
+// range chain, from the level ownRows on, that few others are in or below, and
+// where ports are spread wide there are no narrower ones. The jumps to these
+// come before the rows beside them.
+const (
+	rangeLevels = 6
+	ownRows     = 3
+	// fewRows is how many rows a range chain takes before others go deeper.
+	fewRows = 24
+)
 
 // rangeSize is how many ports a range has on a level, 0 being the widest.
-func rangeSize(level int) uint16 { return [rangeLevels]uint16{4096, 256, 64}[level] }
+func rangeSize(level int) uint16 { return 16384 >> (2 * level) }
 
 // ports is a range of port numbers; the zero value is no range.
 type ports struct{ lo, hi uint16 }
@@ -99,18 +108,23 @@ func (p ports) String() string {
 	return fmt.Sprintf("%d:%d", p.lo, p.hi)
 }
 
+// rangeChain names the range chain around r's port on a level.
+func (r *row) rangeChain(prefix string, level int) string {
+	p := rangeAt(r.port, level)
+
+	return fmt.Sprintf("%s%s-%d-%d", prefix, r.proto.api(), p.lo, p.hi)
+}
+
 // path returns the jumps that lead from a dispatch chain to the range chain
 // with r's own jump, widest range first, and the name of that chain.
 func path(r *row, dispatch, prefix string, jump func(level int, p ports) natRule) ([]natRule, string) {
-	jumps := make([]natRule, rangeLevels)
+	jumps := make([]natRule, r.depth+1)
 	chain := dispatch
 
 	for level := range jumps {
-		p := rangeAt(r.port, level)
-		jumps[level] = jump(level, p)
-		jumps[level].chain, jumps[level].proto = chain, r.proto
-		chain = fmt.Sprintf("%s%s-%d-%d", prefix, r.proto.api(), p.lo, p.hi)
-		jumps[level].target = chain
+		jumps[level] = jump(level, rangeAt(r.port, level))
+		jumps[level].chain, jumps[level].target = chain, r.rangeChain(prefix, level)
+		chain = jumps[level].target
 	}
 
 	return jumps, chain
@@ -126,7 +140,7 @@ type side struct {
 
 func (r *row) dnatSide() side {
 	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) natRule {
-		return natRule{dports: p}
+		return natRule{proto: r.proto, dports: p}
 	})
 	s := side{
 		path:  jumps,
@@ -155,10 +169,10 @@ func (r *row) masqSide() side {
 	pod := hostPrefix(r.pod.Addr())
 	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) natRule {
 		if level == 0 {
-			return natRule{src: podBlock(r.pod.Addr()), origPorts: p}
+			return natRule{src: podBlock(r.pod.Addr()), proto: r.proto, origPorts: p}
 		}
 
-		return natRule{origPorts: p}
+		return natRule{origPorts: p} // what gets there is of the protocol
 	})
 
 	return side{
@@ -422,6 +436,12 @@ func rowFrom(hash string, rule natRule, jumps []savedRule) *row {
 		}
 		if rule.dst.IsValid() {
 			r.ip = rule.dst.Addr()
+		}
+
+		for level := range rangeLevels {
+			if j.chain == r.rangeChain(dnatPrefix, level) {
+				r.depth = level
+			}
 		}
 
 		return r

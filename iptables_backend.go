@@ -200,27 +200,30 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 		}
 	}
 
+	index := func(r *row) int {
+		if i, ok := of[r]; ok {
+			return i
+		}
+
+		return shared
+	}
+
+	var missing []*row
+
 	for _, r := range wanted {
-		i, ok := of[r]
-		if !ok {
-			i = shared
+		switch {
+		case t.holds(r):
+			s.usePath(index(r), r, r.sides())
+		case t.leadsTo(r):
+			s.state.strays[r.hash] = t.stray(r)
+		default:
+			missing = append(missing, r)
 		}
+	}
 
-		if t.holds(r) {
-			s.usePath(i, r, r.sides())
-
-			continue
-		}
-
-		found := t.stray(r)
-		if t.leadsTo(r) {
-			s.state.strays[r.hash] = found
-
-			continue
-		}
-
-		s.clear(i, r, found)
-		s.put(i, r)
+	for _, r := range missing {
+		s.clear(index(r), r, t.stray(r))
+		s.put(index(r), r)
 	}
 
 	s.sweep(t)
@@ -516,6 +519,7 @@ func (s *script) put(i int, rows ...*row) {
 	sides := make([][]side, len(rows))
 
 	for j, r := range rows {
+		s.chooseDepth(r)
 		sides[j] = r.sides()
 		s.usePath(i, r, sides[j])
 	}
@@ -523,6 +527,17 @@ func (s *script) put(i int, rows ...*row) {
 	for which := range 2 {
 		for j, r := range rows {
 			s.putSide(i, r, sides[j][which])
+		}
+	}
+}
+
+// chooseDepth decides where a row is to stand. A row for one address goes as
+// deep as can be: it has to come before one for any address of the same port,
+// wherever that stands.
+func (s *script) chooseDepth(r *row) {
+	for r.depth = ownRows; r.depth < rangeLevels-1; r.depth++ {
+		if n, _ := s.users(r.rangeChain(dnatPrefix, r.depth)); n < fewRows && !r.ip.IsValid() {
+			return
 		}
 	}
 }
@@ -557,7 +572,12 @@ func (s *script) usePath(i int, r *row, sides []side) {
 
 			n, there = s.users(line)
 			if !there {
-				s.emit(i, r, cmdAppend+line)
+				cmd := cmdAppend
+				if level > ownRows {
+					cmd = cmdInsert // before the rows that stand beside it
+				}
+
+				s.emit(i, r, cmd+line)
 				s.seen[line] = true
 			} else if level == 0 {
 				s.assertOnce(j)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -40,6 +41,59 @@ func TestOneProcessPerOperation(t *testing.T) {
 			require.NoError(t, do())
 			assert.Equal(t, 1, started(), "step %d", i)
 		}
+	})
+}
+
+// Rows close together stand on several levels. A new manager knows their places
+// without a repair, and the last of them leaves no range chain behind.
+func TestRowsOnAllLevels(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		const first, last = 8000, 8100 // more than two levels take; in one range of 256
+
+		var even, odd []*PortMapping
+
+		for port := int32(first); port <= last; port += 2 {
+			even = append(even, &PortMapping{HostPort: port, ContainerPort: 80})
+			odd = append(odd, &PortMapping{HostPort: port + 1, ContainerPort: 80})
+		}
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{
+			HostPort: last, ContainerPort: 81, HostIP: n.otherNodeIP(f).String(),
+		})))
+		require.NoError(t, n.add(m, "id", n.pod(0, f, even...)))
+		require.NoError(t, n.add(m, "id", n.pod(0, f, odd...)))
+
+		levels := map[int]int{}
+		for r := range m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)].table() {
+			levels[r.depth]++
+		}
+
+		assert.Equal(t, map[int]int{
+			ownRows: fewRows - 1, ownRows + 1: 2*fewRows - 1, ownRows + 2: 1 + len(even) + len(odd) - 3*fewRows + 2,
+		}, levels)
+		require.NoError(t, m.Close())
+
+		for port := uint16(first); port <= last; port += 10 {
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), port), "web")
+			n.answers(n.Pods[0].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), port), "web")
+		}
+
+		// Of the pod: nothing serves port 81 there.
+		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.otherNodeIP(f), last))
+
+		started := countProcesses(t)
+		m = n.manager()
+
+		_ = started()
+
+		require.NoError(t, n.remove(m, "id", n.pod(0, f, odd...)))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), last), "web")
+		require.NoError(t, n.remove(m, "id", nil))
+		assert.Equal(t, 2, started(), "nothing to repair")
+		assert.Len(t, n.ours(f), 5)
 	})
 }
 
@@ -78,7 +132,7 @@ func TestAdoptsFromCRIO(t *testing.T) {
 
 		require.NoError(t, n.add(m, "crio-a", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "TCP"})))
 		assert.Equal(t, "crio-a", m.Mappings()[0].PodID, "named by Add")
-		assert.Contains(t, strings.Join(n.ours(IPv4), "\n"), "-A KUBE-HP-TCP-8064-8127 ", "and put where ours stand")
+		assert.Contains(t, strings.Join(n.ours(IPv4), "\n"), "-A KUBE-HP-TCP-7936-8191 ", "and put where ours stand")
 		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 
 		require.NoError(t, n.remove(m, "crio-b", &PodPortMapping{PortMappings: []*PortMapping{
@@ -179,7 +233,7 @@ func TestCRIORemovesOurs(t *testing.T) {
 }
 
 // ofPort60000 matches rules of that port and of the ranges around it.
-var ofPort60000 = regexp.MustCompile(`57344|59904|59968|60000`)
+var ofPort60000 = regexp.MustCompile(`49152|57344|59392|59904|60000`)
 
 // Whatever single rule of a pod somebody deletes, Add again puts it back.
 func TestAddAgainRepairs(t *testing.T) {

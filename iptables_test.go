@@ -66,9 +66,9 @@ func TestRangeAt(t *testing.T) {
 		port uint16
 		want [rangeLevels]ports
 	}{
-		{0, [rangeLevels]ports{{0, 4095}, {0, 255}, {0, 63}}},
-		{8080, [rangeLevels]ports{{4096, 8191}, {7936, 8191}, {8064, 8127}}},
-		{65535, [rangeLevels]ports{{61440, 65535}, {65280, 65535}, {65472, 65535}}},
+		{0, [rangeLevels]ports{{0, 16383}, {0, 4095}, {0, 1023}, {0, 255}, {0, 63}, {0, 15}}},
+		{8080, [rangeLevels]ports{{0, 16383}, {4096, 8191}, {7168, 8191}, {7936, 8191}, {8064, 8127}, {8080, 8095}}},
+		{65535, [rangeLevels]ports{{49152, 65535}, {61440, 65535}, {64512, 65535}, {65280, 65535}, {65472, 65535}, {65520, 65535}}},
 	} {
 		for level, want := range tc.want {
 			assert.Equal(t, want, rangeAt(tc.port, level))
