@@ -81,14 +81,16 @@ func baseJumps() []natRule {
 // where ports are spread wide there are no narrower ones. The jumps to these
 // come before the rows beside them.
 const (
+	widestRange = 16384
 	rangeLevels = 6
 	ownRows     = 3
 	// fewRows is how many rows a range chain takes before others go deeper.
 	fewRows = 24
 )
 
-// rangeSize is how many ports a range has on a level, 0 being the widest.
-func rangeSize(level int) uint16 { return 16384 >> (2 * level) }
+// rangeSize is how many ports a range has on a level, 0 being the widest: each
+// has four of the next.
+func rangeSize(level int) uint16 { return widestRange >> (2 * level) }
 
 // ports is a range of port numbers; the zero value is no range.
 type ports struct{ lo, hi uint16 }
