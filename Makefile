@@ -26,12 +26,12 @@ help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
-	@$(DEPS) go iptables unshare
+	@$(DEPS) go unshare
 	@go build -buildvcs=false -o bin/sandbox ./examples/sandbox
 	@$(INSIDE) bin/sandbox
 
 test: ## all tests, against the real kernel (RUN=, PKG=, V=-v)
-	@$(DEPS) go iptables unshare
+	@$(DEPS) go iptables nft unshare
 	@$(INSIDE) hack/test.sh $(V) -run '$(RUN)' $(PKG)
 
 lint: lint-tool ## golangci-lint for Linux and for the other systems' files, shellcheck for the scripts
@@ -47,7 +47,7 @@ cross: ## go vet and go build for every system and architecture that must compil
 	@hack/cross.sh
 
 bench: ## benchmarks of the root package (BENCH=, BENCHTIME=, COUNT=)
-	@$(DEPS) go iptables unshare
+	@$(DEPS) go iptables nft unshare
 	@$(INSIDE) go test -run '^$$' -bench '$(BENCH)' -benchtime '$(BENCHTIME)' -count '$(COUNT)' -benchmem .
 
 fuzz: ## every fuzz target, one after the other (FUZZTIME=)

@@ -15,8 +15,13 @@ import (
 //
 // Its methods are never called at the same time.
 type backend interface {
-	// kind names the backend in Mappings and logs.
-	kind() Backend
+	// kind is the backend that carries r, or where r is nil the one that new
+	// rows go to.
+	kind(r *row) Backend
+
+	// name is what names r in the kernel, where two rows with different
+	// endpoints may come to have the same; else it is "".
+	name(r *row) string
 
 	// list returns the rows that the kernel holds, whoever made them.
 	list(ctx context.Context) ([]*row, error)
@@ -87,13 +92,18 @@ func (l *layers) list(ctx context.Context) ([]*row, error) {
 	return rows, ctx.Err() // what had no time to answer is asked again
 }
 
-func (l *layers) owns(id string, r *row) bool {
+// of is the backend that carries r.
+func (l *layers) of(r *row) backend {
 	if b := l.at[r]; b != nil {
-		return b.owns(id, r)
+		return b
 	}
 
-	return l.backend.owns(id, r)
+	return l.backend
 }
+
+func (l *layers) kind(r *row) Backend         { return l.of(r).kind(r) }
+func (l *layers) name(r *row) string          { return l.of(r).name(r) }
+func (l *layers) owns(id string, r *row) bool { return l.of(r).owns(id, r) }
 
 // apply commits to the backend in use first, so that a row that moves over
 // is at all times in one of the two, and takes that back if another fails.

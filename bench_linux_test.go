@@ -44,6 +44,9 @@ func consecutive(i int) int32 {
 // spread puts the crowd all over, so that there are as many chains as can be.
 func spread(i int) int32 { return int32(1000 + 12*i) }
 
+// dense puts many times the crowd below lastPort.
+func dense(i int) int32 { return int32(lastPort - 1 - i) }
+
 // benchNode is a node with a number of rows.
 type benchNode struct {
 	*node
@@ -56,10 +59,10 @@ func newBenchNode(b *testing.B, v variant, rows int, port func(i int) int32) *be
 
 	n := &benchNode{node: newNode(b, v)}
 	n.do(func() {
-		n.m = NewMetaHostportManager(WithLogger(klog.Logger{}), WithoutSockets())
+		n.m = NewMetaHostportManager(WithLogger(klog.Logger{}), WithoutSockets(), WithBackend(n.backend()))
 
-		for first := 0; first < rows; first += 500 { // 10 pods
-			pod := &PodPortMapping{IP: net.IPv4(10, 88, 1, byte(first/500))}
+		for first := 0; first < rows; first += 500 {
+			pod := &PodPortMapping{IP: net.IPv4(10, 88, 1, byte(first/500))} // 10 pods, or 40
 			if first+500 == rows {
 				pod.IP = n.Pods[0].IPv4.AsSlice() // this one answers
 			}
@@ -107,14 +110,8 @@ func BenchmarkAdd(b *testing.B) {
 					n.do(func() {
 						pod := n.pod(0, IPv4, &PortMapping{HostPort: lastPort, ContainerPort: 80})
 
-						start := time.Now()
-						err := n.m.Add("measured", pod, "")
-						added := time.Now()
-
-						require.NoError(b, err)
-						require.NoError(b, n.m.Remove("measured", pod))
-
-						adds[i], removes[i] = append(adds[i], added.Sub(start)), append(removes[i], time.Since(added))
+						added, removed := n.addAndRemove(b, pod)
+						adds[i], removes[i] = append(adds[i], added), append(removes[i], removed)
 					})
 				}
 			}
@@ -123,6 +120,101 @@ func BenchmarkAdd(b *testing.B) {
 			report(b, "remove", removes)
 		})
 	}
+}
+
+// BenchmarkAddNFTables compares, in turns, Add and Remove of a pod with one host
+// port on nodes with more and more rows, and with nft(8) doing the same to the
+// last of them. The medians are reported, how much longer they take than
+// without other rows, and how much longer nft takes than that.
+func BenchmarkAddNFTables(b *testing.B) {
+	sizes := []int{0, crowd, 4 * crowd}
+
+	var nodes []*benchNode
+	for _, rows := range sizes {
+		nodes = append(nodes, newBenchNode(b, viaNFTables, rows, dense))
+	}
+
+	var (
+		adds, removes         = make([]samples, len(nodes)), make([]samples, len(nodes))
+		nftAdds, nftRemoves   samples
+		pod                   = nodes[0].pod(0, IPv4, &PortMapping{HostPort: lastPort, ContainerPort: 80})
+		row                   = fmt.Sprintf(`{ tcp . %d comment "AAAAAAAAAAAAAAAA" : %s . 80 }`, lastPort, pod.IP)
+		hairpin               = fmt.Sprintf(`{ %[1]s . %[1]s comment "AAAAAAAAAAAAAAAA" }`, "10.88.77.77")
+		hostports, hairpinSet = "element ip crio-hostports hostports " + row, "element ip crio-hostports hairpins " + hairpin
+	)
+
+	for round := 0; b.Loop(); round++ {
+		for turn := range nodes {
+			i := (round + turn) % len(nodes) // whoever comes first finds cold caches
+
+			for range 10 {
+				// Nothing here needs to be in the node's namespace but the socket,
+				// which is: a runtime's goroutines are not bound to threads either.
+				added, removed := nodes[i].addAndRemove(b, pod)
+				adds[i], removes[i] = append(adds[i], added), append(removes[i], removed)
+			}
+		}
+
+		n := nodes[len(nodes)-1]
+		start := time.Now()
+		n.commandWith("add "+hostports+"\nadd "+hairpinSet, "nft", "-f", "-")
+		added := time.Now()
+		n.commandWith("delete "+hostports+"\ndelete "+hairpinSet, "nft", "-f", "-")
+
+		nftAdds, nftRemoves = append(nftAdds, added.Sub(start)), append(nftRemoves, time.Since(added))
+	}
+
+	for _, what := range []struct {
+		name string
+		ours []samples
+		nft  samples
+	}{{"add", adds, nftAdds}, {"remove", removes, nftRemoves}} {
+		none := what.ours[0].median()
+
+		for i, rows := range sizes {
+			median := what.ours[i].median()
+			b.ReportMetric(float64(median.Nanoseconds())/1000, fmt.Sprintf("%s-us/%d-rows", what.name, rows))
+			b.ReportMetric(float64(median)/float64(none), fmt.Sprintf("%s-ratio/%d-rows", what.name, rows))
+		}
+
+		nft := what.nft.median()
+		b.ReportMetric(float64(nft.Microseconds())/1000, what.name+"-ms/nft")
+		b.ReportMetric(float64(nft)/float64(what.ours[len(sizes)-1].median()), what.name+"-ratio/nft")
+	}
+}
+
+// addAndRemove tells how long it takes to add and to remove a pod.
+func (n *benchNode) addAndRemove(b *testing.B, pod *PodPortMapping) (add, remove time.Duration) {
+	b.Helper()
+
+	start := time.Now()
+	err := n.m.Add("measured", pod, "")
+	added := time.Now()
+
+	require.NoError(b, err)
+	require.NoError(b, n.m.Remove("measured", pod))
+
+	return added.Sub(start), time.Since(added)
+}
+
+// BenchmarkAddMany measures an Add of 20,000 rows, and their Remove.
+func BenchmarkAddMany(b *testing.B) {
+	n := newBenchNode(b, viaNFTables, 0, nil)
+	pod := n.pod(0, IPv4)
+
+	for i := range 4 * crowd {
+		pod.PortMappings = append(pod.PortMappings, &PortMapping{HostPort: dense(i), ContainerPort: 80})
+	}
+
+	var adds, removes samples
+
+	for b.Loop() {
+		added, removed := n.addAndRemove(b, pod)
+		adds, removes = append(adds, added), append(removes, removed)
+	}
+
+	b.ReportMetric(float64(adds.median().Microseconds())/1000, "add-ms")
+	b.ReportMetric(float64(removes.median().Microseconds())/1000, "remove-ms")
 }
 
 func report(b *testing.B, what string, s [2]samples) {
@@ -138,7 +230,7 @@ func report(b *testing.B, what string, s [2]samples) {
 // is alone with those through the worst-placed rows among many. The rate of the
 // second over that of the first is reported, as the median over the rounds.
 func BenchmarkConnect(b *testing.B) {
-	for _, v := range []variant{variantNFT, variantLegacy} {
+	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
 		nodes := []*benchNode{newBenchNode(b, v, 0, nil), newBenchNode(b, v, crowd, consecutive)}
 		ports := map[string]int32{"deepest": deepest, "beside": lastBeside}
 
@@ -215,13 +307,13 @@ func (n *benchNode) connects(b *testing.B, from *testbed.Namespace, port int32, 
 
 // BenchmarkList measures how long a new manager takes to find many rows.
 func BenchmarkList(b *testing.B) {
-	for _, v := range []variant{variantNFT, variantLegacy} {
+	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
 		b.Run(string(v), func(b *testing.B) {
 			n := newBenchNode(b, v, crowd, consecutive)
 
 			for b.Loop() {
 				n.do(func() {
-					m, err := New(WithLogger(klog.Logger{}), WithoutSockets())
+					m, err := New(WithLogger(klog.Logger{}), WithoutSockets(), WithBackend(n.backend()))
 					require.NoError(b, err)
 					require.Len(b, m.Mappings(), crowd)
 				})

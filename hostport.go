@@ -54,9 +54,10 @@ type Mapping struct {
 	// PodID, Namespace and Name are empty where only PodIDHash is known: for
 	// rows from before a restart that no Add or Remove has named since.
 	PodID, Namespace, Name string
-	// PodIDHash is what the kernel carries of the owner, 16 characters of
-	// base32. With iptables it is the hash in the names of the row's chains,
-	// which covers port, protocol and host IP as well.
+	// PodIDHash is base32(sha256(PodID))[:16], which is what the kernel carries
+	// of the owner with nftables. Of a row in iptables whose PodID is not known,
+	// it is the hash in the names of its chains, which covers port, protocol and
+	// host IP as well.
 	PodIDHash string
 	// Protocol is TCP, UDP or SCTP.
 	Protocol v1.Protocol
@@ -127,8 +128,12 @@ type row struct {
 
 	pod   netip.AddrPort
 	owner owner
+	// ownerHash is the comment of the row's element in nftables; "" where a row
+	// was found in iptables.
+	ownerHash string
 	// hash names the row's chains in iptables. It is over the strings as the
-	// caller gave them, so that it is the same in every process.
+	// caller gave them, so that it is the same in every process; "" where a row
+	// was found in nftables.
 	hash string
 	// label is the comment that says whose the row is: pod and port, free of
 	// anything that could end a quoted string.
@@ -157,6 +162,13 @@ func (o owner) String() string {
 	default:
 		return "unknown"
 	}
+}
+
+// become makes o the owner of a row that the kernel has carried without.
+func (r *row) become(o owner) {
+	r.owner, r.ownerHash = o, shortHash(o.id)
+	r.hash = cmp.Or(r.hash, rowHash(o.id, int32(r.port), string(r.proto.api()), r.hostIP(r.family()).String()))
+	r.label = cmp.Or(r.label, ruleLabel(o, r.port))
 }
 
 func (r *row) family() ipFamily { return familyOf(r.pod.Addr()) }
@@ -195,9 +207,11 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 	podIP, podErr := parsePodIP(pod.IP)
 
-	var rows []*row
-
-	seen := map[endpoint]*row{}
+	var (
+		rows      []*row
+		ownerHash = shortHash(id)
+		seen      = map[endpoint]*row{}
+	)
 
 	for i, pm := range pod.PortMappings {
 		if pm == nil || pm.HostPort == 0 {
@@ -227,11 +241,12 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 		}
 
 		r := &row{
-			endpoint: e,
-			pod:      netip.AddrPortFrom(podIP, containerPort),
-			owner:    o,
-			hash:     rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
-			label:    ruleLabel(o, e.port),
+			endpoint:  e,
+			pod:       netip.AddrPortFrom(podIP, containerPort),
+			owner:     o,
+			ownerHash: ownerHash,
+			hash:      rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
+			label:     ruleLabel(o, e.port),
 		}
 
 		if first, twice := seen[e]; !twice {

@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"iter"
@@ -49,7 +50,7 @@ type hostportManager struct {
 	turn    chan struct{}
 	backend backend            // nil until open has succeeded
 	rows    map[portKey][]*row // the table; slices are replaced, never changed
-	hashes  map[string]*row    // the table by what names a row in the kernel
+	names   map[string]*row    // the table by what names a row in the kernel, where that may collide
 	sockets sockets
 	closed  bool
 }
@@ -75,7 +76,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		open:    open,
 		turn:    make(chan struct{}, 1),
 		rows:    map[portKey][]*row{},
-		hashes:  map[string]*row{},
+		names:   map[string]*row{},
 		sockets: newSockets(f, cfg.sockets),
 	}
 }
@@ -192,9 +193,9 @@ func (m *hostportManager) place(c *change, w *row) error {
 
 	// CRI-O's way to make names has these two in one hash: ids of different
 	// length, or 8 and 0::1 beside 80 and ::1.
-	if r := m.hashes[w.hash]; r != nil && r.endpoint != w.endpoint {
+	if name := m.backend.name(w); m.names[name] != nil && m.names[name].endpoint != w.endpoint {
 		return &rowError{w, fmt.Errorf("%w: its name in the kernel, %s, is taken by row %s of pod %s",
-			ErrInvalidMapping, w.hash, r, r.owner)}
+			ErrInvalidMapping, name, m.names[name], m.names[name].owner)}
 	}
 
 	c.add(w)
@@ -205,8 +206,8 @@ func (m *hostportManager) place(c *change, w *row) error {
 // owns tells whether r is o's. A row whose owner was not known is o's from
 // now on if its marks say so; hash is the one that o would give it, if known.
 func (m *hostportManager) owns(o owner, hash string, r *row) bool {
-	if !r.owner.known() && o.known() && (r.hash == hash || m.backend.owns(o.id, r)) {
-		r.owner = o
+	if !r.owner.known() && o.known() && (hash != "" && r.hash == hash || m.backend.owns(o.id, r)) {
+		r.become(o)
 	}
 
 	return r.owner.known() && r.owner.id == o.id
@@ -266,7 +267,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		}
 	}
 
-	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(), "rows", len(rows))
+	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
 
 	return nil
 }
@@ -285,11 +286,13 @@ func (m *hostportManager) start() error {
 
 func (m *hostportManager) setRows(k portKey, rows []*row) {
 	for _, r := range m.rows[k] {
-		delete(m.hashes, r.hash)
+		delete(m.names, m.backend.name(r))
 	}
 
 	for _, r := range rows {
-		m.hashes[r.hash] = r
+		if name := m.backend.name(r); name != "" {
+			m.names[name] = r
+		}
 	}
 
 	if len(rows) == 0 {
@@ -322,11 +325,11 @@ func (m *hostportManager) mappings() []Mapping {
 	for r := range m.table() {
 		list = append(list, Mapping{
 			PodID: r.owner.id, Namespace: r.owner.namespace, Name: r.owner.name,
-			PodIDHash: r.hash,
+			PodIDHash: cmp.Or(r.ownerHash, r.hash),
 			Protocol:  r.proto.api(),
 			HostIP:    r.hostIP(m.family).String(), HostPort: int32(r.port),
 			PodIP: r.pod.Addr().AsSlice(), ContainerPort: int32(r.pod.Port()),
-			Backend: m.backend.kind(),
+			Backend: m.backend.kind(r),
 			Held:    m.sockets.holds(r.endpoint),
 		})
 	}

@@ -52,7 +52,9 @@ func newIPTablesBackend(ipt IPTables) *iptablesBackend {
 	return &iptablesBackend{ipt: ipt, doubtful: map[string]*row{}}
 }
 
-func (b *iptablesBackend) kind() Backend { return BackendIPTables }
+func (b *iptablesBackend) kind(*row) Backend { return BackendIPTables }
+
+func (b *iptablesBackend) name(r *row) string { return r.hash }
 
 func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
 

@@ -51,6 +51,10 @@ func NewIPTables(family ipFamily) (IPTables, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
 	defer cancel()
 
+	if err := errors.Join(haveNetAdmin(), haveFamily(family)); err != nil {
+		return nil, err
+	}
+
 	t, err := findIPTables(ctx, family)
 	if err != nil {
 		return nil, err // and no interface around a nil pointer
@@ -60,14 +64,6 @@ func NewIPTables(family ipFamily) (IPTables, error) {
 }
 
 func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
-	if err := haveNetAdmin(); err != nil {
-		return nil, err
-	}
-
-	if err := haveFamily(family); err != nil {
-		return nil, err
-	}
-
 	for _, v := range []variant{variantNFT, variantLegacy} {
 		t, err := newIPTables(family, command(family)+"-"+string(v), v)
 		if err != nil {
@@ -87,23 +83,18 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 	return newIPTables(family, command(family), v)
 }
 
-// other returns the other variant, or nil if this node does not have it.
-func (t *ipTables) other() *ipTables {
-	v := variantLegacy
-	if t.variant == variantLegacy {
-		v = variantNFT
+// iptablesOf returns the iptables of a variant, by whatever name the node has it.
+func iptablesOf(ctx context.Context, family ipFamily, v variant) (*ipTables, error) {
+	t, err := newIPTables(family, command(family)+"-"+string(v), v)
+	if err == nil {
+		return t, nil
 	}
 
-	if !tableThere(t.family, v, natTable) {
-		return nil
+	if plain, plainErr := variantOf(ctx, command(family)); plainErr == nil && plain == v {
+		return newIPTables(family, command(family), v)
 	}
 
-	o, err := newIPTables(t.family, command(t.family)+"-"+string(v), v)
-	if err != nil {
-		return nil
-	}
-
-	return o
+	return nil, err
 }
 
 func command(family ipFamily) string {
@@ -301,25 +292,4 @@ func lineIn(stderr string) int {
 	}
 
 	return n
-}
-
-// openBackend returns what finds the backend for a family.
-func openBackend(f ipFamily, cfg config) func(context.Context) (backend, error) {
-	return func(ctx context.Context) (backend, error) {
-		if cfg.backend != BackendAuto && cfg.backend != BackendIPTables {
-			return nil, fmt.Errorf("backend %q: %w in this version", cfg.backend, errors.ErrUnsupported)
-		}
-
-		t, err := findIPTables(ctx, f)
-		if err != nil {
-			return nil, fmt.Errorf("backend %s: %w", BackendIPTables, err)
-		}
-
-		var before []backend
-		if o := t.other(); o != nil {
-			before = append(before, newIPTablesBackend(o))
-		}
-
-		return newLayers(newIPTablesBackend(t), cfg.log, before...), nil
-	}
 }

@@ -2,16 +2,13 @@ package hostport
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,12 +16,11 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 )
 
 // In the steady state an operation is one process.
 func TestOneProcessPerOperation(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		started := countProcesses(t)
 		m := n.manager()
 		t.Logf("%d processes for New", started())
@@ -47,7 +43,7 @@ func TestOneProcessPerOperation(t *testing.T) {
 // Rows close together stand on several levels. A new manager knows their places
 // without a repair, and the last of them leaves no range chain behind.
 func TestRowsOnAllLevels(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		const first, last = 8000, 8100 // more than two levels take; in one range of 256
@@ -237,7 +233,7 @@ var ofPort60000 = regexp.MustCompile(`49152|57344|59392|59904|60000`)
 
 // Whatever single rule of a pod somebody deletes, Add again puts it back.
 func TestAddAgainRepairs(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		m := n.manager()
 		pod := n.pod(0, f,
 			&PortMapping{HostPort: 8080, ContainerPort: 80},
@@ -280,7 +276,7 @@ func TestAddAgainRepairs(t *testing.T) {
 // A masquerade jump from before that stands too late in POSTROUTING, where a
 // CNI plugin's rules have accepted hairpin connections already, is moved up.
 func TestLateMasqueradeJump(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.addForeign(f)
 
@@ -420,74 +416,18 @@ func TestNoIP6Tables(t *testing.T) {
 func TestNoIPTables(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 
-	n, err := New(WithLogger(testLogger(t)))
+	opts := []Option{WithLogger(testLogger(t)), WithBackend(BackendIPTables)}
+
+	n, err := New(opts...)
 	require.ErrorIs(t, err, exec.ErrNotFound)
 	require.ErrorContains(t, err, "IPv4")
 	require.ErrorContains(t, err, "IPv6")
 	assert.Nil(t, n)
 
-	m := NewMetaHostportManager(WithLogger(testLogger(t)))
+	m := NewMetaHostportManager(opts...)
 	pod := podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.ErrorIs(t, m.Add("id", pod, ""), exec.ErrNotFound)
 	require.NoError(t, m.Remove("id", pod))
-}
-
-func TestBackendNotInThisVersion(t *testing.T) {
-	t.Parallel()
-
-	for _, b := range []Backend{BackendNFTables, "iptabels", ""} {
-		_, err := New(WithBackend(b), WithLogger(testLogger(t)))
-		require.ErrorIs(t, err, errors.ErrUnsupported)
-		assert.ErrorContains(t, err, strconv.Quote(string(b)))
-	}
-}
-
-// Without IPv6 on the host, IPv4 works.
-func TestIPv6Off(t *testing.T) {
-	eachVariant(t, func(t *testing.T, n *node) {
-		n.serve(0, "tcp", IPv4, 80)
-		n.do(func() {
-			require.NoError(t, os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0))
-		})
-
-		m := n.manager()
-		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
-		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
-		require.NoError(t, n.remove(m, "id", nil))
-	})
-}
-
-// Without CAP_NET_ADMIN both constructors' managers say so.
-func TestNoNetAdmin(t *testing.T) {
-	done := make(chan struct{})
-
-	go func() {
-		defer close(done)
-
-		runtime.LockOSThread() // for good: the thread ends with this goroutine
-
-		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-
-		var data [2]unix.CapUserData
-		if !assert.NoError(t, unix.Capget(&hdr, &data[0])) {
-			return
-		}
-
-		data[0].Effective &^= 1 << unix.CAP_NET_ADMIN
-		if !assert.NoError(t, unix.Capset(&hdr, &data[0])) {
-			return
-		}
-
-		_, err := New(WithLogger(testLogger(t)))
-		assert.ErrorIs(t, err, unix.EPERM)
-		assert.ErrorContains(t, err, "CAP_NET_ADMIN")
-
-		err = NewMetaHostportManager(WithLogger(testLogger(t))).Add("id",
-			podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}), "")
-		assert.ErrorIs(t, err, unix.EPERM)
-		assert.ErrorContains(t, err, "CAP_NET_ADMIN")
-	}()
-	<-done
 }
 
 // A process that hangs is killed, with its children, when time is up.

@@ -11,6 +11,7 @@ import (
 // Manager maps host ports for both IP families. It implements HostPortManager.
 type Manager struct {
 	families []*hostportManager
+	opener   *opener
 }
 
 var _ HostPortManager = (*Manager)(nil)
@@ -18,9 +19,9 @@ var _ HostPortManager = (*Manager)(nil)
 // NewMetaHostportManager returns a manager for both IP families. Rows that
 // the kernel holds already are adopted, and their ports are held again.
 //
-// It never fails. Where a family cannot work, because iptables is not there,
-// IPv6 is off or CAP_NET_ADMIN is missing, the other one does, and Add says
-// what is missing until it is there.
+// It never fails. Where a family cannot work, because neither nftables nor
+// iptables is there, IPv6 is off or CAP_NET_ADMIN is missing, the other one
+// does, and Add says what is missing until it is there.
 func NewMetaHostportManager(opts ...Option) HostPortManager {
 	m, _ := newManager(opts)
 
@@ -41,12 +42,12 @@ func New(opts ...Option) (*Manager, error) {
 // newManager returns a manager in any case, and an error if no family works.
 func newManager(opts []Option) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{}
+	m := &Manager{opener: newOpener(cfg)}
 
 	var errs []error
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		fm := newHostportManager(f, cfg, openBackend(f, cfg))
+		fm := newHostportManager(f, cfg, m.opener.open(f))
 		m.families = append(m.families, fm)
 
 		if err := fm.start(); err != nil {
@@ -123,5 +124,5 @@ func (m *Manager) Close() error {
 		errs = append(errs, fm.Close())
 	}
 
-	return errors.Join(errs...)
+	return errors.Join(append(errs, m.opener.close())...)
 }

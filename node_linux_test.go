@@ -31,6 +31,41 @@ type node struct {
 	variant variant
 }
 
+// viaNFTables stands for no iptables at all, but nftables.
+const viaNFTables variant = "nftables"
+
+// onlyVariable is an environment variable that confines tests to one backend.
+const onlyVariable = "HOSTPORT_TEST_ONLY"
+
+// backends are those that every behaviour is tested on.
+func backends() []variant {
+	if only := os.Getenv(onlyVariable); only != "" {
+		return []variant{variant(only)}
+	}
+
+	return []variant{viaNFTables, variantNFT, variantLegacy}
+}
+
+// eachBackend runs f on a fresh node for each backend.
+func eachBackend(t *testing.T, f func(t *testing.T, n *node)) {
+	t.Helper()
+
+	for _, v := range backends() {
+		t.Run(string(v), func(t *testing.T) { f(t, newNode(t, v)) })
+	}
+}
+
+// eachFamily runs f on a fresh node for each backend and IP family.
+func eachFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
+	t.Helper()
+
+	for _, v := range backends() {
+		for _, family := range []ipFamily{IPv4, IPv6} {
+			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newNode(t, v), family) })
+		}
+	}
+}
+
 // eachVariant runs f on a fresh node for each variant of iptables.
 func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 	t.Helper()
@@ -40,8 +75,27 @@ func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 	}
 }
 
-// newNode makes a node whose kubelet says that it uses variant v, with two
-// pods, web and other.
+// eachVariantAndFamily runs f on a fresh node for each variant of iptables and
+// IP family.
+func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
+	t.Helper()
+
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		for _, family := range []ipFamily{IPv4, IPv6} {
+			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newNode(t, v), family) })
+		}
+	}
+}
+
+// anyNode makes a node with the backend that is taken by default.
+func anyNode(tb testing.TB) *node {
+	tb.Helper()
+
+	return newNode(tb, backends()[0])
+}
+
+// newNode makes a node with two pods, web and other. Its managers use nftables,
+// or the variant of iptables that the kubelet says the node uses.
 func newNode(tb testing.TB, v variant) *node {
 	tb.Helper()
 
@@ -50,7 +104,9 @@ func newNode(tb testing.TB, v variant) *node {
 	tb.Cleanup(func() { assert.NoError(tb, bed.Close()) })
 
 	n := &node{Bed: bed, t: tb, variant: v}
-	n.hint(v)
+	if v != viaNFTables {
+		n.hint(v)
+	}
 
 	return n
 }
@@ -59,6 +115,15 @@ func (n *node) hint(v variant) {
 	for _, family := range []ipFamily{IPv4, IPv6} {
 		n.command(command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 	}
+}
+
+// backend is what the node's managers are told to use.
+func (n *node) backend() Backend {
+	if n.variant == viaNFTables {
+		return BackendNFTables
+	}
+
+	return BackendIPTables
 }
 
 // within is the node for a subtest.
@@ -108,10 +173,15 @@ func (n *node) iptables(f ipFamily, args ...string) {
 	n.command(command(f)+"-"+string(n.variant), append([]string{"-t", natTable}, args...)...)
 }
 
-// rules returns the nat table of a family as it can be compared: without
-// counters, and without order where that means nothing.
+// rules returns what there is of a family in nf_tables, or in the nat table, as
+// it can be compared: without counters, and without order where that means
+// nothing.
 func (n *node) rules(f ipFamily) []string {
 	n.t.Helper()
+
+	if n.variant == viaNFTables {
+		return n.nftRules(f)
+	}
 
 	var rules []string
 
@@ -137,8 +207,17 @@ func (n *node) ours(f ipFamily) []string {
 func sorted(rules []string) []string { return slices.Sorted(slices.Values(rules)) }
 
 func isOurs(line string) bool {
-	return slices.ContainsFunc([]string{dnatDispatch, dnatPrefix, masqDispatch, masqPrefix}, func(name string) bool {
+	return slices.ContainsFunc([]string{nftTable, dnatDispatch, dnatPrefix, masqDispatch, masqPrefix}, func(name string) bool {
 		return strings.Contains(line, name)
+	})
+}
+
+// leftOver is what is ours beyond what stays without any row.
+func (n *node) leftOver(f ipFamily) []string {
+	n.t.Helper()
+
+	return slices.DeleteFunc(n.ours(f), func(line string) bool {
+		return !strings.Contains(line, dnatPrefix) && !strings.Contains(line, masqPrefix) && !strings.Contains(line, " element ")
 	})
 }
 
@@ -146,7 +225,7 @@ func isOurs(line string) bool {
 func (n *node) manager(opts ...Option) *Manager {
 	n.t.Helper()
 
-	opts = append([]Option{WithLogger(testLogger(n.t))}, opts...)
+	opts = append([]Option{WithLogger(testLogger(n.t)), WithBackend(n.backend())}, opts...)
 
 	var m *Manager
 
@@ -289,10 +368,36 @@ func (n *node) dump(m interface{ Mappings() []Mapping }) string {
 	return b.String()
 }
 
+// countWork returns a function that tells how much has been done in the kernel
+// since it was last called: processes started, or changes of nf_tables.
+func (n *node) countWork() func() int {
+	n.t.Helper()
+
+	if n.variant != viaNFTables {
+		return countProcesses(n.t)
+	}
+
+	conn := n.nfnetlink()
+	generation := func() int {
+		gen, err := conn.Generation(context.Background())
+		require.NoError(n.t, err)
+
+		return int(gen)
+	}
+	seen := generation()
+
+	return func() int {
+		before := seen
+		seen = generation()
+
+		return seen - before
+	}
+}
+
 // countProcesses puts a counter in front of every iptables program, and
 // returns a function that tells how many have been started since it was last
 // called.
-func countProcesses(t *testing.T) func() int {
+func countProcesses(t testing.TB) func() int {
 	t.Helper()
 
 	dir := t.TempDir()

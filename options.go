@@ -11,10 +11,11 @@ type Backend string
 
 // The backends.
 const (
-	// BackendAuto takes the best backend that works on the node. In this
-	// version that is BackendIPTables.
+	// BackendAuto takes nftables where the kernel has it, and else iptables.
+	// Where nftables is there but cannot be used, the log says why.
 	BackendAuto Backend = "auto"
-	// BackendNFTables is reserved: this version cannot use it, and says so.
+	// BackendNFTables programs nf_tables over netlink and runs no program. It
+	// needs Linux 5.10 or later.
 	BackendNFTables Backend = "nftables"
 	// BackendIPTables runs iptables-restore(8), in the nf_tables or the legacy
 	// variant, whichever the node uses.
@@ -49,7 +50,9 @@ func newConfig(opts []Option) config {
 	return cfg
 }
 
-// WithBackend forces a backend. The default is BackendAuto.
+// WithBackend forces a backend for new rows. Those that another one carries
+// from before are kept, held and removed there all the same, and moved over by
+// their pod's next Add. The default is BackendAuto.
 func WithBackend(b Backend) Option {
 	return func(c *config) { c.backend = b }
 }

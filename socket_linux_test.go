@@ -233,7 +233,7 @@ func TestHeldPortWithoutRule(t *testing.T) {
 		require.NoError(t, n.add(m, "id", n.pod(0, f,
 			&PortMapping{HostPort: 8080, ContainerPort: 80},
 			&PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))
-		n.iptables(f, "-F")
+		n.wipe(f)
 
 		start := time.Now()
 
@@ -284,7 +284,7 @@ func TestAddressToCome(t *testing.T) {
 }
 
 func TestWithoutSockets(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := anyNode(t)
 	m := n.manager(WithoutSockets())
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	assert.False(t, m.Mappings()[0].Held)
@@ -359,7 +359,7 @@ func openFiles(t *testing.T) int {
 
 // A pod's row for any address and its row for one have a socket each.
 func TestSocketsOfOnePort(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := anyNode(t)
 	anyIP := &PortMapping{HostPort: 8080, ContainerPort: 80}
 	one := &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.nodeIP(IPv4).String()}
 
@@ -393,7 +393,7 @@ func TestSocketsOfOnePort(t *testing.T) {
 // A row from before does not stand for its port: who serves it meanwhile is
 // found when a pod wants it.
 func TestPortTakenWhileAway(t *testing.T) {
-	eachVariant(t, func(t *testing.T, n *node) {
+	eachBackend(t, func(t *testing.T, n *node) {
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		n.leftBehind("id", pod)
 
@@ -424,7 +424,7 @@ func TestPortTakenWhileAway(t *testing.T) {
 
 // A pod's second UDP socket for a port does not let others in.
 func TestUDPBesideOthers(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := anyNode(t)
 	m := n.manager()
 
 	n.do(func() {

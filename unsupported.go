@@ -11,11 +11,18 @@ import (
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
 func NewIPTables(ipFamily) (IPTables, error) { return nil, errors.ErrUnsupported }
 
-func openBackend(ipFamily, config) func(context.Context) (backend, error) {
+// opener finds nothing.
+type opener struct{}
+
+func newOpener(config) *opener { return nil }
+
+func (*opener) open(ipFamily) func(context.Context) (backend, error) {
 	return func(context.Context) (backend, error) {
 		return nil, fmt.Errorf("host ports are %w: %w", errUnavailable, errors.ErrUnsupported)
 	}
 }
+
+func (*opener) close() error { return nil }
 
 // sockets holds nothing.
 type sockets struct{}

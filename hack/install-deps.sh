@@ -1,6 +1,6 @@
 #!/bin/sh
 # Usage: install-deps.sh NEED...
-# Sees to it that each NEED is there: go, iptables (both variants), unshare, shellcheck, make.
+# Sees to it that each NEED is there: go, iptables (both variants), nft, unshare, shellcheck, make.
 # Root gets what is missing from the distribution; a plain user gets one line that says what to install.
 set -eu
 
@@ -26,6 +26,7 @@ packages() {
 	apt-get:iptables) echo iptables ;;
 	dnf:iptables) echo iptables-nft iptables-legacy ;;
 	apk:iptables) echo iptables iptables-legacy ;;
+	*:nft) echo nftables ;;
 	*:unshare) echo util-linux ;;
 	dnf:shellcheck) echo ShellCheck ;;
 	*) echo "$1" ;;

@@ -23,6 +23,7 @@ type demo struct {
 	*report
 
 	bed      *testbed.Bed
+	opts     []hostport.Option // of every manager
 	manager  *hostport.Manager
 	web, dns sandbox
 }
@@ -34,13 +35,14 @@ type sandbox struct {
 	ports []*hostport.PortMapping
 }
 
-func newDemo(bed *testbed.Bed, r *report) *demo {
+func newDemo(bed *testbed.Bed, r *report, opts []hostport.Option) *demo {
 	port := func(proto v1.Protocol, host, container int32, hostIP string) *hostport.PortMapping {
 		return &hostport.PortMapping{Protocol: proto, HostPort: host, ContainerPort: container, HostIP: hostIP}
 	}
 	return &demo{
 		report: r,
 		bed:    bed,
+		opts:   append([]hostport.Option{hostport.WithTimeout(operationTimeout)}, opts...),
 		web: sandbox{bed.Pods[0], []*hostport.PortMapping{
 			port(v1.ProtocolTCP, 8080, 80, ""),
 			port(v1.ProtocolTCP, 8443, 443, bed.OtherNodeIP(false).String()),
@@ -61,15 +63,11 @@ func (s sandbox) mapping(v6 bool, ports ...*hostport.PortMapping) *hostport.PodP
 	return &hostport.PodPortMapping{Namespace: "demo", Name: s.Name, IP: s.IP(v6).AsSlice(), PortMappings: ports}
 }
 
-// mappings are those that the manager has for a sandbox.
-func (d *demo) mappings(s sandbox) []hostport.Mapping {
-	var own []hostport.Mapping
-	for _, m := range d.manager.Mappings() {
-		if m.PodID == s.id() {
-			own = append(own, m)
-		}
-	}
-	return own
+// among returns those of the rows that lead to the pod.
+func (s sandbox) among(rows []hostport.Mapping) []hostport.Mapping {
+	return slices.DeleteFunc(slices.Clone(rows), func(m hostport.Mapping) bool {
+		return !m.PodIP.Equal(s.IPv4.AsSlice()) && !m.PodIP.Equal(s.IPv6.AsSlice())
+	})
 }
 
 // onHost does what a runtime does. That is in the host's namespace to begin
@@ -84,15 +82,15 @@ func (d *demo) onHost(operation func() error) (took time.Duration, err error) {
 	return took, err
 }
 
-func (d *demo) open(opts ...hostport.Option) error {
-	_, err := d.onHost(func() (err error) {
-		opts = append([]hostport.Option{hostport.WithTimeout(operationTimeout)}, opts...)
-		if d.manager, err = hostport.New(opts...); err != nil {
+// open makes a manager, with more options than every one has.
+func (d *demo) open(more ...hostport.Option) (m *hostport.Manager, err error) {
+	_, err = d.onHost(func() (err error) {
+		if m, err = hostport.New(slices.Concat(d.opts, more)...); err != nil {
 			return fmt.Errorf("new manager: %w", err)
 		}
 		return nil
 	})
-	return err
+	return m, err
 }
 
 // start sets the sandboxes up.
@@ -114,7 +112,7 @@ func (d *demo) start(context.Context) error {
 // serve lets the pod answer on the container ports that are mapped.
 func (d *demo) serve(s sandbox, ip netip.Addr) (text string, backend hostport.Backend, err error) {
 	var texts []string
-	for _, m := range d.mappings(s) {
+	for _, m := range d.manager.Mappings() {
 		if !m.PodIP.Equal(ip.AsSlice()) {
 			continue
 		}
@@ -173,20 +171,21 @@ func (d *demo) probes(ctx context.Context) error {
 // removal ends a sandbox, with what a runtime still knows of it then.
 func (d *demo) removal(ctx context.Context) error {
 	d.title("web ends: one Remove for both families. Clients are refused at once, dns goes on, the port is free.")
-	before := d.mappings(d.web)
+	before := d.web.among(d.manager.Mappings())
 	took, err := d.onHost(func() error {
 		return d.manager.Remove(d.web.id(), &hostport.PodPortMapping{PortMappings: d.web.ports})
 	})
-	rules, rulesErr := d.savedRules(ctx)
-	if rulesErr != nil {
-		return rulesErr
+	after := d.web.among(d.manager.Mappings())
+	rows, rowsErr := d.kernelRows()
+	if rowsErr != nil {
+		return rowsErr
 	}
-	left := len(rules.of(false, before)) + len(rules.of(true, before))
+	left := len(d.web.among(rows))
 	if err == nil && left > 0 {
 		err = errors.New("expected no rules left")
 	}
 	d.table(column{"POD", 4}, column{"MAPPINGS", 8}, column{"RULES LEFT", 10})
-	d.row(err, took, d.web.Name, fmt.Sprintf("%d → %d", len(before), len(d.mappings(d.web))), left)
+	d.row(err, took, d.web.Name, fmt.Sprintf("%d → %d", len(before), len(after)), left)
 
 	var questions []question
 	for _, v6 := range []bool{false, true} {
@@ -199,18 +198,4 @@ func (d *demo) removal(ctx context.Context) error {
 		return err
 	}
 	return d.probe(ctx, "tcp4", "0.0.0.0:8080", bound)
-}
-
-// rules shows what one pod has in the kernel.
-func (d *demo) rules(ctx context.Context) error {
-	rules, err := d.savedRules(ctx)
-	if err != nil {
-		return err
-	}
-	d.title("What the operator sees of dns in iptables-save -t nat, and likewise in ip6tables-save.")
-	breaks := strings.NewReplacer(" -m comment", "\n    -m comment", " -m conntrack", "\n    -m conntrack")
-	for _, rule := range rules.of(false, d.mappings(d.dns)) {
-		d.linef("%s", breaks.Replace(rule))
-	}
-	return nil
 }

@@ -27,7 +27,7 @@ func main() {
 		return
 	}
 
-	backend := flag.String("backend", string(hostport.BackendAuto), "how to program the kernel: auto, iptables or nftables")
+	backend := flag.String("backend", string(hostport.BackendAuto), "how to program the kernel: auto, nftables or iptables")
 	verbose := flag.Bool("v", false, "show the log of package hostport on standard error")
 	flag.Parse()
 
@@ -56,13 +56,13 @@ func run(ctx context.Context, w io.Writer, opts ...hostport.Option) (err error) 
 	}
 	defer func() { err = errors.Join(err, bed.Close()) }()
 
-	d := newDemo(bed, newReport(w))
-	if err := d.open(opts...); err != nil {
+	d := newDemo(bed, newReport(w), opts)
+	if d.manager, err = d.open(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.manager.Close()) }()
 
-	for _, chapter := range []func(context.Context) error{d.start, d.traffic, d.conflict, d.probes, d.removal, d.rules} {
+	for _, chapter := range []func(context.Context) error{d.start, d.traffic, d.conflict, d.probes, d.removal, d.operator} {
 		if err := chapter(ctx); err != nil {
 			return err
 		}

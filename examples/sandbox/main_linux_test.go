@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"io"
+	"net"
 	"net/netip"
 	"regexp"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport"
@@ -27,7 +29,18 @@ func TestMain(m *testing.M) {
 }
 
 func TestRun(t *testing.T) {
-	out, err := story(t)
+	t.Run("default", func(t *testing.T) { allGood(t) })
+	t.Run("iptables", func(t *testing.T) { allGood(t, hostport.WithBackend(hostport.BackendIPTables)) })
+	t.Run("nothing installed", func(t *testing.T) {
+		t.Setenv("PATH", t.TempDir())
+		assert.Contains(t, allGood(t), "nft is not installed here.")
+	})
+}
+
+func allGood(t *testing.T, opts ...hostport.Option) (out string) {
+	t.Helper()
+
+	out, err := story(t, opts...)
 	require.NoError(t, err)
 
 	good, all := verdict(t, out)
@@ -38,6 +51,8 @@ func TestRun(t *testing.T) {
 	for line := range strings.Lines(out) {
 		assert.LessOrEqual(t, utf8.RuneCountInString(strings.TrimSpace(line)), 110, line)
 	}
+
+	return out
 }
 
 // Without sockets the ports are open to other processes, and the demo has to
@@ -57,10 +72,32 @@ func TestRunIsBounded(t *testing.T) {
 	require.ErrorIs(t, run(ctx, io.Discard, hostport.WithLogger(klog.Logger{})), context.Canceled)
 }
 
+// The node has rows of one port for any address and for one of them, each in
+// its family.
+func TestCarrier(t *testing.T) {
+	row := func(hostIP, podIP string) hostport.Mapping {
+		return hostport.Mapping{
+			Protocol: v1.ProtocolTCP, HostIP: hostIP, HostPort: 8080, PodIP: net.ParseIP(podIP), ContainerPort: 80,
+			Backend: hostport.BackendNFTables,
+		}
+	}
+	rows := []hostport.Mapping{row("0.0.0.0", "10.88.0.2"), row("192.0.2.11", "10.88.0.3"), row("::", "fd00:10:88::2")}
+
+	for _, test := range []struct{ network, to, want string }{
+		{"tcp", "192.0.2.1:8080", "hostports tcp . 8080 → 10.88.0.2:80"},
+		{"tcp", "192.0.2.11:8080", "hostipports … tcp . 8080 → 10.88.0.3:80"},
+		{"tcp", "[2001:db8:1::1]:8080", "hostports tcp . 8080 → [fd00:10:88::2]:80"},
+		{"udp", "192.0.2.1:8080", noRule},
+		{"tcp", "192.0.2.1:80", noRule},
+	} {
+		assert.Equal(t, test.want, carrier(rows, test.network, netip.MustParseAddrPort(test.to)), test)
+	}
+}
+
 // What is asked may go wrong in many ways; a row tells the first of them.
 func TestJudge(t *testing.T) {
 	q := question{rule: "→ 10.88.0.2:80", want: "web", source: netip.MustParseAddr("192.0.2.2")}
-	rule := "KUBE-HP-A624CMCJ7REAICIL " + q.rule
+	rule := "hostports tcp . 8080 " + q.rule
 	good := testbed.Answer{From: "web", Source: netip.AddrPortFrom(q.source, 1), Took: time.Millisecond}
 	require.NoError(t, q.judge(rule, good))
 

@@ -74,7 +74,7 @@ func bridgeIP(v6 bool) netip.Addr {
 // ask asks the questions, one after the other, and prints a row for each. A
 // row leaves out what it has in common with the one above.
 func (d *demo) ask(ctx context.Context, questions []question) error {
-	rules, err := d.savedRules(ctx)
+	rows, err := d.kernelRows()
 	if err != nil {
 		return err
 	}
@@ -82,7 +82,7 @@ func (d *demo) ask(ctx context.Context, questions []question) error {
 	above := ""
 	for _, q := range questions {
 		asked := strings.ToUpper(q.network) + " " + q.to.String()
-		rule := rules.carrier(d.manager.Mappings(), q.network, q.to)
+		rule := carrier(rows, q.network, q.to)
 		answer := q.ask(ctx)
 		problem := q.judge(rule, answer)
 		if asked == above {

@@ -1,0 +1,150 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/mdlayher/netlink"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// opener finds the backends of both families, which share a netlink socket.
+type opener struct {
+	cfg     config
+	ruleset *nftRuleset
+}
+
+func newOpener(cfg config) *opener { return &opener{cfg: cfg, ruleset: &nftRuleset{}} }
+
+// close closes the socket.
+func (o *opener) close() error {
+	o.ruleset.mu.Lock()
+	defer o.ruleset.mu.Unlock()
+
+	if o.ruleset.conn == nil {
+		return nil
+	}
+
+	return o.ruleset.conn.Close() //nolint:wrapcheck // says itself what it is about
+}
+
+// open returns what finds the backend for a family.
+func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
+	return func(ctx context.Context) (backend, error) {
+		if err := errors.Join(haveNetAdmin(), haveFamily(f)); err != nil {
+			return nil, err
+		}
+
+		var kinds []Backend
+
+		switch o.cfg.backend {
+		case BackendAuto:
+			kinds = []Backend{BackendNFTables, BackendIPTables}
+		case BackendNFTables, BackendIPTables:
+			kinds = []Backend{o.cfg.backend}
+		default:
+			return nil, fmt.Errorf("backend %q: %w", o.cfg.backend, errors.ErrUnsupported)
+		}
+
+		var errs []error
+
+		for _, kind := range kinds {
+			b, v, err := o.find(ctx, kind, f)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("backend %s: %w", kind, err))
+
+				continue
+			}
+
+			if len(errs) > 0 {
+				o.cfg.log.Info("Host ports go through another backend than the best", "family", f, "backend", kind,
+					"reason", errors.Join(errs...))
+			}
+
+			return newLayers(b, o.cfg.log, o.before(ctx, f, v)...), nil
+		}
+
+		return nil, errors.Join(errs...)
+	}
+}
+
+// find returns a backend, and which iptables it drives, if any.
+func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, variant, error) {
+	if kind == BackendIPTables {
+		t, err := findIPTables(ctx, f)
+		if err != nil {
+			return nil, "", err
+		}
+
+		return newIPTablesBackend(t), t.variant, nil
+	}
+
+	b, err := o.nftables(f)
+	if err != nil {
+		return nil, "", err
+	}
+
+	return b, "", b.usable(ctx)
+}
+
+func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
+	o.ruleset.mu.Lock()
+	defer o.ruleset.mu.Unlock()
+
+	if o.ruleset.conn == nil {
+		conn, err := nfnetlink.Dial()
+		if err != nil {
+			return nil, err
+		}
+
+		o.ruleset.conn = conn
+	}
+
+	return newNFTBackend(o.ruleset, f, o.cfg.log), nil
+}
+
+// before returns the backends besides the one in use that may carry rows. It
+// starts no process for one that does not.
+func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backend {
+	var before []backend
+
+	nft, nftErr := o.nftables(f)
+	there := func(request netlink.Message) bool {
+		if nftErr != nil {
+			return false
+		}
+
+		answers, err := nft.ruleset.conn.Get(ctx, request)
+
+		return err == nil && answers[0] != nil
+	}
+
+	if inUse != "" && there(newNFTLayout(f).table.Get()) {
+		before = append(before, nft)
+	}
+
+	// iptables-nft keeps its tables among those of nf_tables.
+	nat := nfnetlink.Table{Family: newNFTLayout(f).table.Family, Name: natTable}
+
+	for v, carries := range map[variant]bool{
+		variantNFT:    there(nat.GetChain(dnatDispatch)),
+		variantLegacy: tableThere(f, variantLegacy, natTable),
+	} {
+		if !carries || v == inUse {
+			continue
+		}
+
+		t, err := iptablesOf(ctx, f, v)
+		if err != nil {
+			o.cfg.log.Error(err, "Cannot look for host ports from before", "family", f, "variant", v)
+
+			continue
+		}
+
+		before = append(before, newIPTablesBackend(t))
+	}
+
+	return before
+}

@@ -1,0 +1,610 @@
+package nfnetlink
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// What linux/netfilter/nf_tables.h defines and x/sys/unix does not.
+const (
+	nftaTableHandle   = 4
+	nftaTableUserdata = 6 // Linux 5.10; ignored before
+	nfAccept          = 1 // linux/netfilter.h
+)
+
+// Types of user data, from libnftnl's udata.h: a type, a length and a value
+// each, numbers in the machine's byte order.
+const (
+	udataTableComment     = 0
+	udataSetKeyByteOrder  = 0
+	udataSetDataByteOrder = 1
+	udataSetDataInterval  = 6
+	udataSetComment       = 7
+	udataElemComment      = 0
+)
+
+// Table makes messages about a table and what is in it.
+type Table struct {
+	// Family is unix.NFPROTO_IPV4 or unix.NFPROTO_IPV6.
+	Family  uint8
+	Name    string
+	Comment string
+}
+
+// TableInfo is what the kernel tells of a table.
+type TableInfo struct {
+	// Handle is of this table alone: one made anew under the same name has
+	// another.
+	Handle uint64
+	// Flags are those of enum nft_table_flags: a table may be dormant.
+	Flags uint32
+}
+
+// Chain is a chain; one without a type is reached from other chains alone.
+type Chain struct {
+	Name string
+	// Type is "filter", "nat" or "route".
+	Type     string
+	Hook     uint32 // unix.NF_INET_*
+	Priority int32
+}
+
+// RuleInfo is what the kernel tells of a rule.
+type RuleInfo struct {
+	Chain string
+	// Handle is of this rule alone, as long as its table lives.
+	Handle uint64
+}
+
+// DataType is a type of set keys and data, by nft's number for it (datatype.h).
+type DataType uint32
+
+// The data types.
+const (
+	IPv4Addr    DataType = 7
+	IPv6Addr    DataType = 8
+	InetProto   DataType = 12
+	InetService DataType = 13
+)
+
+// Size is how many bytes a value takes, a multiple of four.
+func (t DataType) Size() uint32 {
+	if t == IPv6Addr {
+		return 16
+	}
+
+	return 4
+}
+
+// concat is several types as one: nft has six bits for each, and each begins
+// on a register of its own.
+func concat(types []DataType) (number, size uint32) {
+	const typeBits = 6
+
+	for _, t := range types {
+		number, size = number<<typeBits|uint32(t), size+t.Size()
+	}
+
+	return number, size
+}
+
+// Set is a set, or a map if it has data.
+type Set struct {
+	Name      string
+	Key, Data []DataType
+	Comment   string
+}
+
+// Element is an element of a set or map. Key and Data are the values one after
+// the other, each padded with zeros to four bytes.
+type Element struct {
+	Key, Data []byte
+	Comment   string
+}
+
+// Create makes the table, unless it is there.
+func (t Table) Create() netlink.Message {
+	return t.message(unix.NFT_MSG_NEWTABLE, netlink.Create, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_TABLE_NAME, t.Name)
+		ae.Uint32(unix.NFTA_TABLE_FLAGS, 0)
+		ae.Bytes(nftaTableUserdata, comment(udataTableComment, t.Comment))
+	})
+}
+
+// Delete deletes the table with all that is in it.
+func (t Table) Delete() netlink.Message {
+	return t.message(unix.NFT_MSG_DELTABLE, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_TABLE_NAME, t.Name)
+	})
+}
+
+// Get asks for the table; ParseTable reads the answer.
+func (t Table) Get() netlink.Message {
+	return t.message(unix.NFT_MSG_GETTABLE, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_TABLE_NAME, t.Name)
+	})
+}
+
+// ParseTable reads the answer to Get.
+func ParseTable(m netlink.Message) (TableInfo, error) {
+	var info TableInfo
+
+	err := decode(m.Data, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case nftaTableHandle:
+			info.Handle = ad.Uint64()
+		case unix.NFTA_TABLE_FLAGS:
+			info.Flags = ad.Uint32()
+		}
+	})
+
+	return info, err
+}
+
+// CreateChain makes a chain, unless it is there. One of the same name that is
+// of another type or elsewhere is EEXIST or EOPNOTSUPP.
+func (t Table) CreateChain(c Chain) netlink.Message {
+	return t.message(unix.NFT_MSG_NEWCHAIN, netlink.Create, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_CHAIN_TABLE, t.Name)
+		ae.String(unix.NFTA_CHAIN_NAME, c.Name)
+
+		if c.Type == "" {
+			return
+		}
+
+		ae.String(unix.NFTA_CHAIN_TYPE, c.Type)
+		nested(ae, unix.NFTA_CHAIN_HOOK, func(ae *netlink.AttributeEncoder) {
+			ae.Uint32(unix.NFTA_HOOK_HOOKNUM, c.Hook)
+			ae.Int32(unix.NFTA_HOOK_PRIORITY, c.Priority)
+		})
+		ae.Uint32(unix.NFTA_CHAIN_POLICY, nfAccept)
+	})
+}
+
+// GetChain asks for a chain.
+func (t Table) GetChain(name string) netlink.Message {
+	return t.message(unix.NFT_MSG_GETCHAIN, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_CHAIN_TABLE, t.Name)
+		ae.String(unix.NFTA_CHAIN_NAME, name)
+	})
+}
+
+// DeleteChain deletes a chain, which must be empty.
+func (t Table) DeleteChain(name string) netlink.Message {
+	return t.message(unix.NFT_MSG_DELCHAIN, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_CHAIN_TABLE, t.Name)
+		ae.String(unix.NFTA_CHAIN_NAME, name)
+	})
+}
+
+// FlushChain deletes all rules of a chain.
+func (t Table) FlushChain(name string) netlink.Message {
+	return t.message(unix.NFT_MSG_DELRULE, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_RULE_TABLE, t.Name)
+		ae.String(unix.NFTA_RULE_CHAIN, name)
+	})
+}
+
+// AppendRule adds a rule at the end of a chain.
+func (t Table) AppendRule(chain string, exprs ...Expr) netlink.Message {
+	return t.message(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_RULE_TABLE, t.Name)
+		ae.String(unix.NFTA_RULE_CHAIN, chain)
+		nested(ae, unix.NFTA_RULE_EXPRESSIONS, func(ae *netlink.AttributeEncoder) {
+			for _, e := range exprs {
+				nested(ae, unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) {
+					ae.String(unix.NFTA_EXPR_NAME, e.name)
+					nested(ae, unix.NFTA_EXPR_DATA, e.encode)
+				})
+			}
+		})
+	})
+}
+
+// Rules asks for all rules of the table, in their order, with Dump.
+func (t Table) Rules() netlink.Message {
+	return t.message(unix.NFT_MSG_GETRULE, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_RULE_TABLE, t.Name)
+	})
+}
+
+// ParseRule reads an answer to Rules.
+func ParseRule(m netlink.Message) (RuleInfo, error) {
+	var info RuleInfo
+
+	err := decode(m.Data, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.NFTA_RULE_CHAIN:
+			info.Chain = ad.String()
+		case unix.NFTA_RULE_HANDLE:
+			info.Handle = ad.Uint64()
+		}
+	})
+
+	return info, err
+}
+
+// CreateSet makes a set or map, unless it is there. One of the same name and
+// other types is EEXIST.
+func (t Table) CreateSet(s Set) netlink.Message {
+	return t.message(unix.NFT_MSG_NEWSET, netlink.Create, func(ae *netlink.AttributeEncoder) {
+		keyType, keyLen := concat(s.Key)
+		dataType, dataLen := concat(s.Data)
+
+		ae.String(unix.NFTA_SET_TABLE, t.Name)
+		ae.String(unix.NFTA_SET_NAME, s.Name)
+		ae.Uint32(unix.NFTA_SET_ID, 1) // for references within the transaction, which go by name here
+		ae.Uint32(unix.NFTA_SET_KEY_TYPE, keyType)
+		ae.Uint32(unix.NFTA_SET_KEY_LEN, keyLen)
+
+		// As nft writes them: concatenations have no byte order of their own.
+		userdata := udata(udataSetKeyByteOrder, native(0))
+
+		if dataLen > 0 {
+			ae.Uint32(unix.NFTA_SET_FLAGS, unix.NFT_SET_MAP)
+			ae.Uint32(unix.NFTA_SET_DATA_TYPE, dataType)
+			ae.Uint32(unix.NFTA_SET_DATA_LEN, dataLen)
+
+			userdata = append(userdata, udata(udataSetDataByteOrder, native(0))...)
+			userdata = append(userdata, udata(udataSetDataInterval, native(0))...)
+		}
+
+		ae.Bytes(unix.NFTA_SET_USERDATA, append(userdata, comment(udataSetComment, s.Comment)...))
+	})
+}
+
+// AddElement adds an element. If there is one with its key, that is EEXIST,
+// whatever else is the same: else the old one's comment would silently stay.
+func (t Table) AddElement(set string, e Element) netlink.Message {
+	return t.element(unix.NFT_MSG_NEWSETELEM, netlink.Create|netlink.Excl, set, e)
+}
+
+// DeleteElement deletes the element with e's key.
+func (t Table) DeleteElement(set string, e Element) netlink.Message {
+	return t.element(unix.NFT_MSG_DELSETELEM, 0, set, Element{Key: e.Key})
+}
+
+// GetElement asks for the element with a key; ParseElements reads the answer.
+func (t Table) GetElement(set string, key []byte) netlink.Message {
+	return t.element(unix.NFT_MSG_GETSETELEM, 0, set, Element{Key: key})
+}
+
+func (t Table) element(kind uint16, flags netlink.HeaderFlags, set string, e Element) netlink.Message {
+	return t.message(kind, flags, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
+		ae.String(unix.NFTA_SET_ELEM_LIST_SET, set)
+		nested(ae, unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(ae *netlink.AttributeEncoder) {
+			nested(ae, unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) {
+				value(ae, unix.NFTA_SET_ELEM_KEY, e.Key)
+
+				if len(e.Data) > 0 {
+					value(ae, unix.NFTA_SET_ELEM_DATA, e.Data)
+				}
+
+				if e.Comment != "" {
+					ae.Bytes(unix.NFTA_SET_ELEM_USERDATA, comment(udataElemComment, e.Comment))
+				}
+			})
+		})
+	})
+}
+
+// Elements asks for all elements of a set or map, with Dump.
+func (t Table) Elements(set string) netlink.Message {
+	return t.message(unix.NFT_MSG_GETSETELEM, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_SET_ELEM_LIST_TABLE, t.Name)
+		ae.String(unix.NFTA_SET_ELEM_LIST_SET, set)
+	})
+}
+
+// ParseElements reads an answer to GetElement or Elements.
+func ParseElements(m netlink.Message) ([]Element, error) {
+	var list []Element
+
+	err := decode(m.Data, func(ad *netlink.AttributeDecoder) {
+		if ad.Type() != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+			return
+		}
+
+		ad.Nested(func(ad *netlink.AttributeDecoder) error {
+			for ad.Next() {
+				ad.Nested(func(ad *netlink.AttributeDecoder) error {
+					list = append(list, parseElement(ad))
+
+					return nil
+				})
+			}
+
+			return nil
+		})
+	})
+
+	return list, err
+}
+
+func parseElement(ad *netlink.AttributeDecoder) Element {
+	var e Element
+
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.NFTA_SET_ELEM_KEY:
+			e.Key = parseValue(ad)
+		case unix.NFTA_SET_ELEM_DATA:
+			e.Data = parseValue(ad)
+		case unix.NFTA_SET_ELEM_USERDATA:
+			e.Comment = parseComment(ad.Bytes(), udataElemComment)
+		}
+	}
+
+	return e
+}
+
+func parseValue(ad *netlink.AttributeDecoder) (value []byte) {
+	ad.Nested(func(ad *netlink.AttributeDecoder) error {
+		for ad.Next() {
+			if ad.Type() == unix.NFTA_DATA_VALUE {
+				value = bytes.Clone(ad.Bytes())
+			}
+		}
+
+		return nil
+	})
+
+	return value
+}
+
+// Expr is an expression of a rule. Registers 1 to 4 have 16 bytes each; 8 to
+// 23 are the same memory in pieces of 4 bytes, so that 8 is where 1 begins.
+type Expr struct {
+	name   string
+	encode func(*netlink.AttributeEncoder)
+}
+
+// LoadNetworkHeader loads bytes of the packet's IP header.
+func LoadNetworkHeader(offset, size, dreg uint32) Expr {
+	return payload(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, size, dreg)
+}
+
+// LoadTransportHeader loads bytes of the packet's TCP, UDP or SCTP header.
+func LoadTransportHeader(offset, size, dreg uint32) Expr {
+	return payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, offset, size, dreg)
+}
+
+func payload(base, offset, size, dreg uint32) Expr {
+	return Expr{"payload", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_PAYLOAD_DREG, dreg)
+		ae.Uint32(unix.NFTA_PAYLOAD_BASE, base)
+		ae.Uint32(unix.NFTA_PAYLOAD_OFFSET, offset)
+		ae.Uint32(unix.NFTA_PAYLOAD_LEN, size)
+	}}
+}
+
+// LoadProtocol loads the number of the transport protocol.
+func LoadProtocol(dreg uint32) Expr {
+	return Expr{"meta", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_META_KEY, unix.NFT_META_L4PROTO)
+		ae.Uint32(unix.NFTA_META_DREG, dreg)
+	}}
+}
+
+// LoadConntrackStatus loads the IPS_* bits of the packet's connection, a number
+// in the machine's byte order.
+func LoadConntrackStatus(dreg uint32) Expr {
+	return Expr{"ct", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_CT_KEY, unix.NFT_CT_STATUS)
+		ae.Uint32(unix.NFTA_CT_DREG, dreg)
+	}}
+}
+
+// LoadDestinationType loads the type of the destination address, RTN_* of
+// linux/rtnetlink.h, a number in the machine's byte order.
+func LoadDestinationType(dreg uint32) Expr {
+	return Expr{"fib", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_FIB_RESULT, unix.NFT_FIB_RESULT_ADDRTYPE)
+		ae.Uint32(unix.NFTA_FIB_FLAGS, unix.NFTA_FIB_F_DADDR)
+		ae.Uint32(unix.NFTA_FIB_DREG, dreg)
+	}}
+}
+
+// Mask leaves in a register the bits of mask, a number in the machine's byte
+// order.
+func Mask(reg, mask uint32) Expr {
+	return Expr{"bitwise", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_BITWISE_SREG, reg)
+		ae.Uint32(unix.NFTA_BITWISE_DREG, reg)
+		ae.Uint32(unix.NFTA_BITWISE_LEN, 4)
+		value(ae, unix.NFTA_BITWISE_MASK, native(mask))
+		value(ae, unix.NFTA_BITWISE_XOR, native(0))
+	}}
+}
+
+// Equal goes on if a register has a number, in the machine's byte order.
+func Equal(sreg, number uint32) Expr {
+	return Expr{"cmp", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_CMP_SREG, sreg)
+		ae.Uint32(unix.NFTA_CMP_OP, unix.NFT_CMP_EQ)
+		value(ae, unix.NFTA_CMP_DATA, native(number))
+	}}
+}
+
+// InSet goes on if a set has the key in the registers from sreg.
+func InSet(set string, sreg uint32) Expr {
+	return Expr{"lookup", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
+		ae.String(unix.NFTA_LOOKUP_SET, set)
+	}}
+}
+
+// LookUp goes on if a map has the key in the registers from sreg, and loads
+// what belongs to it.
+func LookUp(set string, sreg, dreg uint32) Expr {
+	return Expr{"lookup", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
+		ae.Uint32(unix.NFTA_LOOKUP_DREG, dreg)
+		ae.String(unix.NFTA_LOOKUP_SET, set)
+	}}
+}
+
+// DNAT translates the destination to the address and port in two registers.
+func DNAT(family uint8, addrReg, portReg uint32) Expr {
+	return Expr{"nat", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_NAT_TYPE, unix.NFT_NAT_DNAT)
+		ae.Uint32(unix.NFTA_NAT_FAMILY, uint32(family))
+		ae.Uint32(unix.NFTA_NAT_REG_ADDR_MIN, addrReg)
+		ae.Uint32(unix.NFTA_NAT_REG_PROTO_MIN, portReg)
+	}}
+}
+
+// Masquerade translates the source to the outgoing interface's address.
+func Masquerade() Expr {
+	return Expr{"masq", func(*netlink.AttributeEncoder) {}}
+}
+
+// Goto continues in another chain, and does not come back.
+func Goto(chain string) Expr {
+	return Expr{"immediate", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_IMMEDIATE_DREG, unix.NFT_REG_VERDICT)
+		nested(ae, unix.NFTA_IMMEDIATE_DATA, func(ae *netlink.AttributeEncoder) {
+			nested(ae, unix.NFTA_DATA_VERDICT, func(ae *netlink.AttributeEncoder) {
+				ae.Int32(unix.NFTA_VERDICT_CODE, unix.NFT_GOTO)
+				ae.String(unix.NFTA_VERDICT_CHAIN, chain)
+			})
+		})
+	}}
+}
+
+// genmsgLen is the size of struct nfgenmsg, which begins every message: the
+// family, a version and a resource id.
+const genmsgLen = 4
+
+func (t Table) message(kind uint16, flags netlink.HeaderFlags, attrs func(*netlink.AttributeEncoder)) netlink.Message {
+	return message(kind, flags, t.Family, attrs)
+}
+
+func message(kind uint16, flags netlink.HeaderFlags, family uint8, attrs func(*netlink.AttributeEncoder)) netlink.Message {
+	return netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
+			Flags: netlink.Request | flags,
+		},
+		Data: append([]byte{family, unix.NFNETLINK_V0, 0, 0}, encode(attrs)...),
+	}
+}
+
+// describe says what a message of a transaction is to do, and to what.
+func describe(m netlink.Message) string {
+	kinds := map[netlink.HeaderType]string{
+		unix.NFT_MSG_NEWTABLE: "add table", unix.NFT_MSG_DELTABLE: "delete table",
+		unix.NFT_MSG_NEWCHAIN: "add chain",
+		unix.NFT_MSG_NEWRULE:  "add rule to chain", unix.NFT_MSG_DELRULE: "delete rules of chain",
+		unix.NFT_MSG_NEWSET:     "add set",
+		unix.NFT_MSG_NEWSETELEM: "add element to set", unix.NFT_MSG_DELSETELEM: "delete element of set",
+	}
+
+	const subsystem = 8
+
+	if m.Header.Type>>subsystem != unix.NFNL_SUBSYS_NFTABLES {
+		return "transaction"
+	}
+
+	kind := m.Header.Type & 0xff
+	what := kinds[kind]
+	nameAttr := uint16(unix.NFTA_RULE_CHAIN) // as in sets and elements
+
+	if kind == unix.NFT_MSG_NEWCHAIN {
+		nameAttr = unix.NFTA_CHAIN_NAME
+	}
+
+	_ = decode(m.Data, func(ad *netlink.AttributeDecoder) { // it is our own
+		if kind != unix.NFT_MSG_NEWTABLE && kind != unix.NFT_MSG_DELTABLE && ad.Type() == nameAttr {
+			what += " " + ad.String()
+		}
+	})
+
+	return what
+}
+
+// encode returns attributes in network byte order, as nf_tables has them.
+func encode(attrs func(*netlink.AttributeEncoder)) []byte {
+	if attrs == nil {
+		return nil
+	}
+
+	ae := netlink.NewAttributeEncoder()
+	ae.ByteOrder = binary.BigEndian
+
+	attrs(ae)
+
+	data, err := ae.Encode()
+	if err != nil {
+		return nil // an attribute of more than 64 KiB; the kernel misses it and says so
+	}
+
+	return data
+}
+
+func nested(ae *netlink.AttributeEncoder, kind uint16, attrs func(*netlink.AttributeEncoder)) {
+	ae.Nested(kind, func(ae *netlink.AttributeEncoder) error {
+		attrs(ae)
+
+		return nil
+	})
+}
+
+func value(ae *netlink.AttributeEncoder, kind uint16, data []byte) {
+	nested(ae, kind, func(ae *netlink.AttributeEncoder) { ae.Bytes(unix.NFTA_DATA_VALUE, data) })
+}
+
+// decode reads the attributes of a message's data.
+func decode(data []byte, attr func(*netlink.AttributeDecoder)) error {
+	if len(data) < genmsgLen {
+		return fmt.Errorf("nf_tables: an answer of %d bytes", len(data))
+	}
+
+	ad, err := netlink.NewAttributeDecoder(data[genmsgLen:])
+	if err != nil {
+		return fmt.Errorf("nf_tables: %w", err)
+	}
+
+	ad.ByteOrder = binary.BigEndian
+	for ad.Next() {
+		attr(ad)
+	}
+
+	if err := ad.Err(); err != nil {
+		return fmt.Errorf("nf_tables: %w", err)
+	}
+
+	return nil
+}
+
+func native(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
+
+func udata(kind byte, value []byte) []byte {
+	return append([]byte{kind, byte(len(value))}, value...)
+}
+
+// maxComment is what nft takes for a comment (NFTNL_UDATA_COMMENT_MAXLEN).
+const maxComment = 128
+
+func comment(kind byte, text string) []byte {
+	return udata(kind, append([]byte(text[:min(len(text), maxComment)]), 0))
+}
+
+// parseComment finds the comment in user data that anybody may have written.
+func parseComment(data []byte, kind byte) string {
+	for len(data) >= 2 && len(data) >= 2+int(data[1]) {
+		value := data[2 : 2+int(data[1])]
+		if data[0] == kind {
+			return string(bytes.TrimRight(value, "\x00"))
+		}
+
+		data = data[2+int(data[1]):]
+	}
+
+	return ""
+}

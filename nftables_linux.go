@@ -1,0 +1,489 @@
+package hostport
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// nftConn is what the backend needs of a nfnetlink.Conn.
+type nftConn interface {
+	Generation(ctx context.Context) (uint32, error)
+	Check(ctx context.Context, msgs []netlink.Message) error
+	Commit(ctx context.Context, gen uint32, msgs []netlink.Message) error
+	Get(ctx context.Context, requests ...netlink.Message) ([]*netlink.Message, error)
+	Dump(ctx context.Context, request netlink.Message) ([]netlink.Message, error)
+	Close() error
+}
+
+// nftRuleset is what both families' backends share: the socket, and how far the
+// kernel's ruleset is known.
+type nftRuleset struct {
+	mu   sync.Mutex
+	conn nftConn
+	// gen is the ruleset's generation after our last look or transaction.
+	gen uint32
+	// epoch counts how often somebody else turned out to have changed the
+	// ruleset. What a backend found out in an epoch is true to its end: our own
+	// transactions change nothing for the other family.
+	epoch int
+}
+
+// saw notes the generation that the ruleset turned out to have.
+func (n *nftRuleset) saw(gen uint32) {
+	if gen != n.gen {
+		n.gen = gen
+		n.epoch++
+	}
+}
+
+// nftBackend keeps the rows of one family in maps of nf_tables.
+//
+// In the steady state a change is one transaction with the delta alone, on
+// condition that nobody else has committed anything since the last one. If
+// somebody has, the backend looks whether its rules are still there and what
+// there is under the keys of the delta, and commits on condition that this is
+// so. If its rules are not what they were, it makes them anew, with all
+// elements that are missing, in the same transaction.
+type nftBackend struct {
+	nftLayout
+
+	ruleset *nftRuleset
+	log     klog.Logger
+	epoch   int // in which what follows was true
+	// seal is how our rules are recognised; zero: they have yet to be made.
+	seal     string
+	hairpins map[netip.Addr]nftHairpin
+}
+
+// nftHairpin is what is known of an element of the set of hairpins.
+type nftHairpin struct {
+	there   bool
+	comment string
+	rows    int // that lead to the pod IP
+}
+
+func newNFTBackend(ruleset *nftRuleset, f ipFamily, log klog.Logger) *nftBackend {
+	return &nftBackend{nftLayout: newNFTLayout(f), ruleset: ruleset, log: log, hairpins: map[netip.Addr]nftHairpin{}}
+}
+
+// usable fails where the kernel cannot carry the layout, and says why.
+func (b *nftBackend) usable(ctx context.Context) error {
+	if err := b.ruleset.conn.Check(ctx, b.objects()); err != nil {
+		return fmt.Errorf("make table %s: %w", nftTable, err)
+	}
+
+	return nil
+}
+
+func (b *nftBackend) kind(*row) Backend { return BackendNFTables }
+
+// name is empty: an element is named by its row's endpoint.
+func (b *nftBackend) name(*row) string { return "" }
+
+func (b *nftBackend) owns(id string, r *row) bool { return shortHash(id) == r.ownerHash }
+
+func (b *nftBackend) list(ctx context.Context) ([]*row, error) {
+	b.ruleset.mu.Lock()
+	defer b.ruleset.mu.Unlock()
+
+	for {
+		before, err := b.ruleset.conn.Generation(ctx)
+		if err != nil {
+			return nil, err //nolint:wrapcheck // says what it is about
+		}
+
+		elements, err := b.dump(ctx)
+		if err != nil {
+			return nil, err
+		}
+
+		after, err := b.ruleset.conn.Generation(ctx)
+		if err != nil {
+			return nil, err //nolint:wrapcheck // says what it is about
+		}
+
+		if before == after { // else some elements may be missing
+			b.ruleset.saw(after)
+			b.epoch = b.ruleset.epoch
+
+			return b.adopt(elements), nil
+		}
+	}
+}
+
+// dump returns all elements of the family.
+func (b *nftBackend) dump(ctx context.Context) (map[nftKey]nftElement, error) {
+	elements := map[nftKey]nftElement{}
+
+	for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins} {
+		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Elements(set))
+		if err != nil {
+			return nil, fmt.Errorf("list %s: %w", set, err)
+		}
+
+		for _, m := range msgs {
+			list, err := nfnetlink.ParseElements(m)
+			if err != nil {
+				return nil, fmt.Errorf("list %s: %w", set, err)
+			}
+
+			for _, e := range list {
+				e := elementOf(set, e)
+				elements[e.nftKey] = e
+			}
+		}
+	}
+
+	return elements, nil
+}
+
+// adopt takes elements for what the kernel holds, and returns the rows.
+func (b *nftBackend) adopt(elements map[nftKey]nftElement) []*row {
+	var rows []*row
+
+	clear(b.hairpins)
+
+	for _, e := range elements {
+		if e.set == nftHairpins {
+			if ip, ok := b.hairpinOf(e); ok {
+				b.hairpins[ip] = nftHairpin{there: true, comment: e.comment, rows: b.hairpins[ip].rows}
+			}
+		} else if r, ok := b.row(e); ok {
+			h := b.hairpins[r.pod.Addr()]
+			h.rows++
+			b.hairpins[r.pod.Addr()] = h
+
+			rows = append(rows, r)
+		}
+	}
+
+	return rows
+}
+
+func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+	b.ruleset.mu.Lock()
+	defer b.ruleset.mu.Unlock()
+
+	p := b.plan(deltas)
+
+	if b.epoch == b.ruleset.epoch {
+		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "")
+		if !errors.Is(err, nfnetlink.ErrStale) && !mistaken(err) {
+			return err
+		}
+	}
+
+	for {
+		gen, err := b.ruleset.conn.Generation(ctx)
+		if err != nil {
+			return err //nolint:wrapcheck // says what it is about
+		}
+
+		b.ruleset.saw(gen)
+
+		intact, err := b.look(ctx, p, table)
+		if err != nil {
+			return err
+		}
+
+		if err := b.commit(ctx, gen, p, !intact); !errors.Is(err, nfnetlink.ErrStale) {
+			return err
+		}
+	}
+}
+
+// mistaken tells whether an error may come of an element that the kernel holds
+// unexpectedly, because it was a stranger's when we left it, or does not hold.
+func mistaken(err error) bool {
+	refused := (*nfnetlink.BatchError)(nil)
+
+	return errors.As(err, &refused) && (errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOENT))
+}
+
+// commit makes the plan true, if the ruleset is still of generation gen.
+func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects bool) error {
+	var msgs []netlink.Message
+	if objects {
+		msgs = b.objects()
+	}
+
+	base := len(msgs)
+	msgs, of := p.messages(b.table, msgs)
+
+	err := b.ruleset.conn.Commit(ctx, gen, msgs)
+
+	if refused := (*nfnetlink.BatchError)(nil); errors.As(err, &refused) && refused.Message >= base {
+		if w := of[refused.Message-base]; w.delta != shared {
+			return &refusedError{delta: w.delta, err: &rowError{w.row, err}}
+		}
+	}
+
+	if err != nil {
+		return err //nolint:wrapcheck // says what it is about
+	}
+
+	if len(msgs) > 0 {
+		gen = nfnetlink.NextGeneration(gen)
+	}
+
+	b.ruleset.gen, b.epoch = gen, b.ruleset.epoch
+
+	for ip, h := range p.hairpins {
+		if h.rows == 0 {
+			delete(b.hairpins, ip)
+		} else {
+			b.hairpins[ip] = h
+		}
+	}
+
+	if objects {
+		b.seal = b.learnSeal(ctx)
+	}
+
+	return nil
+}
+
+// learnSeal returns how the rules just made are recognised, or "" if somebody
+// else may have changed them already.
+func (b *nftBackend) learnSeal(ctx context.Context) string {
+	seal, err := b.readSeal(ctx)
+	if err != nil {
+		return ""
+	}
+
+	if gen, err := b.ruleset.conn.Generation(ctx); err != nil || gen != b.ruleset.gen {
+		return ""
+	}
+
+	return seal
+}
+
+// readSeal reads what changes if anybody makes, deletes or replaces a rule of
+// our table, or the table itself. Without a table it is "".
+//
+// Sets and chains need no look: as long as a rule is there, the kernel keeps the
+// chain that it is in, and those it refers to.
+func (b *nftBackend) readSeal(ctx context.Context) (string, error) {
+	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
+	if err != nil || answers[0] == nil {
+		return "", err //nolint:wrapcheck // says what it is about
+	}
+
+	table, err := nfnetlink.ParseTable(*answers[0])
+	if err != nil {
+		return "", err //nolint:wrapcheck // likewise
+	}
+
+	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
+	if err != nil {
+		return "", err //nolint:wrapcheck // likewise
+	}
+
+	rules := make([]nfnetlink.RuleInfo, len(msgs))
+	for i, m := range msgs {
+		if rules[i], err = nfnetlink.ParseRule(m); err != nil {
+			return "", err //nolint:wrapcheck // likewise
+		}
+	}
+
+	return fmt.Sprint(table, rules), nil
+}
+
+// look puts into the plan what the kernel holds, and tells whether our rules are
+// what they were. If not, the plan is for the whole table from now on.
+func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row]) (intact bool, err error) {
+	seal, err := b.readSeal(ctx)
+	if err != nil {
+		return false, err
+	}
+
+	var have map[nftKey]nftElement
+
+	if intact = seal != "" && seal == b.seal; intact {
+		have, err = b.lookUp(ctx, p.order)
+	} else if have, err = b.dump(ctx); err == nil {
+		p.wantAll(b, table)
+	}
+
+	for key, w := range p.wanted {
+		found := have[key]
+
+		// The kernel deletes what has the key, whatever its comment.
+		if stranger := found.there() && found.comment != w.comment; stranger && w.want.there() {
+			b.log.Info("Replacing a host port whose owner is unknown", "row", w.row, "podIDHash", found.comment)
+		} else if stranger {
+			found = nftElement{} // is none of our business
+		}
+
+		w.have = found
+	}
+
+	return intact, err
+}
+
+// lookUp returns the elements with the keys given.
+func (b *nftBackend) lookUp(ctx context.Context, keys []nftKey) (map[nftKey]nftElement, error) {
+	requests := make([]netlink.Message, len(keys))
+	for i, key := range keys {
+		requests[i] = b.table.GetElement(key.set, []byte(key.key))
+	}
+
+	answers, err := b.ruleset.conn.Get(ctx, requests...)
+	if err != nil {
+		return nil, fmt.Errorf("look up host ports: %w", err)
+	}
+
+	elements := map[nftKey]nftElement{}
+
+	for i, key := range keys {
+		if answers[i] == nil {
+			continue
+		}
+
+		list, err := nfnetlink.ParseElements(*answers[i])
+		if err != nil {
+			return nil, fmt.Errorf("look up host ports: %w", err)
+		}
+
+		for _, e := range list {
+			elements[key] = elementOf(key.set, e)
+		}
+	}
+
+	return elements, nil
+}
+
+// nftPlan is what deltas come to, element by element.
+type nftPlan struct {
+	wanted   map[nftKey]*nftWanted
+	order    []nftKey                   // in which the deltas came to them
+	hairpins map[netip.Addr]nftHairpin // what becomes of those that the deltas touch
+}
+
+// nftWanted is one element as it is, as far as that is known, and as it is to be.
+type nftWanted struct {
+	have, want nftElement
+	delta      int
+	row        *row   // the last that it was touched for
+	comment    string // of the owner that it has or gets
+}
+
+// plan works out what deltas come to if the kernel holds what it should.
+func (b *nftBackend) plan(deltas []delta) *nftPlan {
+	p := &nftPlan{wanted: map[nftKey]*nftWanted{}, hairpins: map[netip.Addr]nftHairpin{}}
+
+	for i, d := range deltas {
+		for _, r := range d.del {
+			e := rowElement(r)
+			p.touch(i, r, e.nftKey, e, nftElement{})
+			p.hairpin(b, i, r, -1)
+		}
+
+		for _, r := range d.add {
+			e := rowElement(r)
+			p.touch(i, r, e.nftKey, nftElement{}, e)
+			p.hairpin(b, i, r, 1)
+		}
+
+		for _, r := range d.keep {
+			e := rowElement(r)
+			p.touch(i, r, e.nftKey, e, e)
+			p.hairpin(b, i, r, 0)
+		}
+	}
+
+	return p
+}
+
+// touch plans for an element to be want. have is what it should be before that,
+// which is what the kernel holds if the plan comes to it for the first time.
+func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) {
+	w := p.wanted[key]
+	if w == nil {
+		w = &nftWanted{have: have}
+		p.wanted[key] = w
+		p.order = append(p.order, key)
+	}
+
+	w.delta, w.row, w.want, w.comment = delta, r, want, cmp.Or(want, have).comment
+
+}
+
+// hairpin plans for the element that lets r's pod reach itself: it stands as
+// long as some row leads there, in the name of the pod whose row came last.
+func (p *nftPlan) hairpin(b *nftBackend, delta int, r *row, rows int) {
+	ip := r.pod.Addr()
+
+	h, ok := p.hairpins[ip]
+	if !ok {
+		h = b.hairpins[ip]
+	}
+
+	before := h
+	h.rows += rows
+	h.there = h.rows > 0
+
+	if rows > 0 || h.comment == "" {
+		h.comment = r.ownerHash
+	}
+
+	p.hairpins[ip] = h
+	p.touch(delta, r, hairpinElement(ip, "").nftKey, before.element(ip), h.element(ip))
+}
+
+// element is the element of a pod's hairpin, or none.
+func (h nftHairpin) element(ip netip.Addr) nftElement {
+	if !h.there {
+		return nftElement{}
+	}
+
+	return hairpinElement(ip, h.comment)
+}
+
+// wantAll extends the plan to all rows that are to stand.
+func (p *nftPlan) wantAll(b *nftBackend, table iter.Seq[*row]) {
+	for r := range table {
+		if e := rowElement(r); p.wanted[e.nftKey] == nil {
+			p.touch(shared, r, e.nftKey, nftElement{}, e)
+		}
+
+		if _, ok := p.hairpins[r.pod.Addr()]; !ok {
+			p.hairpin(b, shared, r, 0)
+		}
+	}
+}
+
+// messages appends to msgs what makes the plan true, and returns what each of
+// the messages appended is about.
+func (p *nftPlan) messages(t nfnetlink.Table, msgs []netlink.Message) ([]netlink.Message, []*nftWanted) {
+	var of []*nftWanted
+
+	for _, key := range p.order {
+		w := p.wanted[key]
+		if w.have == w.want {
+			continue
+		}
+
+		if w.have.there() {
+			msgs, of = append(msgs, t.DeleteElement(key.set, w.have.element())), append(of, w)
+		}
+
+		if w.want.there() {
+			msgs, of = append(msgs, t.AddElement(key.set, w.want.element())), append(of, w)
+		}
+	}
+
+	return msgs, slices.Clip(of)
+}

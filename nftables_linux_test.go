@@ -1,0 +1,840 @@
+package hostport
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// nfnetlink is a socket on the node, until the test ends.
+func (n *node) nfnetlink() *nfnetlink.Conn {
+	n.t.Helper()
+
+	var conn *nfnetlink.Conn
+
+	n.do(func() {
+		var err error
+		conn, err = nfnetlink.Dial()
+		require.NoError(n.t, err)
+	})
+	n.t.Cleanup(func() { assert.NoError(n.t, conn.Close()) })
+
+	return conn
+}
+
+// commit changes the node's nf_tables, as somebody else might.
+func (n *node) commit(msgs ...netlink.Message) {
+	n.t.Helper()
+
+	conn := n.nfnetlink()
+	gen, err := conn.Generation(context.Background())
+	require.NoError(n.t, err)
+	require.NoError(n.t, conn.Commit(context.Background(), gen, msgs))
+}
+
+// nftRules is all that a family has in nf_tables, to the byte: a line for each
+// table, chain, rule, set and element.
+func (n *node) nftRules(f ipFamily) []string {
+	n.t.Helper()
+
+	conn := n.nfnetlink()
+	family := newNFTLayout(f).table.Family
+
+	var lines []string
+
+	for _, kind := range []struct {
+		name string
+		get  netlink.HeaderType
+	}{{"table", unix.NFT_MSG_GETTABLE}, {"chain", unix.NFT_MSG_GETCHAIN}, {"rule", unix.NFT_MSG_GETRULE}, {"set", unix.NFT_MSG_GETSET}} {
+		msgs, err := conn.Dump(context.Background(), netlink.Message{
+			Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | kind.get, Flags: netlink.Request},
+			Data:   []byte{family, 0, 0, 0},
+		})
+		require.NoError(n.t, err)
+
+		for _, m := range msgs {
+			attrs := m.Data[4:] // before that stands the generation
+			table := stringAttr(n, attrs, unix.NFTA_RULE_TABLE)
+			lines = append(lines, fmt.Sprintf("%s %s %x", table, kind.name, attrs))
+
+			if kind.name == "set" {
+				lines = append(lines, n.nftElements(conn, nfnetlink.Table{Family: family, Name: table}, stringAttr(n, attrs, unix.NFTA_SET_NAME))...)
+			}
+		}
+	}
+
+	return lines
+}
+
+func (n *node) nftElements(conn *nfnetlink.Conn, table nfnetlink.Table, set string) []string {
+	n.t.Helper()
+
+	msgs, err := conn.Dump(context.Background(), table.Elements(set))
+	require.NoError(n.t, err)
+
+	var lines []string
+
+	for _, m := range msgs {
+		elements, err := nfnetlink.ParseElements(m)
+		require.NoError(n.t, err)
+
+		for _, e := range elements {
+			lines = append(lines, fmt.Sprintf("%s element %s %x : %x %q", table.Name, set, e.Key, e.Data, e.Comment))
+		}
+	}
+
+	return slices.Sorted(slices.Values(lines)) // their order means nothing
+}
+
+func stringAttr(n *node, attrs []byte, kind uint16) (value string) {
+	n.t.Helper()
+
+	ad, err := netlink.NewAttributeDecoder(attrs)
+	require.NoError(n.t, err)
+
+	for ad.Next() {
+		if ad.Type() == kind {
+			value = ad.String()
+		}
+	}
+
+	return value
+}
+
+// addForeignNFT adds a table of somebody else's with hooks where ours are.
+func (n *node) addForeignNFT(f ipFamily) {
+	n.t.Helper()
+
+	t := nfnetlink.Table{Family: newNFTLayout(f).table.Family, Name: "cni"}
+	set := nfnetlink.Set{Name: "pods", Key: []nfnetlink.DataType{newNFTLayout(f).addr}, Comment: "of others"}
+	n.commit(
+		t.Create(),
+		t.CreateSet(set),
+		t.AddElement(set.Name, nfnetlink.Element{Key: n.Pods[0].IP(f == IPv6).AsSlice(), Comment: "of others"}),
+		t.CreateChain(nfnetlink.Chain{Name: "services", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT}),
+		t.CreateChain(nfnetlink.Chain{Name: "masquerade", Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT}),
+		t.AppendRule("services", nfnetlink.LoadProtocol(reg1), nfnetlink.Equal(reg1, 0)),
+	)
+}
+
+// wipe deletes all of our rules in a family, but neither chains nor maps.
+func (n *node) wipe(f ipFamily) {
+	n.t.Helper()
+
+	if n.variant != viaNFTables {
+		n.iptables(f, "-F")
+
+		return
+	}
+
+	t := newNFTLayout(f).table
+	n.commit(t.FlushChain(nftHostPorts), t.FlushChain(nftPrerouting), t.FlushChain(nftOutput), t.FlushChain(nftMasquerade))
+}
+
+// eachNFTFamily runs f on a fresh node with nftables for each IP family.
+func eachNFTFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
+	t.Helper()
+
+	for _, family := range []ipFamily{IPv4, IPv6} {
+		t.Run("IPv"+string(family), func(t *testing.T) { f(t, newNode(t, viaNFTables), family) })
+	}
+}
+
+// fakeNFT is a connection, a real one underneath, that fails when told to, and
+// counts.
+type fakeNFT struct {
+	nftConn
+
+	generation func() error
+	commit     func(msgs []netlink.Message) ([]netlink.Message, error) // may change what is committed
+	get, dump  func() error
+
+	commits, others atomic.Int32
+}
+
+func (f *fakeNFT) Generation(ctx context.Context) (uint32, error) {
+	f.others.Add(1)
+
+	if err := called(f.generation); err != nil {
+		return 0, err
+	}
+
+	return f.nftConn.Generation(ctx)
+}
+
+func (f *fakeNFT) Commit(ctx context.Context, gen uint32, msgs []netlink.Message) error {
+	f.commits.Add(1)
+
+	if f.commit != nil {
+		var err error
+		if msgs, err = f.commit(msgs); err != nil {
+			return err
+		}
+	}
+
+	return f.nftConn.Commit(ctx, gen, msgs)
+}
+
+func (f *fakeNFT) Get(ctx context.Context, requests ...netlink.Message) ([]*netlink.Message, error) {
+	f.others.Add(1)
+
+	if err := called(f.get); err != nil {
+		return nil, err
+	}
+
+	return f.nftConn.Get(ctx, requests...)
+}
+
+func (f *fakeNFT) Dump(ctx context.Context, request netlink.Message) ([]netlink.Message, error) {
+	f.others.Add(1)
+
+	if err := called(f.dump); err != nil {
+		return nil, err
+	}
+
+	return f.nftConn.Dump(ctx, request)
+}
+
+func called(f func() error) error {
+	if f == nil {
+		return nil
+	}
+
+	return f()
+}
+
+// viaFake returns a Manager whose families share a fake connection.
+func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
+	n.t.Helper()
+
+	fake := &fakeNFT{nftConn: n.nfnetlink()}
+	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
+	ruleset := &nftRuleset{conn: fake}
+	m := &Manager{opener: newOpener(cfg)}
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
+			return newNFTBackend(ruleset, f, cfg.log), nil
+		})
+		n.do(func() { require.NoError(n.t, fm.start()) })
+		m.families = append(m.families, fm)
+	}
+
+	n.t.Cleanup(func() { assert.NoError(n.t, m.Close()) })
+
+	return m, fake
+}
+
+// elements are those of our table.
+func (n *node) elements(f ipFamily) []string { return n.leftOver(f) }
+
+// In the steady state an operation is one transaction and nothing else, also
+// where the families take turns.
+func TestOneTransactionPerOperation(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m, fake := n.viaFake()
+	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+
+	for _, f := range []ipFamily{IPv4, IPv6} { // the first makes the table
+		require.NoError(t, n.add(m, "first", n.pod(0, f, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+	}
+
+	for i, do := range []func() error{
+		func() error { return n.add(m, "a", n.pod(0, IPv4, port)) },
+		func() error { return n.add(m, "a", n.pod(0, IPv6, port)) },
+		func() error { return n.add(m, "a", n.pod(1, IPv4, port)) },
+		func() error { return n.remove(m, "a", n.pod(0, IPv4, port)) },
+		func() error { return n.add(m, "b", n.pod(1, IPv6, port)) },
+		func() error { return n.remove(m, "b", nil) },
+	} {
+		fake.commits.Store(0)
+		fake.others.Store(0)
+		require.NoError(t, do())
+		assert.LessOrEqual(t, fake.commits.Load(), int32(2), "step %d", i) // Remove is of both families
+		assert.Zero(t, fake.others.Load(), "step %d", i)
+	}
+
+	// Where nothing has changed, there is nothing to commit.
+	before := n.dump(m)
+
+	require.NoError(t, n.add(m, "first", n.pod(0, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+	assert.Equal(t, before, n.dump(m))
+}
+
+// Whatever somebody does to our table between two operations, the next one
+// puts it right, for all rows.
+func TestTableIsRepaired(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		m := n.manager()
+		stays := n.pod(0, f,
+			&PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: n.otherNodeIP(f).String()})
+		other := n.pod(1, f, &PortMapping{HostPort: 9000, ContainerPort: 80})
+		require.NoError(t, n.add(m, "stays", stays))
+
+		elements := n.elements(f)
+		l := newNFTLayout(f)
+		crio := append(slices.Clone(l.objects()), // CRI-O makes its rules anew with each Add
+			l.table.FlushChain(nftMasquerade))
+
+		for name, breakIt := range map[string][]netlink.Message{
+			"flush table":         {l.table.FlushChain(nftHostPorts), l.table.FlushChain(nftPrerouting), l.table.FlushChain(nftOutput), l.table.FlushChain(nftMasquerade)},
+			"flush one chain":     {l.table.FlushChain(nftMasquerade)},
+			"delete chain":        {l.table.FlushChain(nftOutput), l.table.DeleteChain(nftOutput)},
+			"delete table":        {l.table.Delete()},
+			"delete and make":     append([]netlink.Message{l.table.Delete()}, l.objects()...),
+			"delete and make all": append([]netlink.Message{l.table.Delete()}, crio...),
+			"rules of others":     crio,
+			"nothing of ours":     {nfnetlink.Table{Family: l.table.Family, Name: "others"}.Create()},
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := n.within(t)
+
+				for _, do := range []func() error{
+					func() error { return n.add(m, "other", other) },
+					func() error { return n.add(m, "other", other) },
+					func() error { return n.remove(m, "other", nil) },
+				} {
+					n.commit(breakIt...)
+					require.NoError(t, do())
+					n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+					n.answers(n.Client, "tcp", netip.AddrPortFrom(n.otherNodeIP(f), 8081), "web")
+					n.answers(n.Host, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+					n.answers(n.Pods[0].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+				}
+
+				assert.Equal(t, elements, n.elements(f))
+			})
+		}
+	})
+}
+
+// An element has one owner, and it is looked up before anything is done to it.
+func TestElementsOfStrangers(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+		require.NoError(t, n.add(m, "id", n.pod(0, f, port)))
+
+		table := newNFTLayout(f).table
+		rows, err := rowsOf("stranger", n.pod(1, f, port))
+		require.NoError(t, err)
+
+		theirs := rowElement(rows[0])
+		n.commit(table.DeleteElement(theirs.set, theirs.element()), table.AddElement(theirs.set, theirs.element()))
+
+		// What a stranger has put in the place of ours is not ours to remove.
+		require.NoError(t, n.remove(m, "id", nil))
+		assert.Len(t, n.elements(f), 1)
+		assert.Contains(t, n.elements(f)[0], shortHash("stranger"))
+
+		// But a new pod's Add wins over it.
+		require.NoError(t, n.add(m, "new", n.pod(0, f, port)))
+		assert.Len(t, n.elements(f), 2)
+		assert.NotContains(t, strings.Join(n.elements(f), "\n"), shortHash("stranger"))
+
+		// As does Add again, for an element that has gone or is another's.
+		before := n.elements(f)
+
+		n.commit(table.DeleteElement(theirs.set, theirs.element()), table.AddElement(theirs.set, theirs.element()))
+		require.NoError(t, n.add(m, "new", n.pod(0, f, port)))
+		assert.Equal(t, before, n.elements(f))
+
+		hairpin := hairpinElement(n.Pods[0].IP(f == IPv6), "")
+		n.commit(table.DeleteElement(theirs.set, theirs.element()), table.DeleteElement(hairpin.set, hairpin.element()))
+		require.NoError(t, n.add(m, "new", n.pod(0, f, port)))
+		assert.Equal(t, before, n.elements(f))
+	})
+}
+
+// Two pods that have come to one IP, one of them a leak from before, share a
+// hairpin, which is in the name of the newer one and goes with the last.
+func TestHairpinOfTwo(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+	m := n.manager()
+	require.NoError(t, n.add(m, "new", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+	assert.Equal(t, 1, strings.Count(strings.Join(n.elements(IPv4), "\n"), nftHairpins))
+	assert.Equal(t, 2, strings.Count(strings.Join(n.elements(IPv4), "\n"), shortHash("new")))
+
+	require.NoError(t, n.remove(m, "new", nil))
+	assert.Len(t, n.elements(IPv4), 2)
+	require.NoError(t, n.remove(m, "old", nil))
+	assert.Empty(t, n.elements(IPv4))
+}
+
+// storm commits something of no concern about a thousand times a second, until
+// the function that it returns is called, which returns how often.
+func (n *node) storm() func() int {
+	n.t.Helper()
+
+	conn := n.nfnetlink()
+	table := nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "storm"}
+	stop, done := make(chan struct{}), make(chan int)
+
+	go func() {
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+
+		commits := 0
+
+		for {
+			select {
+			case <-stop:
+				done <- commits
+
+				return
+			case <-tick.C:
+			}
+
+			gen, err := conn.Generation(context.Background())
+			if err == nil && conn.Commit(context.Background(), gen, []netlink.Message{table.Create(), table.Delete()}) == nil {
+				commits++
+			}
+		}
+	}()
+
+	return func() int {
+		close(stop)
+
+		return <-done
+	}
+}
+
+// Others may commit as often as they like.
+func TestForeignCommits(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m := n.manager()
+	calm := n.storm()
+	start := time.Now()
+
+	var wg sync.WaitGroup
+
+	for i := range 10 {
+		wg.Go(func() {
+			for j := range 20 {
+				id := fmt.Sprint("id", i, "-", j)
+				port := &PortMapping{HostPort: int32(8000 + 20*i + j), ContainerPort: 80}
+				assert.NoError(t, n.add(m, id, n.pod(i%2, IPv4, port)))
+
+				if j%2 == 0 {
+					assert.NoError(t, n.remove(m, id, n.pod(i%2, IPv4, port)))
+				}
+
+				<-time.After(2 * time.Millisecond) // for some to come in between
+			}
+		})
+	}
+
+	wg.Wait()
+
+	took := time.Since(start)
+	commits := calm()
+
+	t.Logf("%d commits of others in %v", commits, took)
+	assert.Greater(t, commits, 20)
+
+	adopted := n.manager(WithoutSockets()).Mappings()
+	require.Len(t, adopted, 100)
+
+	for i, mapping := range m.Mappings() {
+		assert.Equal(t, adopted[i].HostPort, mapping.HostPort)
+		assert.Equal(t, adopted[i].PodIDHash, mapping.PodIDHash)
+	}
+}
+
+// A list is complete, however often others commit while it is made.
+func TestListIsComplete(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m := n.manager(WithoutSockets())
+
+	for i := range 300 {
+		require.NoError(t, n.add(m, fmt.Sprint("id", i), n.pod(0, IPv4, &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80})))
+	}
+
+	calm := n.storm()
+
+	for range 50 {
+		again := n.manager(WithoutSockets())
+		require.Len(t, again.Mappings(), 300)
+		require.NoError(t, again.Close())
+	}
+
+	assert.Positive(t, calm())
+}
+
+// Many rows go in one transaction, and come back.
+func TestManyRows(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		const many = 20_000
+
+		m := n.manager(WithoutSockets())
+		pod := n.pod(0, f)
+
+		for i := range int32(many) {
+			pm := &PortMapping{HostPort: 1000 + i, ContainerPort: 80}
+			if i%2 == 0 {
+				pm.HostIP = n.nodeIP(f).String()
+			}
+
+			pod.PortMappings = append(pod.PortMappings, pm)
+		}
+
+		work := n.countWork()
+
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Equal(t, 1, work())
+		assert.Len(t, n.elements(f), many+1)
+
+		again := n.manager(WithoutSockets())
+		assert.Len(t, again.Mappings(), many)
+
+		n.commit(newNFTLayout(f).table.Delete())
+		require.NoError(t, n.add(again, "other", n.pod(1, f, &PortMapping{HostPort: 80, ContainerPort: 80})), "a repair of all of them")
+		assert.Len(t, n.elements(f), many+3)
+		require.NoError(t, n.remove(again, "id", nil))
+		require.NoError(t, n.remove(again, "other", nil))
+		assert.Empty(t, n.elements(f))
+	})
+}
+
+// A process may have thousands of files open.
+func TestManyDescriptors(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.serve(0, "tcp", IPv4, 80)
+
+	for range 3000 {
+		f, err := os.Open(os.DevNull)
+		require.NoError(t, err)
+		t.Cleanup(func() { assert.NoError(t, f.Close()) })
+	}
+
+	m := n.manager()
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "id", pod))
+	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+	n.commit(newNFTLayout(IPv4).table.Delete())
+	require.NoError(t, n.add(m, "id", pod))
+	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+	assert.Len(t, n.manager(WithoutSockets()).Mappings(), 1)
+	require.NoError(t, n.remove(m, "id", nil))
+	assert.Empty(t, n.elements(IPv4))
+}
+
+// 200 Adds at once go in a few transactions, and one that the kernel refuses
+// fails alone.
+func TestGroupTransactions(t *testing.T) {
+	n := newNode(t, viaNFTables)
+
+	const pods, bad = 200, 117
+
+	m, fake := n.viaFake()
+	require.NoError(t, n.add(m, "first", n.pod(0, IPv4, &PortMapping{HostPort: 7999, ContainerPort: 80})))
+
+	// What is wrong with one pod is in its element, and the real kernel finds it.
+	rows, err := rowsOf("id", n.pod(0, IPv4, &PortMapping{HostPort: 8000 + bad, ContainerPort: 80}))
+	require.NoError(t, err)
+
+	key := []byte(rowElement(rows[0]).key)
+	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+		msgs = slices.Clone(msgs)
+		for i, m := range msgs {
+			if m.Header.Type&0xff == unix.NFT_MSG_NEWSETELEM && bytes.Contains(m.Data, key) {
+				msgs[i] = newNFTLayout(IPv4).table.AddElement("no-such-set", nfnetlink.Element{Key: key})
+			}
+		}
+
+		return msgs, nil
+	}
+
+	fake.commits.Store(0)
+
+	errs := make([]error, pods)
+
+	var ready, wg sync.WaitGroup
+
+	ready.Add(pods)
+
+	for i := range pods {
+		wg.Go(func() {
+			errs[i] = n.Host.Do(func() error {
+				ready.Done() // each on its thread in the namespace
+				ready.Wait()
+
+				return m.Add(fmt.Sprint("id", i), &PodPortMapping{
+					Namespace: "ns", Name: fmt.Sprint("pod", i), IP: net.IPv4(10, 88, 9, byte(i)),
+					PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
+				}, "")
+			})
+		})
+	}
+
+	wg.Wait()
+	t.Logf("%d transactions for %d Adds", fake.commits.Load(), pods)
+	assert.Less(t, fake.commits.Load(), int32(pods))
+
+	for i, err := range errs {
+		if i != bad {
+			assert.NoError(t, err, i)
+
+			continue
+		}
+
+		if assert.ErrorIs(t, err, unix.ENOENT) {
+			assert.ErrorContains(t, err, "ns/pod117")
+			assert.ErrorContains(t, err, ":8117")
+		}
+	}
+
+	assert.Len(t, m.Mappings(), pods)
+	assert.Len(t, n.elements(IPv4), 2*pods)
+}
+
+// Whatever step fails, all is as before, and the second try works.
+func TestFailedTransactionIsUndone(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	others := nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "others"}
+	pod := n.pod(0, IPv4,
+		&PortMapping{HostPort: 8080, ContainerPort: 81},
+		&PortMapping{HostPort: 8090, ContainerPort: 80, Protocol: "UDP"})
+
+	for _, op := range []struct {
+		name string
+		do   func(m HostPortManager) error
+	}{
+		{"add", func(m HostPortManager) error { return n.add(m, "id", pod) }},
+		{"move", func(m HostPortManager) error {
+			return n.add(m, "id", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+		}},
+		{"remove", func(m HostPortManager) error { return n.remove(m, "id", nil) }},
+	} {
+		for name, fail := range map[string]func(fake *fakeNFT, err func() error){
+			"commit": func(fake *fakeNFT, err func() error) {
+				fake.commit = func([]netlink.Message) ([]netlink.Message, error) { return nil, err() }
+			},
+			"refused": func(fake *fakeNFT, err func() error) {
+				fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+					return nil, &nfnetlink.BatchError{Message: len(msgs) - 1, Err: err()}
+				}
+			},
+			"generation": func(fake *fakeNFT, err func() error) { fake.generation = err },
+			"look":       func(fake *fakeNFT, err func() error) { fake.get = err },
+			"rules":      func(fake *fakeNFT, err func() error) { fake.dump = err },
+		} {
+			t.Run(op.name+"/"+name, func(t *testing.T) {
+				n := n.within(t)
+				m, fake := n.viaFake()
+				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+				before, held := n.dump(m), heldPorts(m.families[0])
+				fail(fake, func() error { return errInjected })
+
+				if name != "commit" && name != "refused" { // these come when somebody else has committed
+					n.commit(others.Create(), others.Delete())
+					before = n.dump(m)
+				}
+
+				err := op.do(m)
+				require.ErrorIs(t, err, errInjected)
+				assert.ErrorContains(t, err, "host ports of pod ")
+				assert.Equal(t, before, n.dump(m))
+				assert.Equal(t, held, heldPorts(m.families[0]))
+
+				fake.commit, fake.generation, fake.get, fake.dump = nil, nil, nil, nil
+
+				require.NoError(t, op.do(m))
+				require.NoError(t, n.remove(m, "id", nil))
+				assert.Empty(t, m.Mappings())
+				assert.Empty(t, heldPorts(m.families[0]))
+				assert.Empty(t, n.elements(IPv4))
+			})
+		}
+	}
+}
+
+// Rows that iptables carries from before are listed, held, removed there and
+// moved over, and the other way round.
+func TestBackendChanges(t *testing.T) {
+	for _, tc := range []struct{ from, to variant }{
+		{variantNFT, viaNFTables}, {variantLegacy, viaNFTables}, {viaNFTables, variantNFT}, {viaNFTables, variantLegacy},
+	} {
+		t.Run(string(tc.from)+" to "+string(tc.to), func(t *testing.T) {
+			n := newNode(t, tc.from)
+			n.serve(0, "tcp", IPv4, 80)
+			n.serve(0, "tcp", IPv4, 81)
+
+			stays := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8083, ContainerPort: 80})
+			n.leftBehind("stays", stays)
+			n.leftBehind("goes", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80}))
+			n.leftBehind("leak", n.pod(0, IPv4, &PortMapping{HostPort: 8082, ContainerPort: 80}))
+
+			old := n.backend()
+			from := *n
+
+			n.variant = tc.to
+			if tc.to != viaNFTables {
+				n.hint(tc.to)
+			}
+
+			m := n.manager()
+			require.Len(t, m.Mappings(), 4)
+
+			for i, mapping := range m.Mappings() {
+				assert.Equal(t, old, mapping.Backend)
+				assert.True(t, mapping.Held)
+				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), uint16(8080+i)), "web")
+			}
+
+			// One row of a pod named, and its other one stays where it is.
+			require.NoError(t, n.add(m, "stays", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+			require.NoError(t, n.remove(m, "goes", nil))
+			require.NoError(t, n.add(m, "new", n.pod(0, IPv4, &PortMapping{HostPort: 8082, ContainerPort: 81})), "the newest wins")
+
+			carried := map[int32]Backend{}
+			for _, mapping := range m.Mappings() {
+				carried[mapping.HostPort] = mapping.Backend
+			}
+
+			assert.Equal(t, map[int32]Backend{8080: n.backend(), 8082: n.backend(), 8083: old}, carried)
+
+			for port, by := range map[uint16]string{8080: "web", 8082: "web", 8083: "web"} {
+				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), port), by)
+			}
+
+			n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8081))
+
+			// By its words, or all of a pod, wherever they are.
+			require.NoError(t, n.remove(m, "stays", stays))
+			require.NoError(t, n.remove(m, "new", nil))
+			assert.Empty(t, m.Mappings())
+			assert.Empty(t, n.leftOver(IPv4))
+			assert.Empty(t, from.leftOver(IPv4))
+		})
+	}
+}
+
+// Where iptables carries nothing, none of its programs is started.
+func TestNoProcessWithNFTables(t *testing.T) {
+	n := newNode(t, variantNFT) // which has tables, and a hint in it
+	n.command("iptables-legacy", "-t", "mangle", "-N", "OTHERS")
+
+	started := countProcesses(t)
+	m := n.manager(WithBackend(BackendAuto))
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "id", pod))
+	require.NoError(t, n.remove(m, "id", pod))
+	assert.Zero(t, started())
+}
+
+// An element that no row would make, because somebody has made it for a
+// purpose of his own, is neither listed nor touched.
+func TestOddElements(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+
+		table := newNFTLayout(f).table
+		ip := n.Pods[0].IP(f == IPv6).AsSlice()
+		n.commit(
+			table.AddElement(nftHostPorts, nfnetlink.Element{Key: []byte{unix.IPPROTO_DCCP, 0, 0, 0, 0, 80, 0, 0}, Data: append(slices.Clone(ip), 0, 80, 0, 0)}),
+			table.AddElement(nftHostPorts, nfnetlink.Element{Key: []byte{unix.IPPROTO_TCP, 0, 0, 0, 0, 0, 0, 0}, Data: append(slices.Clone(ip), 0, 80, 0, 0)}),
+			table.AddElement(nftHairpins, nfnetlink.Element{Key: append(slices.Clone(ip), n.nodeIP(f).AsSlice()...), Comment: "odd"}))
+
+		again := n.manager(WithoutSockets())
+		assert.Len(t, again.Mappings(), 1)
+		require.NoError(t, n.remove(again, "id", nil))
+		assert.Len(t, n.elements(f), 3)
+	})
+}
+
+// The suite of behaviours passes with no program at hand, and starts none.
+func TestWithoutPrograms(t *testing.T) {
+	self, err := os.Executable()
+	require.NoError(t, err)
+
+	suite := "^Test(" + strings.Join([]string{
+		"Traffic", "SpecificAddressWins", "MoveIsAtomic", "DualStack",
+		"Conflicts", "AddAgain", "NothingToDo", "InvalidChangesNothing", "PortInUseIsUndone", "ConcurrentUse", "Close",
+		"HeldPortsRefuseOthers", "PortsOfOthers", "Bystander", "TimeWait", "HeldPortWithoutRule", "AddressToCome",
+		"WithoutSockets", "SocketsOfOnePort", "PortTakenWhileAway", "UDPBesideOthers", "IPv6Off", "NoNetAdmin",
+		"TableIsRepaired", "ElementsOfStrangers", "ForeignCommits", "GroupTransactions",
+	}, "|") + ")$"
+
+	cmd := exec.CommandContext(t.Context(), self, "-test.run", suite, "-test.v")
+	cmd.Env = append(os.Environ(), "PATH=", onlyVariable+"="+string(viaNFTables))
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	assert.Equal(t, strings.Count(suite, "|")+1, strings.Count(string(out), "\n--- PASS: "))
+	assert.Contains(t, string(out), "\n0 processes started\n")
+}
+
+func TestMain(m *testing.M) {
+	status := m.Run()
+
+	if os.Getenv(onlyVariable) != "" {
+		var usage unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_CHILDREN, &usage); err != nil || usage.Minflt != 0 {
+			fmt.Println("processes were started:", usage, err)
+			os.Exit(1)
+		}
+
+		fmt.Println("0 processes started") // a process that ran has touched its memory
+	}
+
+	os.Exit(status)
+}
+
+func FuzzNFTElement(f *testing.F) {
+	for _, pod := range []*PodPortMapping{
+		podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 1, ContainerPort: 2, HostIP: "192.0.2.1", Protocol: "UDP"}),
+		podAt("fd00::2", &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 1, ContainerPort: 2, HostIP: "::1", Protocol: "SCTP"}),
+	} {
+		rows, err := rowsOf("id", pod)
+		require.NoError(f, err)
+
+		for _, r := range rows {
+			e := rowElement(r)
+			f.Add(e.set, []byte(e.key), []byte(e.data), e.comment)
+		}
+
+		e := hairpinElement(rows[0].pod.Addr(), rows[0].ownerHash)
+		f.Add(e.set, []byte(e.key), []byte(e.data), e.comment)
+	}
+
+	f.Fuzz(func(t *testing.T, set string, key, data []byte, comment string) {
+		for _, family := range []ipFamily{IPv4, IPv6} {
+			l := newNFTLayout(family)
+			e := elementOf(set, nfnetlink.Element{Key: key, Data: data, Comment: comment})
+
+			if r, ok := l.row(e); ok {
+				assert.Equal(t, e, rowElement(r), "what is understood can be written again")
+				assert.Equal(t, family, r.family())
+			}
+
+			if ip, ok := l.hairpinOf(e); ok {
+				assert.Equal(t, e, hairpinElement(ip, comment))
+			}
+		}
+	})
+}
