@@ -57,9 +57,10 @@ fuzz: ## every fuzz target, one after the other (FUZZTIME=)
 verify: ## everything that CI runs
 	@.ci/run
 
-tidy-check: ## fail if go.mod or go.sum is not what go mod tidy makes
+tidy-check: ## fail if a go.mod or go.sum is not what go mod tidy makes
 	@$(DEPS) go
 	@go mod tidy -diff
+	@cd internal/interop && go mod tidy -diff
 
 clean: ## remove what was built
 	@rm -rf bin coverage.out

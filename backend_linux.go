@@ -27,7 +27,7 @@ func (o *opener) close() error {
 		return nil
 	}
 
-	return o.ruleset.conn.Close() //nolint:wrapcheck // says itself what it is about
+	return o.ruleset.conn.Close()
 }
 
 // open returns what finds the backend for a family.
@@ -86,7 +86,9 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, v
 		return nil, "", err
 	}
 
-	return b, "", b.usable(ctx)
+	err = b.usable(ctx)
+
+	return b, "", err
 }
 
 func (o *opener) nftables(f ipFamily) (*nftBackend, error) {

@@ -171,6 +171,9 @@ func (r *row) become(o owner) {
 	r.label = cmp.Or(r.label, ruleLabel(o, r.port))
 }
 
+// ownerMark is what the kernel carries of the owner.
+func (r *row) ownerMark() string { return cmp.Or(r.ownerHash, r.hash) }
+
 func (r *row) family() ipFamily { return familyOf(r.pod.Addr()) }
 
 func (r *row) String() string {

@@ -1,7 +1,6 @@
 package hostport
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"iter"
@@ -182,7 +181,7 @@ func (m *hostportManager) place(c *change, w *row) error {
 			}
 		default:
 			m.cfg.log.Info("Replacing a host port whose owner is unknown",
-				"row", r, "label", r.label, "pod", w.owner)
+				"row", r, "podIDHash", r.ownerMark(), "label", r.label, "pod", w.owner)
 			c.del(r)
 		}
 	}
@@ -263,7 +262,8 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		m.setRows(r.portKey, append(m.rows[r.portKey], r))
 
 		if err := m.sockets.adopt(r.endpoint); err != nil {
-			m.cfg.log.Error(err, "Cannot hold the port of a row from before", "row", r, "label", r.label)
+			m.cfg.log.Error(err, "Cannot hold the port of a row from before",
+				"row", r, "podIDHash", r.ownerMark(), "label", r.label)
 		}
 	}
 
@@ -325,7 +325,7 @@ func (m *hostportManager) mappings() []Mapping {
 	for r := range m.table() {
 		list = append(list, Mapping{
 			PodID: r.owner.id, Namespace: r.owner.namespace, Name: r.owner.name,
-			PodIDHash: cmp.Or(r.ownerHash, r.hash),
+			PodIDHash: r.ownerMark(),
 			Protocol:  r.proto.api(),
 			HostIP:    r.hostIP(m.family).String(), HostPort: int32(r.port),
 			PodIP: r.pod.Addr().AsSlice(), ContainerPort: int32(r.pod.Port()),

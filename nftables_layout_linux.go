@@ -116,7 +116,7 @@ func (l nftLayout) rules() []netlink.Message {
 	t := l.table
 	// Offsets in the IP header, the size of an address, and the register behind
 	// one.
-	saddr, daddr, size, behind := uint32(12), uint32(16), uint32(4), piece(1)
+	saddr, daddr, size, behind := uint32(12), uint32(16), uint32(4), piece(1) //nolint:mnd // of struct iphdr
 
 	if l.family == IPv6 {
 		saddr, daddr, size, behind = 8, 24, 16, 2
@@ -220,7 +220,7 @@ func (l nftLayout) row(e nftElement) (r *row, ok bool) {
 		}
 	}
 
-	return r, r.proto != "" && r.port != 0 && r.pod.Port() != 0 && rowElement(r) == e
+	return r, r.proto != "" && r.port != 0 && r.pod.Port() != 0 && !r.ip.IsUnspecified() && rowElement(r) == e
 }
 
 func appendPort(b []byte, port uint16) []byte {

@@ -101,7 +101,7 @@ func (b *nftBackend) list(ctx context.Context) ([]*row, error) {
 	for {
 		before, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return nil, err //nolint:wrapcheck // says what it is about
+			return nil, err
 		}
 
 		elements, err := b.dump(ctx)
@@ -111,7 +111,7 @@ func (b *nftBackend) list(ctx context.Context) ([]*row, error) {
 
 		after, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return nil, err //nolint:wrapcheck // says what it is about
+			return nil, err
 		}
 
 		if before == after { // else some elements may be missing
@@ -188,7 +188,7 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	for {
 		gen, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return err //nolint:wrapcheck // says what it is about
+			return err
 		}
 
 		b.ruleset.saw(gen)
@@ -231,7 +231,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	}
 
 	if err != nil {
-		return err //nolint:wrapcheck // says what it is about
+		return err
 	}
 
 	if len(msgs) > 0 {
@@ -278,23 +278,23 @@ func (b *nftBackend) learnSeal(ctx context.Context) string {
 func (b *nftBackend) readSeal(ctx context.Context) (string, error) {
 	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
 	if err != nil || answers[0] == nil {
-		return "", err //nolint:wrapcheck // says what it is about
+		return "", err
 	}
 
 	table, err := nfnetlink.ParseTable(*answers[0])
 	if err != nil {
-		return "", err //nolint:wrapcheck // likewise
+		return "", err
 	}
 
 	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
 	if err != nil {
-		return "", err //nolint:wrapcheck // likewise
+		return "", err
 	}
 
 	rules := make([]nfnetlink.RuleInfo, len(msgs))
 	for i, m := range msgs {
 		if rules[i], err = nfnetlink.ParseRule(m); err != nil {
-			return "", err //nolint:wrapcheck // likewise
+			return "", err
 		}
 	}
 
@@ -368,7 +368,7 @@ func (b *nftBackend) lookUp(ctx context.Context, keys []nftKey) (map[nftKey]nftE
 // nftPlan is what deltas come to, element by element.
 type nftPlan struct {
 	wanted   map[nftKey]*nftWanted
-	order    []nftKey                   // in which the deltas came to them
+	order    []nftKey                  // in which the deltas came to them
 	hairpins map[netip.Addr]nftHairpin // what becomes of those that the deltas touch
 }
 
@@ -418,7 +418,6 @@ func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) {
 	}
 
 	w.delta, w.row, w.want, w.comment = delta, r, want, cmp.Or(want, have).comment
-
 }
 
 // hairpin plans for the element that lets r's pod reach itself: it stands as

@@ -88,7 +88,7 @@ func (m *hostportManager) wrap(op *operation, err error) error {
 }
 
 func (m *hostportManager) logDone(op *operation, took time.Duration) {
-	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.id, "family", m.family)
+	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.id, "podIDHash", shortHash(op.owner.id), "family", m.family)
 
 	c := op.change
 	if c == nil || c.delta.empty() {

@@ -26,7 +26,9 @@ fi
 
 # There is no network inside: modules come now, and caches stay where they are.
 if command -v go >/dev/null; then
-	go mod download
+	for module in . internal/interop; do
+		(cd "$(dirname "$0")/../$module" && go mod download)
+	done
 	GOCACHE=$(go env GOCACHE)
 	GOMODCACHE=$(go env GOMODCACHE)
 	GOPROXY=off

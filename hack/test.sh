@@ -1,6 +1,6 @@
 #!/bin/sh
 # Usage: test.sh [GO TEST FLAGS] PACKAGES
-# go test, with the race detector where there is one. To be run by in-namespace.sh.
+# go test, with the race detector where there is one; for ./... in the modules below as well. To be run by in-namespace.sh.
 set -eu
 
 # The race detector needs cgo, a C compiler, libc's headers and a system that has it: try.
@@ -10,5 +10,13 @@ if ! why=$(go build -race runtime/cgo 2>&1); then
 	echo "without the race detector: $(echo "$why" | grep -v '^#' | head -n 1)"
 fi
 
-# shellcheck disable=SC2086 # nothing, or one word
-exec go test $race -count=1 -timeout=10m "$@"
+for packages; do :; done
+modules=.
+[ "$packages" != ./... ] || modules='. internal/interop'
+
+failed=0
+for module in $modules; do
+	# shellcheck disable=SC2086 # nothing, or one word
+	(cd "$module" && go test $race -count=1 -timeout=10m "$@") || failed=1
+done
+exit "$failed"

@@ -23,7 +23,7 @@ import (
 // several goroutines.
 type Conn struct {
 	mu     sync.Mutex
-	nl     *netlink.Conn // nil after a failure, until it is opened again
+	nl     *netlink.Conn
 	closed bool
 }
 
@@ -59,24 +59,16 @@ const (
 
 // Dial opens a connection. It fails where the kernel has no nfnetlink.
 func Dial() (*Conn, error) {
-	c := &Conn{}
-
-	return c, c.open()
-}
-
-func (c *Conn) open() error {
 	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{MessageBufferSize: receiveBuffer})
 	if err != nil {
-		return fmt.Errorf("open nfnetlink: %w", err)
+		return nil, fmt.Errorf("open nfnetlink: %w", err)
 	}
 
 	// Errors come with words then. (Not with CapAcknowledge as well, of which
 	// mdlayher/netlink 1.11 makes another error.)
 	_ = nl.SetOption(netlink.ExtendedAcknowledge, true) // does without
 
-	c.nl = nl
-
-	return nil
+	return &Conn{nl: nl}, nil
 }
 
 // Close closes the socket. The other methods return net.ErrClosed then, and
@@ -85,26 +77,17 @@ func (c *Conn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 
-	c.closed = true
-
-	return c.shut()
-}
-
-func (c *Conn) shut() error {
-	if c.nl == nil {
+	if c.closed {
 		return nil
 	}
 
-	nl := c.nl
-	c.nl = nil
+	c.closed = true
 
-	return nl.Close() //nolint:wrapcheck // says itself what it is about
+	return c.nl.Close() //nolint:wrapcheck // says itself what it is about
 }
 
-// do runs f on an open socket, until ctx ends. After an error that is not a
-// message of the kernel's, answers may be missing or yet to come: the next
-// call has a new socket.
-func (c *Conn) do(ctx context.Context, f func(nl *netlink.Conn) error) error {
+// do runs f, which has the socket to itself, until ctx ends.
+func (c *Conn) do(ctx context.Context, f func() error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 
@@ -116,32 +99,41 @@ func (c *Conn) do(ctx context.Context, f func(nl *netlink.Conn) error) error {
 		return net.ErrClosed
 	}
 
-	if c.nl == nil {
-		if err := c.open(); err != nil {
-			return err
-		}
-	}
-
 	deadline, _ := ctx.Deadline() // the zero time is none
 
 	err := c.nl.SetDeadline(deadline)
 	if err == nil {
-		err = f(c.nl)
+		err = f()
 	}
 
-	batch := (*BatchError)(nil)
-
-	switch {
-	case err == nil, errors.Is(err, ErrStale), errors.As(err, &batch):
-		return err
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	if errors.Is(err, os.ErrDeadlineExceeded) {
 		// A socket's deadline may pass an instant before the context's does.
 		err = fmt.Errorf("%w: %w", cmp.Or(ctx.Err(), context.DeadlineExceeded), err)
 	}
 
-	_ = c.shut()
+	if batch := (*BatchError)(nil); err == nil || errors.Is(err, ErrStale) || errors.As(err, &batch) {
+		return err
+	}
+
+	c.drain()
 
 	return fmt.Errorf("nfnetlink: %w", err)
+}
+
+// drain takes out of the socket what has come and nobody has waited for, after
+// a failure: full of that, it would have no room for other answers.
+func (c *Conn) drain() {
+	raw, err := c.nl.SyscallConn()
+	if err != nil {
+		return
+	}
+
+	_ = raw.Control(func(fd uintptr) {
+		buf := make([]byte, receiveBuffer)
+		for err := error(nil); err == nil || errors.Is(err, unix.ENOBUFS); {
+			_, _, err = unix.Recvfrom(int(fd), buf, unix.MSG_DONTWAIT)
+		}
+	})
 }
 
 // Generation returns the ruleset's generation. Each transaction that changes
@@ -212,14 +204,14 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 		all = append(all, marker(unix.NFNL_MSG_BATCH_END))
 	}
 
-	return c.do(ctx, func(nl *netlink.Conn) error {
+	return c.do(ctx, func() error {
 		// Once it is sent it is decided, and has been answered, when sending
 		// returns: to run out of time then would leave the outcome unknown.
-		if err := errors.Join(grow(nl, all), nl.SetDeadline(time.Now().Add(patience))); err != nil {
+		if err := errors.Join(c.grow(all), c.nl.SetDeadline(time.Now().Add(patience))); err != nil {
 			return err
 		}
 
-		sent, err := nl.SendMessages(all)
+		sent, err := c.nl.SendMessages(all)
 		if err != nil {
 			return err //nolint:wrapcheck // do says what it is about
 		}
@@ -232,7 +224,7 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 		for i := -1; i != 0 && i != last; {
 			var err error
 
-			_, i, err = receive(nl, sent)
+			_, i, err = c.receive(sent)
 
 			opErr := (*netlink.OpError)(nil)
 
@@ -255,16 +247,16 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 func (c *Conn) Get(ctx context.Context, requests ...netlink.Message) ([]*netlink.Message, error) {
 	answers := make([]*netlink.Message, len(requests))
 
-	err := c.do(ctx, func(nl *netlink.Conn) error {
+	err := c.do(ctx, func() error {
 		for first := 0; first < len(requests); first += window {
-			sent, err := nl.SendMessages(slices.Clone(requests[first:min(first+window, len(requests))]))
+			sent, err := c.nl.SendMessages(slices.Clone(requests[first:min(first+window, len(requests))]))
 			if err != nil {
 				return err //nolint:wrapcheck // do says what it is about
 			}
 
 			for i := -1; i < len(sent)-1; {
 				var msgs []netlink.Message
-				if msgs, i, err = receive(nl, sent); err != nil && !errors.Is(err, unix.ENOENT) {
+				if msgs, i, err = c.receive(sent); err != nil && !errors.Is(err, unix.ENOENT) {
 					return err
 				}
 
@@ -288,13 +280,13 @@ func (c *Conn) Dump(ctx context.Context, request netlink.Message) ([]netlink.Mes
 
 	var list []netlink.Message
 
-	err := c.do(ctx, func(nl *netlink.Conn) error {
-		sent, err := nl.SendMessages([]netlink.Message{request})
+	err := c.do(ctx, func() error {
+		sent, err := c.nl.SendMessages([]netlink.Message{request})
 		if err != nil {
 			return err //nolint:wrapcheck // do says what it is about
 		}
 
-		if list, _, err = receive(nl, sent); errors.Is(err, unix.ENOENT) {
+		if list, _, err = c.receive(sent); errors.Is(err, unix.ENOENT) {
 			return nil // nothing there, nothing to list
 		}
 
@@ -307,11 +299,11 @@ func (c *Conn) Dump(ctx context.Context, request netlink.Message) ([]netlink.Mes
 // receive returns the next answer to one of the messages sent, and to which.
 // Answers to what was sent before that nobody waited for are passed over. The
 // index is -1 with an error that is no answer.
-func receive(nl *netlink.Conn, sent []netlink.Message) ([]netlink.Message, int, error) {
+func (c *Conn) receive(sent []netlink.Message) ([]netlink.Message, int, error) {
 	first := sent[0].Header.Sequence
 
 	for {
-		msgs, err := nl.Receive()
+		msgs, err := c.nl.Receive()
 
 		opErr := (*netlink.OpError)(nil)
 
@@ -329,30 +321,28 @@ func receive(nl *netlink.Conn, sent []netlink.Message) ([]netlink.Message, int, 
 		}
 
 		if i >= 0 && i < len(sent) {
-			return msgs, i, err
+			return msgs, i, err //nolint:wrapcheck // likewise
 		}
 	}
 }
 
 // grow sees to it that a batch fits into the socket's send buffer, of which
 // the kernel counts twice what is asked for.
-func grow(nl *netlink.Conn, msgs []netlink.Message) error {
+func (c *Conn) grow(msgs []netlink.Message) error {
 	size := 0
 	for _, m := range msgs {
-		size += headerLen + align(len(m.Data))
+		size += unix.NLMSG_HDRLEN + align(len(m.Data))
 	}
 
-	have, err := nl.WriteBuffer()
+	have, err := c.nl.WriteBuffer()
 	if err != nil || size < have/2 {
 		return err //nolint:wrapcheck // do says what it is about
 	}
 
-	return nl.SetWriteBuffer(size) //nolint:wrapcheck // likewise
+	return c.nl.SetWriteBuffer(size) //nolint:wrapcheck // likewise
 }
 
-const headerLen = 16 // struct nlmsghdr
-
-func align(n int) int { return (n + 3) &^ 3 }
+func align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }
 
 // words is the error number, with what the kernel says beside it.
 func words(err *netlink.OpError) error {

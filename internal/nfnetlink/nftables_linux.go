@@ -336,7 +336,7 @@ func parseElement(ad *netlink.AttributeDecoder) Element {
 		case unix.NFTA_SET_ELEM_DATA:
 			e.Data = parseValue(ad)
 		case unix.NFTA_SET_ELEM_USERDATA:
-			e.Comment = parseComment(ad.Bytes(), udataElemComment)
+			e.Comment = parseComment(ad.Bytes())
 		}
 	}
 
@@ -505,13 +505,11 @@ func describe(m netlink.Message) string {
 		unix.NFT_MSG_NEWSETELEM: "add element to set", unix.NFT_MSG_DELSETELEM: "delete element of set",
 	}
 
-	const subsystem = 8
-
-	if m.Header.Type>>subsystem != unix.NFNL_SUBSYS_NFTABLES {
+	subsystem, kind := m.Header.Type>>8, m.Header.Type&^(unix.NFNL_SUBSYS_NFTABLES<<8)
+	if subsystem != unix.NFNL_SUBSYS_NFTABLES {
 		return "transaction"
 	}
 
-	kind := m.Header.Type & 0xff
 	what := kinds[kind]
 	nameAttr := uint16(unix.NFTA_RULE_CHAIN) // as in sets and elements
 
@@ -585,7 +583,7 @@ func decode(data []byte, attr func(*netlink.AttributeDecoder)) error {
 func native(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
 
 func udata(kind byte, value []byte) []byte {
-	return append([]byte{kind, byte(len(value))}, value...)
+	return append([]byte{kind, byte(len(value))}, value...) //nolint:gosec // comments are cut to less
 }
 
 // maxComment is what nft takes for a comment (NFTNL_UDATA_COMMENT_MAXLEN).
@@ -595,11 +593,12 @@ func comment(kind byte, text string) []byte {
 	return udata(kind, append([]byte(text[:min(len(text), maxComment)]), 0))
 }
 
-// parseComment finds the comment in user data that anybody may have written.
-func parseComment(data []byte, kind byte) string {
+// parseComment finds an element's comment in user data that anybody may have
+// written.
+func parseComment(data []byte) string {
 	for len(data) >= 2 && len(data) >= 2+int(data[1]) {
 		value := data[2 : 2+int(data[1])]
-		if data[0] == kind {
+		if data[0] == udataElemComment {
 			return string(bytes.TrimRight(value, "\x00"))
 		}
 

@@ -1,0 +1,347 @@
+package nfnetlink
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// dial opens a connection in a network namespace that ends with the test.
+func dial(t *testing.T) *Conn {
+	t.Helper()
+
+	var conn *Conn
+
+	done := make(chan error)
+
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with this goroutine
+
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			conn, err = Dial()
+		}
+		done <- err
+	}()
+	require.NoError(t, <-done, "be root, or run under unshare -Urn")
+	t.Cleanup(func() { assert.NoError(t, conn.Close()) })
+
+	return conn
+}
+
+//nolint:gochecknoglobals // constants in all but name
+var (
+	table = Table{Family: unix.NFPROTO_IPV6, Name: "test", Comment: "of a test"}
+	set   = Set{Name: "pairs", Key: []DataType{InetProto, InetService}, Comment: "a set"}
+	ports = Set{Name: "ports", Key: []DataType{InetService}, Data: []DataType{IPv6Addr, InetService}, Comment: "a map"}
+)
+
+func element(n int) Element {
+	return Element{Key: []byte{6, 0, 0, 0, byte(n >> 8), byte(n), 0, 0}, Comment: fmt.Sprint("element ", n)}
+}
+
+func commit(t *testing.T, c *Conn, msgs ...netlink.Message) {
+	t.Helper()
+
+	gen, err := c.Generation(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, c.Commit(t.Context(), gen, msgs))
+
+	after, err := c.Generation(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, NextGeneration(gen), after)
+}
+
+func elements(t *testing.T, c *Conn, set string) []Element {
+	t.Helper()
+
+	msgs, err := c.Dump(t.Context(), table.Elements(set))
+	require.NoError(t, err)
+
+	var list []Element
+
+	for _, m := range msgs {
+		some, err := ParseElements(m)
+		require.NoError(t, err)
+
+		list = append(list, some...)
+	}
+
+	return list
+}
+
+func TestObjects(t *testing.T) {
+	t.Parallel()
+
+	c := dial(t)
+	entry := Element{Key: []byte{0, 80, 0, 0}, Data: append(net.ParseIP("2001:db8::1"), 31, 144, 0, 0), Comment: "to 8080"}
+	objects := []netlink.Message{
+		table.Create(), table.CreateSet(set), table.CreateSet(ports),
+		table.CreateChain(Chain{Name: "base", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: -100}),
+		table.CreateChain(Chain{Name: "other"}),
+		table.AppendRule("base", LoadProtocol(1), LoadTransportHeader(2, 2, 9), InSet(set.Name, 1), Goto("other")),
+		table.AppendRule("other", LoadDestinationType(1), Equal(1, unix.RTN_LOCAL),
+			LoadTransportHeader(2, 2, 1), LookUp(ports.Name, 1, 1), DNAT(table.Family, 1, 2)),
+	}
+	commit(t, c, append(objects, table.AddElement(set.Name, element(1)), table.AddElement(ports.Name, entry))...)
+
+	assert.Equal(t, []Element{element(1)}, elements(t, c, set.Name))
+	assert.Equal(t, []Element{entry}, elements(t, c, ports.Name))
+	assert.Empty(t, elements(t, c, "none"))
+
+	answers, err := c.Get(t.Context(),
+		table.GetElement(set.Name, element(1).Key), table.GetElement(set.Name, element(2).Key), table.GetElement("none", element(1).Key),
+		table.Get(), Table{Family: table.Family, Name: "none"}.Get(), table.GetChain("base"), table.GetChain("none"))
+	require.NoError(t, err)
+
+	there := make([]bool, len(answers))
+	for i, a := range answers {
+		there[i] = a != nil
+	}
+
+	assert.Equal(t, []bool{true, false, false, true, false, true, false}, there)
+
+	found, err := ParseElements(*answers[0])
+	require.NoError(t, err)
+	assert.Equal(t, []Element{element(1)}, found)
+
+	info, err := ParseTable(*answers[3])
+	require.NoError(t, err)
+	assert.NotZero(t, info.Handle)
+
+	rules := func() []RuleInfo {
+		msgs, err := c.Dump(t.Context(), table.Rules())
+		require.NoError(t, err)
+
+		list := make([]RuleInfo, len(msgs))
+		for i, m := range msgs {
+			list[i], err = ParseRule(m)
+			require.NoError(t, err)
+		}
+
+		return list
+	}
+	before := rules()
+	require.Len(t, before, 2)
+	assert.Equal(t, "base", before[0].Chain)
+
+	commit(t, c, table.FlushChain("base"), objects[5])
+	assert.NotEqual(t, before[0].Handle, rules()[0].Handle, "another rule")
+	assert.Equal(t, before[1], rules()[1], "the same")
+
+	commit(t, c, table.DeleteElement(set.Name, element(1)), table.FlushChain("other"), table.FlushChain("base"), table.DeleteChain("other"))
+	assert.Empty(t, elements(t, c, set.Name))
+	assert.Empty(t, rules())
+
+	commit(t, c, table.Delete(), table.Create())
+
+	answers, err = c.Get(t.Context(), table.Get())
+	require.NoError(t, err)
+
+	again, err := ParseTable(*answers[0])
+	require.NoError(t, err)
+	assert.NotEqual(t, info.Handle, again.Handle)
+}
+
+// A transaction takes effect as a whole or not at all, and tells why not.
+func TestCommitFails(t *testing.T) {
+	t.Parallel()
+
+	c := dial(t)
+	commit(t, c, table.Create(), table.CreateSet(set), table.AddElement(set.Name, element(1)))
+
+	gen, err := c.Generation(t.Context())
+	require.NoError(t, err)
+
+	for _, tc := range []struct {
+		name  string
+		gen   uint32
+		msgs  []netlink.Message
+		at    int
+		want  error
+		words string
+	}{
+		{"stale", gen - 1, []netlink.Message{table.AddElement(set.Name, element(2))}, 0, ErrStale, "changed"},
+		{"stale and empty", gen - 1, nil, 0, ErrStale, "changed"},
+		{"there already", gen, []netlink.Message{table.AddElement(set.Name, element(2)), table.AddElement(set.Name, element(1))}, 1, unix.EEXIST, "add element to set pairs"},
+		{"not there", gen, []netlink.Message{table.AddElement(set.Name, element(2)), table.DeleteElement(set.Name, element(3))}, 1, unix.ENOENT, "delete element of set pairs"},
+		{"two, of which the first is told", gen, []netlink.Message{table.AddElement("a", element(2)), table.AddElement("b", element(1))}, 0, unix.ENOENT, "set a"},
+		{"no table", gen, []netlink.Message{Table{Family: table.Family, Name: "none"}.CreateChain(Chain{Name: "new"})}, 0, unix.ENOENT, "add chain new"},
+		{"other types", gen, []netlink.Message{table.CreateSet(Set{Name: set.Name, Key: []DataType{IPv6Addr}})}, 0, unix.EEXIST, "add set pairs"},
+	} {
+		err := c.Commit(t.Context(), tc.gen, tc.msgs)
+		require.ErrorIs(t, err, tc.want, tc.name)
+		require.ErrorContains(t, err, tc.words, tc.name)
+
+		if batch := (*BatchError)(nil); !errors.Is(tc.want, ErrStale) && assert.ErrorAs(t, err, &batch, tc.name) {
+			assert.Equal(t, tc.at, batch.Message, tc.name)
+		}
+
+		assert.Equal(t, []Element{element(1)}, elements(t, c, set.Name), tc.name)
+	}
+
+	require.NoError(t, c.Commit(t.Context(), gen, nil))
+	require.NoError(t, c.Commit(t.Context(), gen, []netlink.Message{table.AddElement(set.Name, element(2))}), "the socket goes on")
+}
+
+// Hundreds of messages refused at once are more than the socket has room to
+// tell of.
+func TestCommitFailsAltogether(t *testing.T) {
+	t.Parallel()
+
+	c := dial(t)
+	commit(t, c, table.Create(), table.CreateSet(set))
+
+	gen, err := c.Generation(t.Context())
+	require.NoError(t, err)
+
+	var msgs []netlink.Message
+	for i := range 5000 {
+		msgs = append(msgs, table.DeleteElement(set.Name, element(i)))
+	}
+
+	require.Error(t, c.Commit(t.Context(), gen, msgs))
+
+	after, err := c.Generation(t.Context())
+	require.NoError(t, err, "answers from before do not confuse it")
+	assert.Equal(t, gen, after)
+}
+
+// Check goes through everything and changes nothing.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+
+	c := dial(t)
+	gen, err := c.Generation(t.Context())
+	require.NoError(t, err)
+
+	good := []netlink.Message{table.Create(), table.CreateSet(set), table.AddElement(set.Name, element(1))}
+	require.NoError(t, c.Check(t.Context(), good))
+	require.ErrorIs(t, c.Check(t.Context(), append(good, table.AddElement("none", element(1)))), unix.ENOENT)
+
+	after, err := c.Generation(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, gen, after)
+
+	answers, err := c.Get(t.Context(), table.Get())
+	require.NoError(t, err)
+	assert.Nil(t, answers[0])
+}
+
+// Tens of thousands of elements, 2 MB and more, go in one transaction and come
+// back.
+func TestLargeCommit(t *testing.T) {
+	t.Parallel()
+
+	const many = 30_000
+
+	c := dial(t)
+	msgs := []netlink.Message{table.Create(), table.CreateSet(set)}
+	requests := make([]netlink.Message, many)
+
+	for i := range many {
+		msgs = append(msgs, table.AddElement(set.Name, element(i)))
+		requests[i] = table.GetElement(set.Name, element(i).Key)
+	}
+
+	commit(t, c, msgs...)
+	assert.Len(t, elements(t, c, set.Name), many)
+
+	answers, err := c.Get(t.Context(), requests...)
+	require.NoError(t, err)
+
+	for i, a := range answers {
+		require.NotNil(t, a)
+
+		found, err := ParseElements(*a)
+		require.NoError(t, err)
+		require.Equal(t, []Element{element(i)}, found)
+	}
+}
+
+func TestClosedOrTooLate(t *testing.T) {
+	t.Parallel()
+
+	c := dial(t)
+
+	late, cancel := context.WithDeadline(t.Context(), time.Now())
+	defer cancel()
+
+	_, err := c.Generation(late)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorIs(t, c.Commit(late, 1, []netlink.Message{table.Create()}), context.DeadlineExceeded)
+
+	_, err = c.Generation(t.Context())
+	require.NoError(t, err)
+
+	require.NoError(t, c.Close())
+	require.NoError(t, c.Close(), "again")
+
+	_, err = c.Generation(t.Context())
+	require.ErrorIs(t, err, net.ErrClosed)
+}
+
+// Numbers are in network byte order but for those in user data and registers,
+// whatever the machine.
+func TestByteOrder(t *testing.T) {
+	t.Parallel()
+
+	m := table.CreateChain(Chain{Name: "c", Type: "nat", Hook: 3, Priority: -100})
+	assert.Contains(t, string(m.Data), "\x08\x00\x01\x00\x00\x00\x00\x03"[4:], "hook number")
+	assert.Contains(t, string(m.Data), "\xff\xff\xff\x9c", "priority")
+
+	m = table.AppendRule("c", Equal(1, 2))
+	assert.Contains(t, string(m.Data), string(native(2)))
+
+	m = table.CreateSet(ports)
+	assert.Contains(t, string(m.Data), "\x00\x00\x02\x0d", "8 << 6 | 13: ipv6_addr . inet_service")
+	assert.Contains(t, string(m.Data), "\x07\x06a map\x00", "comment")
+}
+
+func TestComments(t *testing.T) {
+	t.Parallel()
+
+	long := strings.Repeat("x", 300)
+	assert.Equal(t, long[:maxComment], parseComment(comment(udataElemComment, long)))
+	assert.Empty(t, parseComment(comment(udataSetComment, "of another kind")))
+	assert.Equal(t, "c", parseComment(append(udata(5, []byte("abc")), comment(udataElemComment, "c")...)))
+	assert.Empty(t, parseComment([]byte{0, 200, 'c'}), "cut off")
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(table.AddElement(set.Name, element(1)).Data)
+	f.Add(table.Create().Data)
+	f.Add(table.AppendRule("c", Goto("other")).Data)
+	f.Add([]byte{0, 0, 0})
+
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m := netlink.Message{Data: data}
+		_, _ = ParseTable(m)
+		_, _ = ParseRule(m)
+		_ = describe(m)
+
+		list, err := ParseElements(m)
+		if err != nil {
+			return
+		}
+
+		for _, e := range list {
+			again, err := ParseElements(table.AddElement("set", e))
+			require.NoError(t, err)
+			require.Len(t, again, 1)
+			assert.True(t, bytes.Equal(e.Key, again[0].Key))
+			assert.True(t, bytes.Equal(e.Data, again[0].Data))
+		}
+	})
+}
