@@ -32,7 +32,8 @@ type nftConn interface {
 type nftRuleset struct {
 	mu   sync.Mutex
 	conn nftConn
-	// gen is the ruleset's generation after our last look or transaction.
+	// gen is the ruleset's generation after our last look or transaction; 0: not
+	// known.
 	gen uint32
 	// epoch counts how often somebody else turned out to have changed the
 	// ruleset. What a backend found out in an epoch is true to its end: our own
@@ -178,14 +179,14 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 
 	p := b.plan(deltas)
 
-	if b.epoch == b.ruleset.epoch {
+	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 {
 		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "")
-		if !errors.Is(err, nfnetlink.ErrStale) && !mistaken(err) {
+		if !overtaken(err) {
 			return err
 		}
 	}
 
-	for {
+	for try := 0; ; try++ {
 		gen, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
 			return err
@@ -198,21 +199,35 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 			return err
 		}
 
-		if err := b.commit(ctx, gen, p, !intact); !errors.Is(err, nfnetlink.ErrStale) {
+		if try >= maxOvertaken {
+			gen = 0
+		}
+
+		err = b.commit(ctx, gen, p, !intact)
+		if refused := (*nfnetlink.BatchError)(nil); !overtaken(err) || try > maxOvertaken && errors.As(err, &refused) {
 			return err
 		}
 	}
 }
 
-// mistaken tells whether an error may come of an element that the kernel holds
-// unexpectedly, because it was a stranger's when we left it, or does not hold.
-func mistaken(err error) bool {
+// maxOvertaken is how often somebody else may commit between a look and the
+// transaction that follows. After that the transaction is made all the same: it
+// still fails if there is an element that the look did not find, or none that it
+// did. What else may have happened in that instant the next operation finds.
+const maxOvertaken = 3
+
+// overtaken tells whether a transaction may have failed because the kernel does
+// not hold what it was made for: somebody else has committed, or has left an
+// element that we did not remove because it was not ours.
+func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 
-	return errors.As(err, &refused) && (errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOENT))
+	return errors.Is(err, nfnetlink.ErrStale) ||
+		errors.As(err, &refused) && (errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOENT))
 }
 
-// commit makes the plan true, if the ruleset is still of generation gen.
+// commit makes the plan true, if the ruleset is still of generation gen, or in
+// any case if that is 0.
 func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects bool) error {
 	var msgs []netlink.Message
 	if objects {
@@ -234,7 +249,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 		return err
 	}
 
-	if len(msgs) > 0 {
+	if len(msgs) > 0 && gen != 0 {
 		gen = nfnetlink.NextGeneration(gen)
 	}
 
@@ -249,21 +264,21 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	}
 
 	if objects {
-		b.seal = b.learnSeal(ctx)
+		b.seal = b.learnSeal(ctx, gen)
 	}
 
 	return nil
 }
 
 // learnSeal returns how the rules just made are recognised, or "" if somebody
-// else may have changed them already.
-func (b *nftBackend) learnSeal(ctx context.Context) string {
+// else may have changed them since, in another generation than gen.
+func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
 	seal, err := b.readSeal(ctx)
 	if err != nil {
 		return ""
 	}
 
-	if gen, err := b.ruleset.conn.Generation(ctx); err != nil || gen != b.ruleset.gen {
+	if now, err := b.ruleset.conn.Generation(ctx); err != nil || now != gen {
 		return ""
 	}
 

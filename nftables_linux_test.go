@@ -424,7 +424,7 @@ func (n *node) storm() func() int {
 // Others may commit as often as they like.
 func TestForeignCommits(t *testing.T) {
 	n := newNode(t, viaNFTables)
-	m := n.manager()
+	m := n.manager(WithoutSockets()) // so that the operations need not be in the namespace
 	calm := n.storm()
 	start := time.Now()
 
@@ -435,10 +435,10 @@ func TestForeignCommits(t *testing.T) {
 			for j := range 20 {
 				id := fmt.Sprint("id", i, "-", j)
 				port := &PortMapping{HostPort: int32(8000 + 20*i + j), ContainerPort: 80}
-				assert.NoError(t, n.add(m, id, n.pod(i%2, IPv4, port)))
+				assert.NoError(t, m.Add(id, n.pod(i%2, IPv4, port), ""))
 
 				if j%2 == 0 {
-					assert.NoError(t, n.remove(m, id, n.pod(i%2, IPv4, port)))
+					assert.NoError(t, m.Remove(id, n.pod(i%2, IPv4, port)))
 				}
 
 				<-time.After(2 * time.Millisecond) // for some to come in between
@@ -463,24 +463,95 @@ func TestForeignCommits(t *testing.T) {
 	}
 }
 
-// A list is complete, however often others commit while it is made.
-func TestListIsComplete(t *testing.T) {
+// A list is of one moment, though it takes several requests, and somebody may
+// commit in between.
+func TestListIsOfOneMoment(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.leftBehind("goes", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+		n.leftBehind("stays", n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80}))
+
+		rows, err := rowsOf("goes", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+		require.NoError(t, err)
+
+		dumps := 0
+		fake := &fakeNFT{nftConn: n.nfnetlink(), dump: func() error {
+			if dumps++; dumps == 2 {
+				e := rowElement(rows[0])
+				n.commit(newNFTLayout(f).table.DeleteElement(e.set, e.element()))
+			}
+
+			return nil
+		}}
+		b := newNFTBackend(&nftRuleset{conn: fake}, f, testLogger(t))
+
+		list, err := b.list(t.Context())
+		require.NoError(t, err)
+		require.Len(t, list, 1)
+		assert.Equal(t, uint16(8081), list[0].port)
+
+		// And it comes to an end where they commit all the time.
+		calm := n.storm()
+
+		for range 50 {
+			list, err := b.list(t.Context())
+			require.NoError(t, err)
+			require.Len(t, list, 1)
+		}
+
+		assert.Positive(t, calm())
+	})
+}
+
+// What one family has seen of a stranger's doings the other one has yet to see.
+func TestFamiliesLookForThemselves(t *testing.T) {
 	n := newNode(t, viaNFTables)
-	m := n.manager(WithoutSockets())
-
-	for i := range 300 {
-		require.NoError(t, n.add(m, fmt.Sprint("id", i), n.pod(0, IPv4, &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80})))
+	m := n.manager()
+	families := []ipFamily{IPv4, IPv6}
+	add := func(f ipFamily, port int32) {
+		require.NoError(t, n.add(m, fmt.Sprint(f, port), n.pod(0, f, &PortMapping{HostPort: port, ContainerPort: 80})))
 	}
 
-	calm := n.storm()
-
-	for range 50 {
-		again := n.manager(WithoutSockets())
-		require.Len(t, again.Mappings(), 300)
-		require.NoError(t, again.Close())
+	for _, f := range families {
+		add(f, 8080)
+		n.serve(0, "tcp", f, 80)
 	}
 
-	assert.Positive(t, calm())
+	for i := range families {
+		first, second := families[i], families[1-i]
+		n.wipe(second)
+		add(first, 8081)
+		add(second, 8082)
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(second), 8080), "web")
+	}
+}
+
+// An operation comes to an end even if somebody commits each time between its
+// look and its transaction, and the next one looks again.
+func TestOvertakenEachTime(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.serve(0, "tcp", IPv4, 80)
+
+	m, fake := n.viaFake()
+	require.NoError(t, n.add(m, "calm", n.pod(0, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+
+	others := nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "others"}
+	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+		n.commit(others.Create(), others.Delete())
+
+		return msgs, nil
+	}
+
+	for i := range int32(3) {
+		require.NoError(t, n.add(m, fmt.Sprint("id", i), n.pod(0, IPv4, &PortMapping{HostPort: 8080 + i, ContainerPort: 80})))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), uint16(8080+i)), "web")
+	}
+
+	fake.commit = nil
+
+	n.wipe(IPv4)
+	require.NoError(t, n.remove(m, "id0", nil))
+	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8081), "web")
+	assert.Len(t, n.elements(IPv4), 4)
 }
 
 // Many rows go in one transaction, and come back.

@@ -165,10 +165,14 @@ func (c *Conn) Generation(ctx context.Context) (uint32, error) {
 func NextGeneration(g uint32) uint32 { return max(g+1, 1) }
 
 // Commit has msgs carried out in one transaction, provided that the ruleset is
-// of generation gen; else it returns ErrStale. The generation is the next one
-// then, or the same where msgs change nothing. A *BatchError tells which
-// message the kernel refuses.
+// of generation gen, or of any if that is 0; else it returns ErrStale. The
+// generation is the next one then, or the same where msgs change nothing. A
+// *BatchError tells which message the kernel refuses.
 func (c *Conn) Commit(ctx context.Context, gen uint32, msgs []netlink.Message) error {
+	if len(msgs) == 0 && gen == 0 {
+		return nil
+	}
+
 	if len(msgs) == 0 {
 		g, err := c.Generation(ctx)
 		if err == nil && g != gen {
