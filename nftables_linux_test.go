@@ -475,7 +475,8 @@ func TestListIsOfOneMoment(t *testing.T) {
 
 		dumps := 0
 		fake := &fakeNFT{nftConn: n.nfnetlink(), dump: func() error {
-			if dumps++; dumps == 2 {
+			dumps++
+			if dumps == 2 {
 				e := rowElement(rows[0])
 				n.commit(newNFTLayout(f).table.DeleteElement(e.set, e.element()))
 			}
