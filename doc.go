@@ -10,11 +10,11 @@
 // # A packet's way
 //
 // A packet for an address of the node is looked up by protocol and port, in
-// PREROUTING if it comes from outside or from a pod, in OUTPUT if it comes from
+// prerouting if it comes from outside or from a pod, in output if it comes from
 // the node itself. If there is a row, its destination becomes the pod's
 // address and port. Its source stays what it was, but for one case: a pod that
 // reaches itself through its own host port would get answers from an address
-// it never asked; such packets are masqueraded in POSTROUTING. Packets that
+// it never asked; such packets are masqueraded in postrouting. Packets that
 // the node only forwards are never touched, nor are rules of others.
 //
 // # Rows and owners
@@ -31,10 +31,10 @@
 // # Restarts
 //
 // Rules outlive the process, sockets do not. A new manager lists the rows that
-// the kernel holds, CRI-O's included, and holds their ports again before the
-// constructor returns. Whose they are it knows only by a hash, until an Add or
-// Remove names the owner; Add of a pod that wants such a port before that wins
-// over it, with a warning in the log.
+// the kernel holds, in nftables and in iptables, CRI-O's included, and holds
+// their ports again before the constructor returns. Whose they are it knows
+// only by a hash, until an Add or Remove names the owner; Add of a pod that
+// wants such a port before that wins over it, with a warning in the log.
 //
 // # Errors
 //
@@ -45,9 +45,15 @@
 //
 // # What is in the kernel
 //
-// In the nat table, KUBE-HOSTPORTS and CRIO-HOSTPORTS-MASQ lead by ranges of
-// ports to a chain KUBE-HP-<hash> and a chain CRIO-MASQ-<hash> for each row.
-// The rule in the latter has the pod's name and the host port as a comment.
+// With nftables, the table crio-hostports in the families ip and ip6: an element
+// of the map hostports or hostipports for each row, and one of the set hairpins
+// for each pod. Their comment is a hash of the pod's sandbox id.
+//
+// With iptables, in the nat table, KUBE-HOSTPORTS and CRIO-HOSTPORTS-MASQ lead
+// by ranges of ports to a chain KUBE-HP-<hash> and a chain CRIO-MASQ-<hash> for
+// each row. The rule in the latter has the pod's name and the host port as a
+// comment.
+//
 // The names are those that CRI-O uses, and either can remove what the other
 // made.
 //
