@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -121,7 +122,7 @@ func TestPortsOfOthers(t *testing.T) {
 
 				err := n.add(m, "id", n.pod(0, f, &tc.row))
 				require.ErrorIs(t, err, unix.EADDRINUSE)
-				assert.ErrorContains(t, err, "(hostport.test)")
+				assert.ErrorContains(t, err, fmt.Sprintf("by process %d (", os.Getpid()))
 				assert.Empty(t, m.Mappings())
 
 				require.NoError(t, unix.Close(fd))
