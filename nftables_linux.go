@@ -1,7 +1,6 @@
 package hostport
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -334,12 +333,14 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 
 	for key, w := range p.wanted {
 		found := have[key]
+		stranger := found.there() && found.comment != w.have.comment && found.comment != w.want.comment
 
-		// The kernel deletes what has the key, whatever its comment.
-		if stranger := found.there() && found.comment != w.comment; stranger && w.want.there() {
+		switch {
+		case !stranger:
+		case !w.want.there():
+			found = nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
+		case key.set != nftHairpins:
 			b.log.Info("Replacing a host port whose owner is unknown", "row", w.row, "podIDHash", found.comment)
-		} else if stranger {
-			found = nftElement{} // is none of our business
 		}
 
 		w.have = found
@@ -391,8 +392,7 @@ type nftPlan struct {
 type nftWanted struct {
 	have, want nftElement
 	delta      int
-	row        *row   // the last that it was touched for
-	comment    string // of the owner that it has or gets
+	row        *row // the last that it was touched for
 }
 
 // plan works out what deltas come to if the kernel holds what it should.
@@ -432,7 +432,7 @@ func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) {
 		p.order = append(p.order, key)
 	}
 
-	w.delta, w.row, w.want, w.comment = delta, r, want, cmp.Or(want, have).comment
+	w.delta, w.row, w.want = delta, r, want
 }
 
 // hairpin plans for the element that lets r's pod reach itself: it stands as
