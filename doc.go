@@ -25,6 +25,10 @@
 // only ever taken out for its owner. Two live pods cannot have overlapping
 // rows: the second one's Add fails with a [ConflictError] and changes nothing.
 //
+// The kernel goes on with a UDP flow as it began, for as long as its sender does
+// not pause. Flows to the ports of an operation that would go elsewhere if they
+// began after it are ended.
+//
 // Operations of several goroutines that meet are committed together, each with
 // its own result. An operation costs what its own pod costs.
 //

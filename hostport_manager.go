@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"net/netip"
 	"os"
 	"sync"
 )
@@ -51,6 +52,7 @@ type hostportManager struct {
 	rows    map[portKey][]*row // the table; slices are replaced, never changed
 	names   map[string]*row    // the table by what names a row in the kernel, where that may collide
 	sockets sockets
+	flows   flows
 	closed  bool
 }
 
@@ -77,6 +79,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		rows:    map[portKey][]*row{},
 		names:   map[string]*row{},
 		sockets: newSockets(f, cfg.sockets),
+		flows:   newFlows(f),
 	}
 }
 
@@ -302,6 +305,19 @@ func (m *hostportManager) setRows(k portKey, rows []*row) {
 	}
 }
 
+// rowFor returns the row for packets to a port on an address of the node's.
+func (m *hostportManager) rowFor(k portKey, ip netip.Addr) *row {
+	var found *row
+
+	for _, r := range m.rows[k] {
+		if r.ip == ip || !r.ip.IsValid() && found == nil {
+			found = r
+		}
+	}
+
+	return found
+}
+
 // table yields every row.
 func (m *hostportManager) table() iter.Seq[*row] {
 	return func(yield func(*row) bool) {
@@ -347,5 +363,5 @@ func (m *hostportManager) Close() error {
 	m.closed = true
 	m.sockets.close()
 
-	return nil
+	return m.flows.close()
 }

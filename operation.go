@@ -140,9 +140,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 		err := m.backend.apply(ctx, deltas, m.table())
 		if err == nil {
-			for _, op := range batch {
-				op.change.finish()
-			}
+			m.finish(ctx, batch, deltas)
 
 			return
 		}
@@ -169,6 +167,17 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 		// The others may have been planned on what has just been undone.
 		ops = slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return slices.Contains(failed, op) })
+	}
+}
+
+// finish does what is left when the rules are committed.
+func (m *hostportManager) finish(ctx context.Context, batch []*operation, deltas []delta) {
+	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
+		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
+	}
+
+	for _, op := range batch {
+		op.change.finish()
 	}
 }
 

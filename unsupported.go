@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
@@ -36,3 +37,11 @@ func (*sockets) release(endpoint)       {}
 func (*sockets) retry()                 {}
 func (*sockets) holds(endpoint) bool    { return false }
 func (*sockets) close()                 {}
+
+// flows ends nothing.
+type flows struct{}
+
+func newFlows(ipFamily) flows { return flows{} }
+
+func (*flows) flush(context.Context, []delta, func(portKey, netip.Addr) *row) error { return nil }
+func (*flows) close() error                                                         { return nil }

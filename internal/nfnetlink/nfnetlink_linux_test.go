@@ -330,6 +330,7 @@ func FuzzParse(f *testing.F) {
 		_, _ = ParseTable(m)
 		_, _ = ParseRule(m)
 		_ = describe(m)
+		_, _, _ = parseFlow(m)
 
 		list, err := ParseElements(m)
 		if err != nil {

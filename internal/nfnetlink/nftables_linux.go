@@ -486,9 +486,14 @@ func (t Table) message(kind uint16, flags netlink.HeaderFlags, attrs func(*netli
 }
 
 func message(kind uint16, flags netlink.HeaderFlags, family uint8, attrs func(*netlink.AttributeEncoder)) netlink.Message {
+	return nfMessage(unix.NFNL_SUBSYS_NFTABLES, kind, flags, family, attrs)
+}
+
+// nfMessage makes a message to a subsystem of nfnetlink.
+func nfMessage(subsystem, kind uint16, flags netlink.HeaderFlags, family uint8, attrs func(*netlink.AttributeEncoder)) netlink.Message {
 	return netlink.Message{
 		Header: netlink.Header{
-			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
+			Type:  netlink.HeaderType(subsystem<<8 | kind),
 			Flags: netlink.Request | flags,
 		},
 		Data: append([]byte{family, unix.NFNETLINK_V0, 0, 0}, encode(attrs)...),

@@ -1,0 +1,240 @@
+package hostport
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// sender sends from one UDP port to another and never pauses.
+type sender struct {
+	conn net.Conn
+	sent sync.WaitGroup
+
+	mu   sync.Mutex
+	from string // who has answered last
+}
+
+// send has the client send, until the test ends.
+func (n *node) send(to netip.AddrPort) *sender {
+	n.t.Helper()
+
+	s := &sender{}
+
+	require.NoError(n.t, n.Client.Do(func() error {
+		var err error
+		s.conn, err = (&net.Dialer{}).DialContext(n.t.Context(), "udp", to.String())
+
+		return err
+	}))
+
+	ctx, stop := context.WithCancel(context.Background())
+
+	s.sent.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = s.conn.Write([]byte("hello\n")) // refused while there is no row
+
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Millisecond):
+			}
+		}
+	})
+	s.sent.Go(func() {
+		buf := make([]byte, 1024)
+
+		for ctx.Err() == nil {
+			if size, err := s.conn.Read(buf); err == nil {
+				name, _, _ := strings.Cut(string(buf[:size]), " ")
+
+				s.mu.Lock()
+				s.from = name
+				s.mu.Unlock()
+			}
+		}
+	})
+	n.t.Cleanup(func() {
+		stop()
+		assert.NoError(n.t, s.conn.Close())
+		s.sent.Wait()
+	})
+
+	return s
+}
+
+// reaches waits until it is pod that answers, for a second at the most.
+func (s *sender) reaches(t *testing.T, pod string) {
+	t.Helper()
+	assert.Eventually(t, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+
+		return s.from == pod
+	}, time.Second, time.Millisecond, "expected %s to answer", pod)
+}
+
+// A sender that never pauses reaches whom it would if it began now.
+func TestUDPFlows(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		n.serve(1, "udp", f, 53)
+
+		m := n.manager()
+		// Others that stay: without any rule the kernel would stop tracking.
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+
+		for name, ports := range map[string][]*PortMapping{
+			"one port":  {{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}},
+			"two ports": {{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}, {HostPort: 5354, ContainerPort: 53, Protocol: "UDP"}},
+			"one address": {
+				{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: n.nodeIP(f).String()},
+			},
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := n.within(t)
+
+				s := n.send(netip.AddrPortFrom(n.nodeIP(f), 5353)) // to begin with to nobody
+				stays := n.send(netip.AddrPortFrom(n.nodeIP(f), 7777))
+				stays.reaches(t, "other")
+
+				require.NoError(t, n.add(m, "a", n.pod(0, f, ports...)))
+				s.reaches(t, "web")
+
+				require.NoError(t, n.remove(m, "a", n.pod(0, f, ports...)))
+				require.NoError(t, n.add(m, "b", n.pod(1, f, ports...)))
+				s.reaches(t, "other")
+
+				require.NoError(t, n.add(m, "b", n.pod(0, f, ports...)), "moved")
+				s.reaches(t, "web")
+
+				require.NoError(t, n.remove(m, "b", nil))
+				stays.reaches(t, "other")
+			})
+		}
+	})
+}
+
+// After Remove, whoever has the pod's address gets nothing any more.
+func TestUDPFlowEnds(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		service, err := n.Pods[0].Serve("udp", netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 53))
+		require.NoError(t, err)
+
+		for _, hostIP := range []string{"", n.nodeIP(f).String()} {
+			m := n.manager()
+			require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+			require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: hostIP})))
+
+			s := n.send(netip.AddrPortFrom(n.nodeIP(f), 5353))
+			s.reaches(t, "web")
+			require.NoError(t, n.remove(m, "id", nil))
+
+			last := service.Count()
+			require.Eventually(t, func() bool { // what was under way has come
+				before := last
+				last = service.Count()
+
+				return before == last
+			}, time.Second, 20*time.Millisecond)
+
+			<-time.After(100 * time.Millisecond) // a hundred packets
+			assert.Equal(t, last, service.Count())
+			require.NoError(t, n.remove(m, "stays", nil))
+			require.NoError(t, m.Close())
+		}
+	})
+}
+
+// Flows of others stay, though they are to the same port number: forwarded
+// ones, and those of another row for another address.
+func TestOthersFlowsStay(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		peer, other := netip.AddrPortFrom(n.PeerIP(f == IPv6), 5353), netip.AddrPortFrom(n.otherNodeIP(f), 5353)
+		_, err := n.Peer.Serve("udp", peer)
+		require.NoError(t, err)
+		n.serve(0, "udp", f, 53)
+		n.serve(1, "udp", f, 53)
+
+		m := n.manager()
+		port := func(ip netip.Addr) *PortMapping {
+			return &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: ip.String()}
+		}
+
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, port(other.Addr()))))
+		n.answers(n.Client, "udp", peer, "peer")
+		n.answers(n.Pods[0].Namespace, "udp", peer, "peer")
+		n.answers(n.Client, "udp", other, "other")
+
+		conn := n.nfnetlink()
+		flows := func() []string {
+			list, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_UDP, 5353)
+			require.NoError(t, err)
+
+			var lines []string
+			for _, flow := range list {
+				if flow.Destination.Addr() != n.nodeIP(f) {
+					lines = append(lines, fmt.Sprint(flow))
+				}
+			}
+
+			return slices.Sorted(slices.Values(lines))
+		}
+		before := flows()
+		require.Len(t, before, 3)
+
+		for _, pm := range []*PortMapping{
+			port(n.nodeIP(f)),
+			port(n.PeerIP(f == IPv6)), // an address that is not the node's (yet)
+		} {
+			n.refused(n.Client, "udp", netip.AddrPortFrom(n.nodeIP(f), 5353)) // which leaves a stale flow
+			require.NoError(t, n.add(m, "id", n.pod(0, f, pm)))
+			assert.Equal(t, before, flows())
+			require.NoError(t, n.remove(m, "id", nil))
+			assert.Equal(t, before, flows())
+		}
+
+		// For one address and for any: each has its own.
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 5353, ContainerPort: 54, Protocol: "UDP"})))
+		assert.Equal(t, before, flows())
+	})
+}
+
+// Where there is no UDP row, the kernel is not asked.
+func TestNoFlowsOfTCP(t *testing.T) {
+	n := anyNode(t)
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80},
+		&PortMapping{HostPort: 8081, ContainerPort: 80, Protocol: "SCTP"})))
+	require.NoError(t, n.remove(m, "id", nil))
+	assert.Nil(t, m.families[0].flows.conn)
+
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))
+	assert.NotNil(t, m.families[0].flows.conn)
+	assert.Nil(t, m.families[1].flows.conn)
+}
+
+// An operation does not fail because stale flows cannot be ended.
+func TestFlushFails(t *testing.T) {
+	n := anyNode(t)
+	m := n.manager()
+
+	conn := n.nfnetlink()
+	require.NoError(t, conn.Close())
+
+	m.families[0].flows.conn = conn
+
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
+	require.NoError(t, n.add(m, "id", pod))
+	require.NoError(t, n.remove(m, "id", pod))
+	assert.Empty(t, m.Mappings())
+}
