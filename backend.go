@@ -106,28 +106,33 @@ func (l *layers) name(r *row) string          { return l.of(r).name(r) }
 func (l *layers) owns(id string, r *row) bool { return l.of(r).owns(id, r) }
 
 // apply commits to the backend in use first, so that a row that moves over
-// is at all times in one of the two, and takes that back if another fails.
+// is at all times in one of the two, and takes back what is committed if
+// another fails.
 func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
-	inUse := l.part(deltas, nil)
-	if !allEmpty(inUse) {
-		if err := l.backend.apply(ctx, inUse, l.rows(table, nil)); err != nil {
-			return err
-		}
-	}
+	var undo []func() error
 
-	for _, b := range l.before {
-		old := l.part(deltas, b)
-		if allEmpty(old) {
+	for _, b := range append([]backend{nil}, l.before...) {
+		part := l.part(deltas, b)
+		if allEmpty(part) {
 			continue
 		}
 
-		if err := b.apply(ctx, old, l.rows(table, b)); err != nil {
-			if back := l.takeBack(ctx, inUse, l.rows(table, nil)); back != nil {
-				return fmt.Errorf("%s, and that could not be taken back: %w", err.Error(), back)
+		rows, layer := l.rows(table, b), b
+		if b == nil {
+			layer = l.backend
+		}
+
+		if err := layer.apply(ctx, part, rows); err != nil {
+			for _, back := range slices.Backward(undo) {
+				if backErr := back(); backErr != nil {
+					err = fmt.Errorf("%w; what is done could not be taken back: %v", err, backErr) //nolint:errorlint // is not the cause
+				}
 			}
 
 			return err
 		}
+
+		undo = append(undo, func() error { return takeBack(ctx, layer, part, rows) })
 	}
 
 	for _, d := range deltas {
@@ -144,7 +149,7 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 const takeBackTimeout = 5 * time.Second
 
 // takeBack commits the opposite of deltas. table is with deltas.
-func (l *layers) takeBack(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*row]) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takeBackTimeout)
 	defer cancel()
 
@@ -161,7 +166,7 @@ func (l *layers) takeBack(ctx context.Context, deltas []delta, table iter.Seq[*r
 		return nil
 	}
 
-	return l.backend.apply(ctx, back, slices.Values(rows))
+	return b.apply(ctx, back, slices.Values(rows))
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

@@ -48,7 +48,7 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 			return nil, fmt.Errorf("backend %q: %w", o.cfg.backend, errors.ErrUnsupported)
 		}
 
-		var errs []error
+		var errs noBackendError
 
 		for _, kind := range kinds {
 			b, v, err := o.find(ctx, kind, f)
@@ -60,13 +60,13 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 
 			if len(errs) > 0 {
 				o.cfg.log.Info("Host ports go through another backend than the best", "family", f, "backend", kind,
-					"reason", errors.Join(errs...))
+					"reason", errs)
 			}
 
 			return newLayers(b, o.cfg.log, o.before(ctx, f, v)...), nil
 		}
 
-		return nil, errors.Join(errs...)
+		return nil, errs
 	}
 }
 
@@ -98,7 +98,7 @@ func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
 	if o.ruleset.conn == nil {
 		conn, err := nfnetlink.Dial()
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 
 		o.ruleset.conn = conn
@@ -124,17 +124,20 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backen
 	}
 
 	if inUse != "" && there(newNFTLayout(f).table.Get()) {
+		nft.before = true
 		before = append(before, nft)
 	}
 
 	// iptables-nft keeps its tables among those of nf_tables.
 	nat := nfnetlink.Table{Family: newNFTLayout(f).table.Family, Name: natTable}
 
-	for v, carries := range map[variant]bool{
+	carries := map[variant]bool{
 		variantNFT:    there(nat.GetChain(dnatDispatch)),
 		variantLegacy: tableThere(f, variantLegacy, natTable),
-	} {
-		if !carries || v == inUse {
+	}
+
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		if !carries[v] || v == inUse {
 			continue
 		}
 

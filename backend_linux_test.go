@@ -1,11 +1,14 @@
 package hostport
 
 import (
+	"context"
 	"errors"
+	"iter"
 	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"testing"
 
@@ -74,6 +77,119 @@ func TestNoNetAdmin(t *testing.T) {
 	<-done
 }
 
+// occupy makes our layout impossible: somebody has a chain by our name elsewhere.
+func (n *node) occupy() {
+	n.t.Helper()
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		table := newNFTLayout(f).table
+		chain := nfnetlink.Chain{Name: nftPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT}
+		n.commit(table.Create(), table.CreateChain(chain))
+
+		chain.Priority++
+
+		n.commit(table.FlushChain(nftPrerouting), table.DeleteChain(nftPrerouting))
+		n.commit(table.CreateChain(chain))
+	}
+}
+
+// Where nftables cannot be used any more, rows that it carries from before are
+// removed there and moved over all the same.
+func TestNFTablesFromBeforeUnusable(t *testing.T) {
+	n := newNode(t, variantNFT)
+	gone := n.manager(WithBackend(BackendNFTables))
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(gone, "id", pod))
+	require.NoError(t, n.add(gone, "goes", n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	require.NoError(t, n.add(gone, "leak", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+	require.NoError(t, gone.Close())
+	n.occupy()
+
+	m := n.manager(WithBackend(BackendAuto))
+	require.Len(t, m.Mappings(), 3)
+	require.NoError(t, n.add(m, "new", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+	require.NoError(t, n.add(m, "id", pod))
+	require.NoError(t, n.remove(m, "goes", nil))
+
+	for _, mapping := range m.Mappings() {
+		assert.Equal(t, BackendIPTables, mapping.Backend)
+	}
+
+	onNFT := node{Bed: n.Bed, t: t, variant: viaNFTables}
+	assert.Empty(t, onNFT.elements(IPv4))
+	assert.Empty(t, onNFT.elements(IPv6))
+}
+
+// A backend that is there and cannot be used may hold the rows: Remove does not
+// say that they are gone.
+func TestRemoveWithUnusableBackend(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+	n.occupy()
+	t.Setenv("PATH", t.TempDir())
+	n.do(func() {
+		m := NewMetaHostportManager(WithLogger(testLogger(t)))
+		require.ErrorContains(t, m.Remove("id", nil), "add chain prerouting")
+		require.NoError(t, m.Remove("id", n.pod(0, IPv4)), "but for nothing")
+	})
+	assert.NotEmpty(t, n.elements(IPv4))
+}
+
+// memory is a backend that keeps rows to itself.
+type memory struct {
+	rows []*row
+	fail error
+}
+
+func (b *memory) kind(*row) Backend                    { return "memory" }
+func (b *memory) name(*row) string                     { return "" }
+func (b *memory) owns(string, *row) bool               { return true }
+func (b *memory) list(context.Context) ([]*row, error) { return slices.Clone(b.rows), nil }
+
+func (b *memory) apply(_ context.Context, deltas []delta, _ iter.Seq[*row]) error {
+	if b.fail != nil {
+		return b.fail
+	}
+
+	for _, d := range deltas {
+		b.rows = append(slices.DeleteFunc(b.rows, func(r *row) bool { return slices.Contains(d.del, r) }), d.add...)
+	}
+
+	return nil
+}
+
+// Where one of several backends fails, all that went before is taken back.
+func TestLayersTakeBack(t *testing.T) {
+	t.Parallel()
+
+	var rows []*row
+
+	for _, id := range []string{"a", "b", "new"} {
+		some, err := rowsOf(id, podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}))
+		require.NoError(t, err)
+
+		rows = append(rows, some...)
+	}
+
+	inUse, a, b := &memory{}, &memory{rows: rows[:1:1]}, &memory{rows: rows[1:2:2], fail: errInjected}
+	l := newLayers(inUse, testLogger(t), a, b)
+	_, err := l.list(t.Context())
+	require.NoError(t, err)
+
+	deltas := []delta{{del: rows[:2], add: rows[2:]}}
+	require.ErrorIs(t, l.apply(t.Context(), deltas, slices.Values(rows[2:])), errInjected)
+	assert.Empty(t, inUse.rows)
+	assert.Len(t, a.rows, 1)
+	assert.Len(t, b.rows, 1)
+
+	b.fail = nil
+
+	require.NoError(t, l.apply(t.Context(), deltas, slices.Values(rows[2:])))
+	assert.Equal(t, rows[2:], inUse.rows)
+	assert.Empty(t, a.rows)
+	assert.Empty(t, b.rows)
+}
+
 // By default it is nftables, and iptables where that cannot be; if neither can
 // be, New and Add say why for both.
 func TestBackendAuto(t *testing.T) {
@@ -87,14 +203,7 @@ func TestBackendAuto(t *testing.T) {
 	require.NoError(t, n.remove(m, "id", nil))
 	require.NoError(t, m.Close())
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
-		// Somebody has a chain by our name elsewhere.
-		table := newNFTLayout(f).table
-		n.commit(table.Create(), table.Delete())
-		n.commit(table.Create(), table.CreateChain(nfnetlink.Chain{
-			Name: nftPrerouting, Type: "filter", Hook: unix.NF_INET_LOCAL_IN, Priority: 0,
-		}))
-	}
+	n.occupy()
 
 	m = n.manager(auto)
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, port)))

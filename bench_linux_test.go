@@ -3,6 +3,8 @@ package hostport
 import (
 	"fmt"
 	"net"
+	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"syscall"
@@ -215,6 +217,76 @@ func BenchmarkAddMany(b *testing.B) {
 
 	b.ReportMetric(float64(adds.median().Microseconds())/1000, "add-ms")
 	b.ReportMetric(float64(removes.median().Microseconds())/1000, "remove-ms")
+}
+
+// BenchmarkAddUDP compares, in turns, Add and Remove of a pod with a UDP port on
+// a node that tracks nothing and on one that tracks 100,000 flows of others,
+// which all have to be there in the end.
+func BenchmarkAddUDP(b *testing.B) {
+	const others = 100_000
+
+	nodes := []*benchNode{newBenchNode(b, viaNFTables, 0, nil), newBenchNode(b, viaNFTables, 0, nil)}
+
+	var adds, removes [2]samples
+
+	pod := nodes[0].pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})
+
+	for _, n := range nodes { // tracking begins with the first rule
+		n.do(func() { n.addAndRemove(b, pod) })
+	}
+
+	nodes[1].track(b, others)
+
+	for b.Loop() {
+		for i, n := range nodes {
+			n.do(func() {
+				added, removed := n.addAndRemove(b, pod)
+				adds[i], removes[i] = append(adds[i], added), append(removes[i], removed)
+			})
+		}
+	}
+
+	require.Equal(b, others, nodes[1].tracked(b))
+
+	for i, what := range []string{"0-flows", fmt.Sprintf("%d-flows", others)} {
+		b.ReportMetric(float64(adds[i].median().Microseconds())/1000, "add-ms/"+what)
+		b.ReportMetric(float64(removes[i].median().Microseconds())/1000, "remove-ms/"+what)
+	}
+}
+
+// track makes the node forward packets of as many flows, and remember them.
+func (n *benchNode) track(b *testing.B, flows int) {
+	b.Helper()
+	n.do(func() {
+		require.NoError(b, os.WriteFile("/proc/sys/net/netfilter/nf_conntrack_udp_timeout", []byte("3600"), 0))
+	})
+	require.NoError(b, n.Client.Do(func() error {
+		for sent := 0; sent < flows; {
+			conn, err := net.ListenPacket("udp4", ":0")
+			require.NoError(b, err)
+
+			for port := 1000; port < 61_000 && sent < flows; port++ {
+				_, err := conn.WriteTo([]byte{0}, net.UDPAddrFromAddrPort(netip.AddrPortFrom(n.PeerIP(false), uint16(port))))
+				require.NoError(b, err)
+
+				sent++
+			}
+
+			require.NoError(b, conn.Close())
+		}
+
+		return nil
+	}))
+	require.Equal(b, flows, n.tracked(b))
+}
+
+func (n *benchNode) tracked(b *testing.B) int {
+	b.Helper()
+
+	list, err := n.nfnetlink().Flows(b.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_UDP, 0)
+	require.NoError(b, err)
+
+	return len(list)
 }
 
 func report(b *testing.B, what string, s [2]samples) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	v1 "k8s.io/api/core/v1"
 )
@@ -13,10 +14,24 @@ import (
 // field. Nothing has been changed then, the pod's good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")
 
-// errUnavailable is in the chain of errors that say why a family cannot be
-// mapped on this node at all: no iptables, no IPv6. Such a node holds no rows,
-// so there is nothing to remove.
+// errUnavailable is in the chain of errors that say that a node does not have
+// what a backend or a family is made of, so that it holds no rows there either.
 var errUnavailable = errors.New("not available")
+
+// noBackendError says why there is no backend, for each that there might be.
+type noBackendError []error
+
+func (e noBackendError) Error() string   { return errors.Join(e...).Error() }
+func (e noBackendError) Unwrap() []error { return e }
+
+// holdsNothing tells whether err, from opening a backend, means that there is
+// nothing to remove. A backend that is there and cannot be used may hold rows.
+func holdsNothing(err error) bool {
+	causes := noBackendError{err}
+	_ = errors.As(err, &causes)
+
+	return !slices.ContainsFunc(causes, func(cause error) bool { return !errors.Is(cause, errUnavailable) })
+}
 
 var (
 	errMissing  = errors.New("missing")

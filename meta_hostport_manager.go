@@ -61,7 +61,7 @@ func newManager(opts []Option) (*Manager, error) {
 	}
 
 	if err != nil {
-		cfg.log.Info("Host ports cannot be mapped in every family", "reason", err)
+		cfg.log.Error(err, "Host ports cannot be mapped in every family")
 	}
 
 	return m, nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -61,10 +62,16 @@ type nftBackend struct {
 
 	ruleset *nftRuleset
 	log     klog.Logger
-	epoch   int // in which what follows was true
+	// before is set for a backend that is not the one in use: rows are only
+	// taken out, and its rules left as they are, which need not be ours.
+	before bool
+	epoch  int // in which what follows was true
 	// seal is how our rules are recognised; zero: they have yet to be made.
 	seal     string
 	hairpins map[netip.Addr]nftHairpin
+	// doubtful are elements of transactions of which nobody knows whether they
+	// took effect, because the answer did not come.
+	doubtful map[nftKey]*nftWanted
 }
 
 // nftHairpin is what is known of an element of the set of hairpins.
@@ -75,12 +82,22 @@ type nftHairpin struct {
 }
 
 func newNFTBackend(ruleset *nftRuleset, f ipFamily, log klog.Logger) *nftBackend {
-	return &nftBackend{nftLayout: newNFTLayout(f), ruleset: ruleset, log: log, hairpins: map[netip.Addr]nftHairpin{}}
+	return &nftBackend{
+		nftLayout: newNFTLayout(f), ruleset: ruleset, log: log,
+		hairpins: map[netip.Addr]nftHairpin{}, doubtful: map[nftKey]*nftWanted{},
+	}
 }
 
 // usable fails where the kernel cannot carry the layout, and says why.
 func (b *nftBackend) usable(ctx context.Context) error {
-	if err := b.ruleset.conn.Check(ctx, b.objects()); err != nil {
+	err := b.ruleset.conn.Check(ctx, b.objects())
+
+	// Without nf_tables the transaction as a whole is.
+	if refused := (*nfnetlink.BatchError)(nil); errors.As(err, &refused) && refused.Message < 0 && errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+
+	if err != nil {
 		return fmt.Errorf("make table %s: %w", nftTable, err)
 	}
 
@@ -177,9 +194,10 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	defer b.ruleset.mu.Unlock()
 
 	p := b.plan(deltas)
+	p.settleDoubts(b, table)
 
-	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 {
-		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "")
+	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 {
+		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "" && !b.before)
 		if !overtaken(err) {
 			return err
 		}
@@ -210,9 +228,10 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 }
 
 // maxOvertaken is how often somebody else may commit between a look and the
-// transaction that follows. After that the transaction is made all the same: it
+// transaction that follows. After that the transaction is made all the same. It
 // still fails if there is an element that the look did not find, or none that it
-// did. What else may have happened in that instant the next operation finds.
+// did, though not if a stranger's has come into its place. What else may have
+// happened in that instant the next operation finds.
 const maxOvertaken = 3
 
 // overtaken tells whether a transaction may have failed because the kernel does
@@ -222,7 +241,7 @@ func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 
 	return errors.Is(err, nfnetlink.ErrStale) ||
-		errors.As(err, &refused) && (errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOENT))
+		errors.As(err, &refused) && (errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOENT))
 }
 
 // commit makes the plan true, if the ruleset is still of generation gen, or in
@@ -238,15 +257,24 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 
 	err := b.ruleset.conn.Commit(ctx, gen, msgs)
 
-	if refused := (*nfnetlink.BatchError)(nil); errors.As(err, &refused) && refused.Message >= base {
+	refused := (*nfnetlink.BatchError)(nil)
+	if errors.As(err, &refused) && refused.Message >= base {
 		if w := of[refused.Message-base]; w.delta != shared {
 			return &refusedError{delta: w.delta, err: &rowError{w.row, err}}
 		}
 	}
 
-	if err != nil {
+	switch {
+	case err == nil:
+	case errors.Is(err, nfnetlink.ErrStale), errors.As(err, &refused):
+		return err
+	default: // and nobody knows what came of it
+		maps.Copy(b.doubtful, p.wanted)
+
 		return err
 	}
+
+	clear(b.doubtful)
 
 	if len(msgs) > 0 && gen != 0 {
 		gen = nfnetlink.NextGeneration(gen)
@@ -325,7 +353,7 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 
 	var have map[nftKey]nftElement
 
-	if intact = seal != "" && seal == b.seal; intact {
+	if intact = seal != "" && seal == b.seal || b.before; intact {
 		have, err = b.lookUp(ctx, p.order)
 	} else if have, err = b.dump(ctx); err == nil {
 		p.wantAll(b, table)
@@ -475,6 +503,28 @@ func (p *nftPlan) wantAll(b *nftBackend, table iter.Seq[*row]) {
 
 		if _, ok := p.hairpins[r.pod.Addr()]; !ok {
 			p.hairpin(b, shared, r, 0)
+		}
+	}
+}
+
+// settleDoubts extends the plan to elements that may or may not be there: they
+// are to be what the table says.
+func (p *nftPlan) settleDoubts(b *nftBackend, table iter.Seq[*row]) {
+	if len(b.doubtful) == 0 {
+		return
+	}
+
+	should := map[nftKey]nftElement{}
+
+	for r := range table {
+		for _, e := range []nftElement{rowElement(r), hairpinElement(r.pod.Addr(), r.ownerHash)} {
+			should[e.nftKey] = e
+		}
+	}
+
+	for key, w := range b.doubtful {
+		if p.wanted[key] == nil {
+			p.touch(shared, w.row, key, w.want, should[key])
 		}
 	}
 }

@@ -123,7 +123,7 @@ func (m *hostportManager) commit(ops []*operation) {
 
 	for _, op := range ops {
 		op.done = true
-		if err != nil && !(op.remove && errors.Is(err, errUnavailable)) {
+		if err != nil && !(op.remove && holdsNothing(err)) {
 			op.err = err
 		}
 	}

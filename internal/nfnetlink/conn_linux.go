@@ -331,7 +331,8 @@ func (c *Conn) receive(sent []netlink.Message) ([]netlink.Message, int, error) {
 }
 
 // grow sees to it that a batch fits into the socket's send buffer, of which
-// the kernel counts twice what is asked for.
+// the kernel counts twice what is asked for. Without privileges in the initial
+// user namespace there is a limit (net.core.wmem_max), and more is EMSGSIZE.
 func (c *Conn) grow(msgs []netlink.Message) error {
 	size := 0
 	for _, m := range msgs {

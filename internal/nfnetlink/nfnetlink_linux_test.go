@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"runtime"
 	"strings"
 	"testing"
@@ -244,7 +245,12 @@ func TestCheck(t *testing.T) {
 func TestLargeCommit(t *testing.T) {
 	t.Parallel()
 
-	const many = 30_000
+	many := 30_000
+
+	// With the kernel's default limit, which other user namespaces cannot pass.
+	if uids, err := os.ReadFile("/proc/self/uid_map"); err != nil || !strings.Contains(string(uids), "4294967295") {
+		many = 2000
+	}
 
 	c := dial(t)
 	msgs := []netlink.Message{table.Create(), table.CreateSet(set)}
