@@ -358,28 +358,7 @@ func TestGroupCommit(t *testing.T) {
 		started := countProcesses(t)
 		fake.IPTables = n.realIPTables() // through the counters
 
-		errs := make([]error, pods)
-
-		var ready, wg sync.WaitGroup
-
-		ready.Add(pods)
-
-		for i := range pods {
-			wg.Go(func() {
-				errs[i] = n.Host.Do(func() error {
-					ready.Done() // each on its thread in the namespace
-					ready.Wait()
-
-					return m.Add("id"+strconv.Itoa(i), &PodPortMapping{
-						Namespace: "ns", Name: "pod" + strconv.Itoa(i), IP: net.IPv4(10, 88, 9, byte(i)),
-						PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
-					}, "")
-				})
-			})
-		}
-
-		wg.Wait()
-
+		errs := n.atOnce(pods, func(i int) error { return m.Add("id"+strconv.Itoa(i), podNumber(i), "") })
 		processes := started()
 		t.Logf("%d processes for %d Adds", processes, pods)
 		assert.LessOrEqual(t, processes, 4)

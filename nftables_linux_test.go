@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -625,27 +624,7 @@ func TestGroupTransactions(t *testing.T) {
 
 	fake.commits.Store(0)
 
-	errs := make([]error, pods)
-
-	var ready, wg sync.WaitGroup
-
-	ready.Add(pods)
-
-	for i := range pods {
-		wg.Go(func() {
-			errs[i] = n.Host.Do(func() error {
-				ready.Done() // each on its thread in the namespace
-				ready.Wait()
-
-				return m.Add(fmt.Sprint("id", i), &PodPortMapping{
-					Namespace: "ns", Name: fmt.Sprint("pod", i), IP: net.IPv4(10, 88, 9, byte(i)),
-					PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
-				}, "")
-			})
-		})
-	}
-
-	wg.Wait()
+	errs := n.atOnce(pods, func(i int) error { return m.Add(fmt.Sprint("id", i), podNumber(i), "") })
 	t.Logf("%d transactions for %d Adds", fake.commits.Load(), pods)
 	assert.Less(t, fake.commits.Load(), int32(pods))
 

@@ -10,7 +10,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -290,6 +292,41 @@ func (n *node) remove(m HostPortManager, id string, pod *PodPortMapping) error {
 	n.do(func() { err = m.Remove(id, pod) })
 
 	return err
+}
+
+// atOnce calls do as often as told, all at the same time, each on a thread in the
+// node's namespace, and returns what each returned.
+func (n *node) atOnce(count int, do func(i int) error) []error {
+	n.t.Helper()
+
+	errs := make([]error, count)
+
+	var ready, wg sync.WaitGroup
+
+	ready.Add(count)
+
+	for i := range count {
+		wg.Go(func() {
+			errs[i] = n.Host.Do(func() error {
+				ready.Done()
+				ready.Wait()
+
+				return do(i)
+			})
+		})
+	}
+
+	wg.Wait()
+
+	return errs
+}
+
+// podNumber is one of many pods, with a port of its own.
+func podNumber(i int) *PodPortMapping {
+	return &PodPortMapping{
+		Namespace: "ns", Name: "pod" + strconv.Itoa(i), IP: net.IPv4(10, 88, 9, byte(i)),
+		PortMappings: []*PortMapping{{HostPort: int32(8000 + i), ContainerPort: 80}},
+	}
 }
 
 // leftBehind has a manager that is gone leave a pod's rows in the kernel.
