@@ -123,7 +123,7 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backen
 		return err == nil && answers[0] != nil
 	}
 
-	if inUse != "" && there(newNFTLayout(f).table.Get()) {
+	if inUse != "" && nftErr == nil && there(nft.table.Get()) {
 		nft.before = true
 		before = append(before, nft)
 	}

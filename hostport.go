@@ -212,7 +212,7 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 	var (
 		rows      []*row
-		ownerHash = shortHash(id)
+		ownerHash string // of a pod that has rows; most have none
 		seen      = map[endpoint]*row{}
 	)
 
@@ -241,6 +241,10 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 			return nil, invalid("row %d (hostPort %d): empty sandbox id", i, pm.HostPort)
 		case f != "" && f != familyOf(podIP):
 			continue
+		}
+
+		if ownerHash == "" {
+			ownerHash = shortHash(id)
 		}
 
 		r := &row{

@@ -152,10 +152,7 @@ func (n *node) wipe(f ipFamily) {
 // eachNFTFamily runs f on a fresh node with nftables for each IP family.
 func eachNFTFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
-
-	for _, family := range []ipFamily{IPv4, IPv6} {
-		t.Run("IPv"+string(family), func(t *testing.T) { f(t, newNode(t, viaNFTables), family) })
-	}
+	eachFamilyOf(t, []variant{viaNFTables}, f)
 }
 
 // fakeNFT is a connection, a real one underneath, that fails when told to, and

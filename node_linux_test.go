@@ -60,8 +60,14 @@ func eachBackend(t *testing.T, f func(t *testing.T, n *node)) {
 // eachFamily runs f on a fresh node for each backend and IP family.
 func eachFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
+	eachFamilyOf(t, backends(), f)
+}
 
-	for _, v := range backends() {
+// eachFamilyOf runs f on a fresh node for each of some backends and IP family.
+func eachFamilyOf(t *testing.T, some []variant, f func(t *testing.T, n *node, family ipFamily)) {
+	t.Helper()
+
+	for _, v := range some {
 		for _, family := range []ipFamily{IPv4, IPv6} {
 			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newNode(t, v), family) })
 		}
@@ -81,12 +87,7 @@ func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 // IP family.
 func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
-
-	for _, v := range []variant{variantNFT, variantLegacy} {
-		for _, family := range []ipFamily{IPv4, IPv6} {
-			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newNode(t, v), family) })
-		}
-	}
+	eachFamilyOf(t, []variant{variantNFT, variantLegacy}, f)
 }
 
 // anyNode makes a node with the backend that is taken by default.

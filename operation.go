@@ -88,7 +88,7 @@ func (m *hostportManager) wrap(op *operation, err error) error {
 }
 
 func (m *hostportManager) logDone(op *operation, took time.Duration) {
-	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.id, "podIDHash", shortHash(op.owner.id), "family", m.family)
+	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.id, "family", m.family)
 
 	c := op.change
 	if c == nil || c.delta.empty() {
@@ -102,7 +102,8 @@ func (m *hostportManager) logDone(op *operation, took time.Duration) {
 		done = "Removed host ports"
 	}
 
-	log.Info(done, "added", len(c.delta.add), "removed", len(c.delta.del), "kept", len(c.delta.keep), "took", took)
+	log.Info(done, "podIDHash", shortHash(op.owner.id),
+		"added", len(c.delta.add), "removed", len(c.delta.del), "kept", len(c.delta.keep), "took", took)
 
 	if v := log.V(4); v.Enabled() {
 		for _, r := range slices.Concat(c.delta.del, c.delta.add, c.delta.keep) {
