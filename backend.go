@@ -29,7 +29,8 @@ type backend interface {
 	// apply commits the deltas, in their order, in one transaction. table
 	// yields every row that stands when they are committed: where the kernel
 	// turns out not to hold what it should, apply puts it back from there, in
-	// the same transaction.
+	// the same transaction, and the guard of loopback addresses at the latest
+	// with it. No deltas are a repair.
 	//
 	// On an error nothing has changed, or the next apply takes back what has:
 	// a process that was killed may have committed before. A *refusedError
@@ -113,7 +114,7 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 
 	for _, b := range append([]backend{nil}, l.before...) {
 		part := l.part(deltas, b)
-		if allEmpty(part) {
+		if repair := len(deltas) == 0 && b == nil; allEmpty(part) && !repair {
 			continue
 		}
 

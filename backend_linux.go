@@ -78,7 +78,7 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, v
 			return nil, "", err
 		}
 
-		return newIPTablesBackend(t), t.variant, nil
+		return newIPTablesBackend(t, o.cfg.localhostIn(f)), t.variant, nil
 	}
 
 	b, err := o.nftables(f)
@@ -104,7 +104,7 @@ func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
 		o.ruleset.conn = conn
 	}
 
-	return newNFTBackend(o.ruleset, f, o.cfg.log), nil
+	return newNFTBackend(o.ruleset, f, o.cfg.localhostIn(f), o.cfg.log), nil
 }
 
 // before returns the backends besides the one in use that may carry rows. It
@@ -148,7 +148,7 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backen
 			continue
 		}
 
-		before = append(before, newIPTablesBackend(t))
+		before = append(before, newIPTablesBackend(t, o.cfg.localhostIn(f)))
 	}
 
 	return before

@@ -12,10 +12,21 @@
 // A packet for an address of the node is looked up by protocol and port, in
 // prerouting if it comes from outside or from a pod, in output if it comes from
 // the node itself. If there is a row, its destination becomes the pod's
-// address and port. Its source stays what it was, but for one case: a pod that
+// address and port. Its source stays what it was, but for two cases: a pod that
 // reaches itself through its own host port would get answers from an address
-// it never asked; such packets are masqueraded in postrouting. Packets that
-// the node only forwards are never touched, nor are rules of others.
+// it never asked, and a pod has no way to answer 127.0.0.1; such packets are
+// masqueraded in postrouting. Packets that the node only forwards are never
+// touched, nor are rules of others.
+//
+// # Localhost
+//
+// 127.0.0.1, and for rows on any address all of 127.0.0.0/8, reaches the pod
+// from the node. This takes the sysctl route_localnet on the interface to the pod,
+// which Add sets. Because that also lets others send to 127.0.0.1
+// (CVE-2020-8558), every transaction first sees to a guard: packets with a
+// loopback address that do not come from lo are dropped. The guard is never
+// taken away. Connections from ::1 cannot work; they are refused by the held
+// port, as those from 127.0.0.0/8 are under [WithoutLocalhost].
 //
 // # Rows and owners
 //

@@ -196,6 +196,20 @@ func (f ipFamily) anyAddr() netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
+// loopback is what addresses the node itself and never comes from elsewhere
+// (RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3).
+func (f ipFamily) loopback() netip.Prefix {
+	if f == IPv4 {
+		return netip.PrefixFrom(netip.AddrFrom4([4]byte{127}), 8)
+	}
+
+	return hostPrefix(netip.IPv6Loopback())
+}
+
+// loopbackDevice is the interface of loopback addresses, in every network
+// namespace.
+const loopbackDevice = "lo"
+
 // rowsOf validates all of pod and returns its rows in the family of its IP,
 // each once.
 func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {

@@ -13,7 +13,9 @@ import (
 type HostPortManager interface {
 	// Add maps the host ports of a pod. id is the pod's sandbox id, one per
 	// pod and never empty. natInterfaceName is the host's interface towards
-	// the pod; it may be empty, and this version does not use it.
+	// the pod, with a bridge that and not its port. Where it is empty, "lo" or
+	// none that exists, it is the one that the route to the pod IP leads to. On
+	// that interface Add sets the sysctl route_localnet; see WithoutLocalhost.
 	//
 	// Either all rows of podPortMapping work when Add returns nil, or nothing
 	// has changed. Add again puts back what is missing, adds rows that are new
@@ -54,6 +56,9 @@ type hostportManager struct {
 	sockets sockets
 	flows   flows
 	closed  bool
+
+	localhost localhost
+	prepared  bool // the node, once
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -62,8 +67,9 @@ type hostportManager struct {
 // It never fails: if iptables does not answer now, the first Add says why.
 // Its sockets are released by a Close method: io.Closer tells.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
-	m := newHostportManager(familyOfIPTables(iptables), newConfig(opts), func(context.Context) (backend, error) {
-		return newIPTablesBackend(iptables), nil
+	cfg := newConfig(opts)
+	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
+		return newIPTablesBackend(iptables, cfg.localhostIn(familyOfIPTables(iptables))), nil
 	})
 	_ = m.start() // told by the first Add
 
@@ -80,11 +86,13 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		names:   map[string]*row{},
 		sockets: newSockets(f, cfg.sockets),
 		flows:   newFlows(f),
+
+		localhost: newLocalhost(cfg.log),
 	}
 }
 
 // Add implements HostPortManager.
-func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, _ string) error {
+func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error {
 	rows, err := rowsOf(id, podPortMapping)
 	if err != nil {
 		return err
@@ -94,14 +102,17 @@ func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, _ strin
 		return nil
 	}
 
-	return m.add(rows)
+	return m.add(rows, natInterfaceName)
 }
 
-// add puts in the rows of one pod, of which there is at least one.
-func (m *hostportManager) add(rows []*row) error {
+// add puts in the rows of one pod, of which there is at least one. device is the
+// interface to the pod, if known.
+func (m *hostportManager) add(rows []*row, device string) error {
 	return m.do(&operation{
-		name:  "add",
-		owner: rows[0].owner,
+		name:   "add",
+		owner:  rows[0].owner,
+		pod:    rows[0].pod.Addr(),
+		device: device,
 		plan: func(c *change) error {
 			for _, r := range rows {
 				if err := m.place(c, r); err != nil {
@@ -272,6 +283,13 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
 
+	// The sysctl outlives a ruleset, and may be from a manager before.
+	if m.cfg.localhostIn(m.family) && localnetRouted() {
+		if err := b.apply(ctx, nil, m.table()); err != nil {
+			m.cfg.log.Error(err, "Cannot put back the guard of loopback addresses")
+		}
+	}
+
 	return nil
 }
 
@@ -362,6 +380,7 @@ func (m *hostportManager) Close() error {
 
 	m.closed = true
 	m.sockets.close()
+	m.localhost.close()
 
 	return m.flows.close()
 }

@@ -21,9 +21,9 @@ type IPTables interface {
 	Save(ctx context.Context, table string) ([]byte, error)
 
 	// Restore feeds input to iptables-restore(8) with --noflush and --wait.
-	// Either all of input's one COMMIT block takes effect or none of it. The
-	// error tells the line at fault, the first being 1, by a method
-	// `Line() int`, where that is known.
+	// Either all of a COMMIT block takes effect or none of it, and none that
+	// comes after one that fails. The error tells the line at fault, the first
+	// being 1, by a method `Line() int`, where that is known.
 	Restore(ctx context.Context, input []byte) error
 }
 
@@ -38,14 +38,17 @@ func familyOfIPTables(ipt IPTables) ipFamily {
 // The chains, by the names that CRI-O gives them.
 const (
 	natTable      = "nat"
+	rawTable      = "raw"
 	dnatDispatch  = "KUBE-HOSTPORTS"
 	dnatPrefix    = "KUBE-HP-"
 	masqDispatch  = "CRIO-HOSTPORTS-MASQ"
 	masqPrefix    = "CRIO-MASQ-"
 	dnatTarget    = "DNAT"
 	masqTarget    = "MASQUERADE"
+	dropTarget    = "DROP"
 	dnatComment   = "kube hostport portals"
 	masqComment   = "kube hostport masquerading"
+	guardComment  = "hostport guard of loopback addresses"
 	matchLocal    = "-m addrtype --dst-type LOCAL"
 	matchDNATed   = "-m conntrack --ctstate DNAT"
 	preRouting    = "PREROUTING"
@@ -58,17 +61,39 @@ const (
 	cmdNewChain   = "-N "
 	cmdFlushChain = "-F "
 	cmdDelChain   = "-X "
+	cmdCommit     = "COMMIT"
 )
 
-// baseJumps lead packets into the dispatch chains. Only packets for an address
-// of the node may be translated (CVE-2025-67499), and services come first
-// (CVE-2019-9946).
-func baseJumps() []natRule {
-	return []natRule{
-		{chain: preRouting, comment: dnatComment, match: matchLocal, target: dnatDispatch},
-		{chain: output, comment: dnatComment, match: matchLocal, target: dnatDispatch},
-		{chain: postRouting, comment: masqComment, match: matchDNATed, target: masqDispatch},
+// guardRules stand in the raw table: whatever nat does comes later.
+func guardRules(f ipFamily) []iptRule {
+	if f != IPv4 {
+		return nil
 	}
+
+	from := iptRule{chain: preRouting, notIn: loopbackDevice, comment: guardComment, target: dropTarget}
+	to := from
+	from.src, to.dst = f.loopback(), f.loopback()
+
+	return []iptRule{to, from}
+}
+
+// natRules lead packets into the dispatch chains. Only packets for an address
+// of the node may be translated (CVE-2025-67499), and services come first
+// (CVE-2019-9946). localhost tells whether loopback sources are translated.
+func natRules(f ipFamily, localhost bool) []iptRule {
+	fromOutside := iptRule{chain: preRouting, notDst: f.loopback(), comment: dnatComment, match: matchLocal, target: dnatDispatch}
+	fromHost := iptRule{chain: output, comment: dnatComment, match: matchLocal, target: dnatDispatch}
+	masquerade := iptRule{chain: postRouting, comment: masqComment, match: matchDNATed, target: masqDispatch}
+
+	if !localhost {
+		fromHost.notSrc = f.loopback()
+
+		return []iptRule{fromOutside, fromHost, masquerade}
+	}
+
+	return []iptRule{fromOutside, fromHost, masquerade, {
+		chain: masqDispatch, src: f.loopback(), notOut: loopbackDevice, comment: masqComment, target: masqTarget,
+	}}
 }
 
 // A dispatch chain is a tree over the port numbers, so that a packet walks some
@@ -119,8 +144,8 @@ func (r *row) rangeChain(prefix string, level int) string {
 
 // path returns the jumps that lead from a dispatch chain to the range chain
 // with r's own jump, widest range first, and the name of that chain.
-func path(r *row, dispatch, prefix string, jump func(level int, p ports) natRule) ([]natRule, string) {
-	jumps := make([]natRule, r.depth+1)
+func path(r *row, dispatch, prefix string, jump func(level int, p ports) iptRule) ([]iptRule, string) {
+	jumps := make([]iptRule, r.depth+1)
 	chain := dispatch
 
 	for level := range jumps {
@@ -134,21 +159,21 @@ func path(r *row, dispatch, prefix string, jump func(level int, p ports) natRule
 
 // side is where a row stands on the DNAT or on the masquerade side.
 type side struct {
-	path  []natRule // jumps to range chains
-	jump  natRule   // from the last of these to the row's own chain
+	path  []iptRule // jumps to range chains
+	jump  iptRule   // from the last of these to the row's own chain
 	first bool      // jump goes before the others
-	rule  natRule   // in the row's own chain
+	rule  iptRule   // in the row's own chain
 }
 
 func (r *row) dnatSide() side {
-	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) natRule {
-		return natRule{proto: r.proto, dports: p}
+	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) iptRule {
+		return iptRule{proto: r.proto, dports: p}
 	})
 	s := side{
 		path:  jumps,
-		jump:  natRule{chain: leaf, proto: r.proto, dports: ports{r.port, r.port}, target: r.dnatChain()},
+		jump:  iptRule{chain: leaf, proto: r.proto, dports: ports{r.port, r.port}, target: r.dnatChain()},
 		first: r.ip.IsValid(), // before the row for any address, which would take the packet
-		rule: natRule{
+		rule: iptRule{
 			chain: r.dnatChain(), proto: r.proto, target: dnatTarget, to: r.pod,
 		},
 	}
@@ -169,18 +194,18 @@ func (r *row) dnatSide() side {
 // PREROUTING and from OUTPUT), which there made a tenth of an Add at 5000 rows.
 func (r *row) masqSide() side {
 	pod := hostPrefix(r.pod.Addr())
-	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) natRule {
+	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) iptRule {
 		if level == 0 {
-			return natRule{src: podBlock(r.pod.Addr()), proto: r.proto, origPorts: p}
+			return iptRule{src: podBlock(r.pod.Addr()), proto: r.proto, origPorts: p}
 		}
 
-		return natRule{origPorts: p} // what gets there is of the protocol
+		return iptRule{origPorts: p} // what gets there is of the protocol
 	})
 
 	return side{
 		path: jumps,
-		jump: natRule{chain: leaf, src: pod, target: r.masqChain()},
-		rule: natRule{
+		jump: iptRule{chain: leaf, src: pod, target: r.masqChain()},
+		rule: iptRule{
 			chain: r.masqChain(), src: pod, dst: pod, proto: r.proto, comment: r.label,
 			origPorts: ports{r.port, r.port}, dports: ports{r.pod.Port(), r.pod.Port()}, target: masqTarget,
 		},
@@ -204,10 +229,14 @@ func podBlock(ip netip.Addr) netip.Prefix {
 	return netip.PrefixFrom(ip, bits).Masked()
 }
 
-// natRule is a rule of the nat table, as far as this package writes them.
-type natRule struct {
+// iptRule is a rule, as far as this package writes them.
+type iptRule struct {
 	chain     string
 	src, dst  netip.Prefix
+	notSrc    netip.Prefix
+	notDst    netip.Prefix
+	notIn     string // interfaces
+	notOut    string
 	proto     protocol
 	comment   string
 	match     string // matchLocal or matchDNATed
@@ -221,7 +250,7 @@ type natRule struct {
 }
 
 // String is the rule as iptables-restore takes it after -A and its like.
-func (n natRule) String() string {
+func (n iptRule) String() string {
 	var b strings.Builder
 
 	b.WriteString(n.chain)
@@ -233,6 +262,10 @@ func (n natRule) String() string {
 	}
 	arg(n.src.IsValid(), "-s %s", n.src)
 	arg(n.dst.IsValid(), "-d %s", n.dst)
+	arg(n.notSrc.IsValid(), "! -s %s", n.notSrc)
+	arg(n.notDst.IsValid(), "! -d %s", n.notDst)
+	arg(n.notIn != "", "! -i %s", n.notIn)
+	arg(n.notOut != "", "! -o %s", n.notOut)
 	arg(n.proto != "", "-p %s", n.proto)
 	arg(n.comment != "", `-m comment --comment "%s"`, n.comment)
 	arg(n.match != "", "%s", n.match)
@@ -245,31 +278,49 @@ func (n natRule) String() string {
 }
 
 // parseRule reads a line "-A …" of iptables-save.
-func parseRule(line string) natRule {
-	n := natRule{}
+func parseRule(line string) iptRule {
+	n := iptRule{}
 
 	words, ok := splitWords(line)
-	if !ok || len(words)%2 != 0 { // all that we write comes in pairs
-		n.other = true
+
+	for len(words) > 0 {
+		option := words[0]
+		if option == "!" && len(words) > 1 {
+			option += " " + words[1]
+			words = words[1:]
+		}
+
+		if len(words) == 1 { // all that we write has a value
+			ok = false
+
+			break
+		}
+
+		ok = parseOption(&n, option, words[1]) && ok
+		words = words[2:]
 	}
 
-	for i := 0; i+1 < len(words); i += 2 {
-		n.other = !parseOption(&n, words[i], words[i+1]) || n.other
-	}
+	n.other = !ok
 
 	return n
 }
 
 // parseOption reads one option with its value into n, and tells whether it
 // knows it.
-func parseOption(n *natRule, option, value string) (ok bool) {
+func parseOption(n *iptRule, option, value string) (ok bool) {
+	if field := prefixField(n, option); field != nil {
+		*field, ok = parsePrefix(value)
+
+		return ok
+	}
+
 	switch option {
 	case "-A":
 		n.chain, ok = value, true
-	case "-s":
-		n.src, ok = parsePrefix(value)
-	case "-d":
-		n.dst, ok = parsePrefix(value)
+	case "! -i":
+		n.notIn, ok = value, true
+	case "! -o":
+		n.notOut, ok = value, true
 	case "-p":
 		n.proto, ok = protocol(value), true
 	case "-m":
@@ -292,6 +343,22 @@ func parseOption(n *natRule, option, value string) (ok bool) {
 	}
 
 	return ok
+}
+
+// prefixField is the field of n for an option's addresses, or nil.
+func prefixField(n *iptRule, option string) *netip.Prefix {
+	switch option {
+	case "-s":
+		return &n.src
+	case "-d":
+		return &n.dst
+	case "! -s":
+		return &n.notSrc
+	case "! -d":
+		return &n.notDst
+	default:
+		return nil
+	}
 }
 
 func parsePrefix(s string) (netip.Prefix, bool) {
@@ -355,20 +422,20 @@ func splitWords(line string) (words []string, ok bool) {
 
 // savedRule is a rule with the line it was read from.
 type savedRule struct {
-	natRule
+	iptRule
 
 	line string // without -A
 }
 
-// savedTable is the nat table as iptables-save prints it.
+// savedTable is a table as iptables-save prints it.
 type savedTable struct {
 	chains map[string][]savedRule
 	jumps  map[string][]savedRule // by target
 }
 
-func parseSave(save []byte) (*savedTable, error) {
+func parseSave(save []byte, table string) (*savedTable, error) {
 	t := &savedTable{chains: map[string][]savedRule{}, jumps: map[string][]savedRule{}}
-	inNAT := false
+	inTable := false
 
 	lines := bufio.NewScanner(bytes.NewReader(save))
 	for lines.Scan() {
@@ -376,8 +443,8 @@ func parseSave(save []byte) (*savedTable, error) {
 
 		switch {
 		case strings.HasPrefix(line, "*"):
-			inNAT = line == "*"+natTable
-		case !inNAT:
+			inTable = line == "*"+table
+		case !inTable:
 		case strings.HasPrefix(line, ":"):
 			name, _, _ := strings.Cut(line[1:], " ")
 			t.chains[name] = nil // chains come before rules
@@ -407,7 +474,7 @@ func (t *savedTable) rows(f ipFamily) []*row {
 		}
 
 		for _, rule := range rules {
-			if r := rowFrom(hash, rule.natRule, t.jumps[chain]); r != nil && r.family() == f {
+			if r := rowFrom(hash, rule.iptRule, t.jumps[chain]); r != nil && r.family() == f {
 				r.label = harmless(cmp.Or(rule.comment, firstRule(t.chains[r.masqChain()]).comment), " ")
 				rows = append(rows, r)
 
@@ -421,7 +488,7 @@ func (t *savedTable) rows(f ipFamily) []*row {
 
 // rowFrom makes a row of a DNAT rule and the jumps that lead to its chain, or
 // nil if these do not say enough.
-func rowFrom(hash string, rule natRule, jumps []savedRule) *row {
+func rowFrom(hash string, rule iptRule, jumps []savedRule) *row {
 	if rule.target != dnatTarget || !rule.to.IsValid() || rule.to.Port() == 0 {
 		return nil
 	}

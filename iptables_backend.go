@@ -11,7 +11,8 @@ import (
 	"strings"
 )
 
-// iptablesBackend keeps the rows in the nat table through iptables(8).
+// iptablesBackend keeps the rows in the nat table through iptables(8), and the
+// guard of loopback addresses in the raw table.
 //
 // In the steady state a change is one iptables-restore with the delta alone.
 // The backend knows which range chains there are, and the transaction itself
@@ -20,6 +21,8 @@ import (
 // all that is missing.
 type iptablesBackend struct {
 	ipt IPTables
+	// guard and nat are the rules that stand whatever rows there are.
+	guard, nat []iptRule
 	// state is what the kernel holds; nil: not known, has to be read.
 	state *natState
 	// doubtful rows, by hash, are from transactions that failed: a process that
@@ -34,9 +37,10 @@ type natState struct {
 	// with the number of rows that use each. What the kernel does not have is
 	// not in the map.
 	shared map[string]int
-	// base are the base chains, by name, and jumps, as lines, that are in
-	// place; late are jumps that are there, but too late in their chain.
-	base, late map[string]bool
+	// base are the base chains, by name, and base rules, as lines, that are in
+	// place; wrong are rules, as lines, that stand in place of those.
+	base  map[string]bool
+	wrong []string
 	// strays are the rows that do not stand as this package would put them.
 	strays map[string]*stray // by hash
 }
@@ -48,8 +52,14 @@ type stray struct {
 	chains []string
 }
 
-func newIPTablesBackend(ipt IPTables) *iptablesBackend {
-	return &iptablesBackend{ipt: ipt, doubtful: map[string]*row{}}
+// newIPTablesBackend returns a backend. localhost tells whether loopback sources
+// are translated.
+func newIPTablesBackend(ipt IPTables, localhost bool) *iptablesBackend {
+	f := familyOfIPTables(ipt)
+
+	return &iptablesBackend{
+		ipt: ipt, guard: guardRules(f), nat: natRules(f, localhost), doubtful: map[string]*row{},
+	}
 }
 
 func (b *iptablesBackend) kind(*row) Backend { return BackendIPTables }
@@ -59,13 +69,12 @@ func (b *iptablesBackend) name(r *row) string { return r.hash }
 func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
 
 func (b *iptablesBackend) list(ctx context.Context) ([]*row, error) {
-	t, err := b.read(ctx)
+	t, state, err := b.read(ctx)
 	if err != nil {
 		return nil, err
 	}
 
 	rows := t.rows(familyOfIPTables(b.ipt))
-	state := t.state()
 	whole := true
 
 	for _, r := range rows {
@@ -105,13 +114,39 @@ func (st *natState) use(r *row) bool {
 	return whole
 }
 
-func (b *iptablesBackend) read(ctx context.Context) (*savedTable, error) {
-	save, err := b.ipt.Save(ctx, natTable)
+// read returns the nat table, and what that and the raw table are without any
+// rows.
+func (b *iptablesBackend) read(ctx context.Context) (*savedTable, *natState, error) {
+	raw := &savedTable{}
+
+	if len(b.guard) > 0 {
+		var err error
+		if raw, err = b.save(ctx, rawTable); err != nil {
+			return nil, nil, err
+		}
+	}
+
+	t, err := b.save(ctx, natTable)
+	if err != nil {
+		return nil, nil, err
+	}
+
+	st := t.state(b.nat)
+
+	for _, g := range b.guard {
+		st.base[g.String()] = raw.index(g) >= 0
+	}
+
+	return t, st, nil
+}
+
+func (b *iptablesBackend) save(ctx context.Context, table string) (*savedTable, error) {
+	save, err := b.ipt.Save(ctx, table)
 	if err != nil {
 		return nil, fmt.Errorf("list rules: %w", err)
 	}
 
-	return parseSave(save)
+	return parseSave(save, table)
 }
 
 func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
@@ -137,7 +172,7 @@ func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.
 func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
 	if b.state != nil {
 		s := newScript(b.state)
-		s.base()
+		s.base(b.guard, b.nat)
 
 		for i, d := range deltas {
 			s.delta(i, d)
@@ -149,12 +184,12 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 		}
 	}
 
-	t, err := b.read(ctx)
+	t, state, err := b.read(ctx)
 	if err != nil {
 		return err
 	}
 
-	return b.run(ctx, b.repair(t, deltas, table))
+	return b.run(ctx, b.repair(t, state, deltas, table))
 }
 
 // run commits a script.
@@ -176,9 +211,9 @@ func isRefused(err error) bool {
 }
 
 // repair writes what it takes from t to the table with deltas applied.
-func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*row]) *script {
-	s := newScript(t.state())
-	s.base()
+func (b *iptablesBackend) repair(t *savedTable, state *natState, deltas []delta, table iter.Seq[*row]) *script {
+	s := newScript(state)
+	s.base(b.guard, b.nat)
 
 	of := map[*row]int{} // the delta that a row is in
 	gone := slices.Collect(maps.Values(b.doubtful))
@@ -237,11 +272,11 @@ func (b *iptablesBackend) repair(t *savedTable, deltas []delta, table iter.Seq[*
 // chains that lead there are another matter.
 func (t *savedTable) holds(r *row) bool {
 	for _, s := range r.sides() {
-		if jumps := t.jumps[s.jump.target]; len(jumps) != 1 || jumps[0].natRule != s.jump {
+		if jumps := t.jumps[s.jump.target]; len(jumps) != 1 || jumps[0].iptRule != s.jump {
 			return false
 		}
 
-		if rules := t.chains[s.rule.chain]; len(rules) != 1 || rules[0].natRule != s.rule {
+		if rules := t.chains[s.rule.chain]; len(rules) != 1 || rules[0].iptRule != s.rule {
 			return false
 		}
 	}
@@ -263,12 +298,12 @@ func (t *savedTable) leadsTo(r *row) bool {
 		firstRule(t.chains[r.masqChain()]).target == masqTarget
 }
 
-func firstRule(rules []savedRule) natRule {
+func firstRule(rules []savedRule) iptRule {
 	if len(rules) == 0 {
-		return natRule{}
+		return iptRule{}
 	}
 
-	return rules[0].natRule
+	return rules[0].iptRule
 }
 
 // stray is whatever t has of a row.
@@ -288,30 +323,37 @@ func (t *savedTable) stray(r *row) *stray {
 	return s
 }
 
-// state is t without any rows.
-func (t *savedTable) state() *natState {
-	st := &natState{
-		shared: map[string]int{},
-		base:   map[string]bool{}, late: map[string]bool{},
-		strays: map[string]*stray{},
-	}
+// index is where a rule stands in its chain, or -1.
+func (t *savedTable) index(rule iptRule) int {
+	return slices.IndexFunc(t.chains[rule.chain], func(r savedRule) bool { return r.iptRule == rule })
+}
+
+// state is t without any rows. base are the rules that ought to stand.
+func (t *savedTable) state(base []iptRule) *natState {
+	st := &natState{shared: map[string]int{}, base: map[string]bool{}, strays: map[string]*stray{}}
 
 	for name := range t.chains {
 		if isRange(name) {
 			st.shared[name] = 0
 
 			for _, j := range t.jumps[name] {
-				st.shared[j.natRule.String()] = 0
+				st.shared[j.iptRule.String()] = 0
 			}
 		}
 	}
 
-	for _, j := range baseJumps() {
-		_, st.base[j.target] = t.chains[j.target]
+	for _, b := range base {
+		_, st.base[b.target] = t.chains[b.target]
 
-		at := slices.IndexFunc(t.chains[j.chain], func(r savedRule) bool { return r.natRule == j })
-		early := j.chain != postRouting || at >= 0 && !slices.ContainsFunc(t.chains[j.chain][:at], mayAccept)
-		st.base[j.String()], st.late[j.String()] = at >= 0 && early, at >= 0 && !early
+		chain, at := t.chains[b.chain], t.index(b)
+		tooLate := at >= 0 && b.chain == postRouting && slices.ContainsFunc(chain[:at], mayAccept)
+		st.base[b.String()] = at >= 0 && !tooLate
+
+		for _, r := range chain {
+			if r.target == b.target && (r.iptRule != b || tooLate) {
+				st.wrong = append(st.wrong, r.line)
+			}
+		}
 	}
 
 	return st
@@ -377,13 +419,11 @@ func (s *script) emit(delta int, r *row, text string) {
 func (s *script) input() []byte {
 	var b bytes.Buffer
 
-	b.WriteString("*" + natTable + "\n")
-
 	for _, l := range s.lines {
 		b.WriteString(l.text + "\n")
 	}
 
-	b.WriteString("COMMIT\n")
+	b.WriteString(cmdCommit + "\n")
 
 	return b.Bytes()
 }
@@ -396,7 +436,7 @@ func (s *script) blame(err error) error {
 		return err
 	}
 
-	i := at.Line() - 2 // the first line is 1, and says which table
+	i := at.Line() - 1
 	if i < 0 || i >= len(s.lines) {
 		return err
 	}
@@ -430,6 +470,8 @@ func (s *script) settle() {
 	for key := range s.state.base {
 		s.state.base[key] = true
 	}
+
+	s.state.wrong = nil
 }
 
 // users is how many rows use a range chain or a jump to one, and whether the
@@ -443,34 +485,51 @@ func (s *script) users(key string) (n int, there bool) {
 	return max(n, 0), there && n >= 0
 }
 
-// base makes the transaction fail unless the base chains and jumps are in
-// place. Those that are known not to be are put there.
-func (s *script) base() {
-	for _, j := range baseJumps() {
-		line := j.String()
-		if s.state.base[line] {
-			s.emit(shared, nil, cmdCheck+line)
+// base makes the transaction fail unless the base chains and rules are in
+// place. Those that are known not to be are put there. The guard is first, and
+// committed by itself: it stands whatever becomes of the rest.
+func (s *script) base(guard, nat []iptRule) {
+	if len(guard) > 0 {
+		s.emit(shared, nil, "*"+rawTable)
 
-			continue
+		for _, g := range guard {
+			s.ensure(g, cmdInsert) // before whatever may end the walk
 		}
 
-		if !s.state.base[j.target] && !s.seen[j.target] {
-			s.seen[j.target] = true
-			s.emit(shared, nil, cmdNewChain+j.target)
-		}
+		s.emit(shared, nil, cmdCommit)
+	}
 
-		if s.state.late[line] {
-			s.emit(shared, nil, cmdDelete+line)
+	s.emit(shared, nil, "*"+natTable)
+
+	for _, line := range s.state.wrong {
+		s.emit(shared, nil, cmdDelete+line)
+	}
+
+	for _, b := range nat {
+		if (b.target == dnatDispatch || b.target == masqDispatch) && !s.state.base[b.target] && !s.seen[b.target] {
+			s.seen[b.target] = true
+			s.emit(shared, nil, cmdNewChain+b.target)
 		}
 
 		// Services come before host ports, so those go last.
 		cmd := cmdAppend
-		if j.chain == postRouting {
+		if b.chain == postRouting {
 			cmd = cmdInsert
 		}
 
-		s.emit(shared, nil, cmd+line)
+		s.ensure(b, cmd)
 	}
+}
+
+// ensure makes the transaction fail unless a base rule is in place. If it is
+// known not to be, it is put there by cmd.
+func (s *script) ensure(rule iptRule, cmd string) {
+	line := rule.String()
+	if s.state.base[line] {
+		cmd = cmdCheck
+	}
+
+	s.emit(shared, nil, cmd+line)
 }
 
 // delta writes what one operation changes.
@@ -507,7 +566,7 @@ func (s *script) assert(i int, r *row) {
 	}
 }
 
-func (s *script) assertOnce(j natRule) {
+func (s *script) assertOnce(j iptRule) {
 	if line := j.String(); !s.seen[line] {
 		s.seen[line] = true
 		s.emit(shared, nil, cmdCheck+line)
@@ -660,7 +719,7 @@ func (s *script) sweep(t *savedTable) {
 
 			for _, j := range t.jumps[chain] {
 				s.emit(shared, nil, cmdDelete+j.line)
-				s.deleted[j.line], s.uses[j.natRule.String()] = true, -1
+				s.deleted[j.line], s.uses[j.iptRule.String()] = true, -1
 			}
 
 			s.emit(shared, nil, cmdDelChain+chain)

@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -22,7 +23,7 @@ func testRow(t *testing.T, podIP string, pm *PortMapping) *row {
 func TestRulesParseBack(t *testing.T) {
 	t.Parallel()
 
-	rules := baseJumps()
+	rules := slices.Concat(guardRules(IPv4), natRules(IPv4, true), natRules(IPv4, false), natRules(IPv6, false))
 
 	for _, r := range []*row{
 		testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80}),
@@ -45,7 +46,8 @@ func TestParseRuleOther(t *testing.T) {
 	t.Parallel()
 
 	for _, line := range []string{
-		`-A KUBE-HOSTPORTS ! -s 10.0.0.0/8 -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS ! -p tcp -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -j KUBE-HP-X !`,
 		`-A KUBE-HOSTPORTS -i eth0 -j KUBE-HP-X`,
 		`-A KUBE-HOSTPORTS -m comment --comment "open -j KUBE-HP-X`,
 		`-A KUBE-HOSTPORTS -d 10.0.0.0/255.0.255.0 -j KUBE-HP-X`,
@@ -56,7 +58,7 @@ func TestParseRuleOther(t *testing.T) {
 	}
 
 	r := parseRule(`-A A -m comment --comment "a \"quoted\" \\ thing" -j B`)
-	assert.Equal(t, natRule{chain: "A", comment: `a "quoted" \ thing`, target: "B"}, r)
+	assert.Equal(t, iptRule{chain: "A", comment: `a "quoted" \ thing`, target: "B"}, r)
 }
 
 func TestRangeAt(t *testing.T) {
@@ -104,7 +106,7 @@ func FuzzParseSave(f *testing.F) {
 	f.Add("*nat\n:\n-A\n-A x -j\n\"\\")
 
 	f.Fuzz(func(t *testing.T, save string) {
-		table, err := parseSave([]byte(save))
+		table, err := parseSave([]byte(save), natTable)
 		if err != nil {
 			return
 		}
@@ -122,7 +124,7 @@ func FuzzParseSave(f *testing.F) {
 			}
 		}
 
-		_ = table.state()
+		_ = table.state(natRules(IPv4, true))
 	})
 }
 
@@ -132,7 +134,7 @@ func FuzzParseRule(f *testing.F) {
 
 	f.Fuzz(func(t *testing.T, line string) {
 		r := parseRule(line)
-		if r.other || strings.ContainsAny(r.comment+r.chain+r.target+string(r.proto), "\"\\ \n") ||
+		if r.other || strings.ContainsAny(r.comment+r.chain+r.target+r.notIn+r.notOut+string(r.proto), "\"\\ \n") ||
 			r.chain == "" || r.to.Addr().Zone() != "" || (r.dports != ports{} && r.proto == "") {
 			return
 		}

@@ -68,7 +68,7 @@ func newManager(opts []Option) (*Manager, error) {
 }
 
 // Add implements HostPortManager.
-func (m *Manager) Add(id string, podPortMapping *PodPortMapping, _ string) error {
+func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error {
 	rows, err := rowsOf(id, podPortMapping)
 	if err != nil || len(rows) == 0 {
 		return err
@@ -76,7 +76,7 @@ func (m *Manager) Add(id string, podPortMapping *PodPortMapping, _ string) error
 
 	i := slices.IndexFunc(m.families, func(fm *hostportManager) bool { return fm.family == rows[0].family() })
 
-	return m.families[i].add(rows)
+	return m.families[i].add(rows, natInterfaceName)
 }
 
 // Remove implements HostPortManager. It goes on past an error and returns all.

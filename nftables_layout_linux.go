@@ -3,6 +3,7 @@ package hostport
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -21,12 +22,20 @@ const (
 	nftMasquerade  = "masquerading"
 )
 
-// Priorities of NAT hooks (linux/netfilter_ipv4.h). They are CRI-O's: were
+// nftGuard is a chain of our own.
+const nftGuard = "guard"
+
+// Priorities of hooks (linux/netfilter_ipv4.h). Those of NAT are CRI-O's: were
 // they others, the kernel would refuse its transactions.
 const (
+	priorityRaw  = -300
 	priorityDNAT = -100
 	prioritySNAT = 100
 )
+
+// loopbackIndex is the interface index of lo, in every network namespace
+// (LOOPBACK_IFINDEX, net/flow.h).
+const loopbackIndex = 1
 
 // Bits of a connection's status (linux/netfilter/nf_conntrack_common.h).
 const (
@@ -44,9 +53,10 @@ func piece(n uint32) uint32 { return 8 + n }
 // nftLayout is one family's part of the ruleset: what there is of it whatever
 // rows there are, and how rows are written into maps.
 type nftLayout struct {
-	family ipFamily
-	table  nfnetlink.Table
-	addr   nfnetlink.DataType
+	family    ipFamily
+	localhost bool // whether loopback sources are translated
+	table     nfnetlink.Table
+	addr      nfnetlink.DataType
 }
 
 func newNFTLayout(f ipFamily) nftLayout {
@@ -85,25 +95,51 @@ func (l nftLayout) objects() []netlink.Message {
 		}),
 	}
 
-	for _, c := range []nfnetlink.Chain{
+	chains := []nfnetlink.Chain{
 		{Name: nftHostPorts},
 		{Name: nftPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT},
 		{Name: nftOutput, Type: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityDNAT},
 		{Name: nftMasquerade, Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT},
-	} {
+	}
+	if l.family == IPv4 {
+		chains = append(chains, nfnetlink.Chain{
+			Name: nftGuard, Type: "filter", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityRaw,
+		})
+	}
+
+	for _, c := range chains {
 		msgs = append(msgs, t.CreateChain(c), t.FlushChain(c.Name))
 	}
 
 	return append(msgs, l.rules()...)
 }
 
-// rules are, in nft's words,
+// header is where things are in a packet's IP header, and the register that
+// comes behind one address from reg1.
+type header struct{ saddr, daddr, size, behind uint32 }
+
+func (l nftLayout) header() header {
+	if l.family == IPv6 {
+		return header{saddr: 8, daddr: 24, size: 16, behind: 2} //nolint:mnd // of struct ipv6hdr
+	}
+
+	return header{saddr: 12, daddr: 16, size: 4, behind: piece(1)} //nolint:mnd // of struct iphdr
+}
+
+// rules are, in nft's words, where localhost is set,
 //
+//	guard:            iif != lo ip daddr 127.0.0.0/8 drop
+//	                  iif != lo ip saddr 127.0.0.0/8 drop
+//	prerouting:       ip daddr != 127.0.0.0/8 fib daddr type local goto hostports
+//	output:           fib daddr type local goto hostports
 //	hostports:        dnat ip to ip daddr . meta l4proto . th dport map @hostipports
 //	                  dnat ip to meta l4proto . th dport map @hostports
-//	prerouting:       fib daddr type local goto hostports
-//	output:           fib daddr type local goto hostports
 //	masquerading:     ct status & (dnat|snat) == dnat ip saddr . ip daddr @hairpins masquerade
+//	                  ct status & (dnat|snat) == dnat ip saddr 127.0.0.0/8 ip daddr . ip daddr @hairpins masquerade
+//
+// and where it is not, without the last and with
+//
+//	output:           ip saddr != 127.0.0.0/8 fib daddr type local goto hostports
 //
 // Only packets for an address of the node may be translated (CVE-2025-67499).
 // The row for one address comes before the one for any.
@@ -113,34 +149,68 @@ func (l nftLayout) rules() []netlink.Message {
 		portSize = 2
 	)
 
-	t := l.table
-	// Offsets in the IP header, the size of an address, and the register behind
-	// one.
-	saddr, daddr, size, behind := uint32(12), uint32(16), uint32(4), piece(1) //nolint:mnd // of struct iphdr
+	t, h := l.table, l.header()
 
-	if l.family == IPv6 {
-		saddr, daddr, size, behind = 8, 24, 16, 2
+	outgoing := l.loopback(h.saddr, nfnetlink.NotEqual)
+	if l.localhost {
+		outgoing = nil
 	}
 
-	local := func(chain string) netlink.Message {
-		return t.AppendRule(chain,
-			nfnetlink.LoadDestinationType(reg1), nfnetlink.Equal(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts))
-	}
+	var (
+		local = []nfnetlink.Expr{
+			nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts),
+		}
+		translated = []nfnetlink.Expr{
+			nfnetlink.LoadConntrackStatus(reg1), nfnetlink.Mask(reg1, statusDNAT|statusSNAT), nfnetlink.EqualTo(reg1, statusDNAT),
+		}
+		// masquerade is for packets to a pod with the address at an offset as
+		// the source.
+		masquerade = func(saddr uint32) []nfnetlink.Expr {
+			return []nfnetlink.Expr{
+				nfnetlink.LoadNetworkHeader(saddr, h.size, reg1), nfnetlink.LoadNetworkHeader(h.daddr, h.size, h.behind),
+				nfnetlink.InSet(nftHairpins, reg1), nfnetlink.Masquerade(),
+			}
+		}
+	)
 
-	return []netlink.Message{
+	msgs := []netlink.Message{
 		t.AppendRule(nftHostPorts,
-			nfnetlink.LoadNetworkHeader(daddr, size, reg1), nfnetlink.LoadProtocol(behind),
-			nfnetlink.LoadTransportHeader(dport, portSize, piece(size/4+1)),
-			nfnetlink.LookUp(nftHostIPPorts, reg1, reg1), nfnetlink.DNAT(t.Family, reg1, behind)),
+			nfnetlink.LoadNetworkHeader(h.daddr, h.size, reg1), nfnetlink.LoadProtocol(h.behind),
+			nfnetlink.LoadTransportHeader(dport, portSize, piece(h.size/4+1)),
+			nfnetlink.LookUp(nftHostIPPorts, reg1, reg1), nfnetlink.DNAT(t.Family, reg1, h.behind)),
 		t.AppendRule(nftHostPorts,
 			nfnetlink.LoadProtocol(reg1), nfnetlink.LoadTransportHeader(dport, portSize, piece(1)),
-			nfnetlink.LookUp(nftHostPorts, reg1, reg1), nfnetlink.DNAT(t.Family, reg1, behind)),
-		local(nftPrerouting),
-		local(nftOutput),
-		t.AppendRule(nftMasquerade,
-			nfnetlink.LoadConntrackStatus(reg1), nfnetlink.Mask(reg1, statusDNAT|statusSNAT), nfnetlink.Equal(reg1, statusDNAT),
-			nfnetlink.LoadNetworkHeader(saddr, size, reg1), nfnetlink.LoadNetworkHeader(daddr, size, behind),
-			nfnetlink.InSet(nftHairpins, reg1), nfnetlink.Masquerade()),
+			nfnetlink.LookUp(nftHostPorts, reg1, reg1), nfnetlink.DNAT(t.Family, reg1, h.behind)),
+		t.AppendRule(nftPrerouting, slices.Concat(l.loopback(h.daddr, nfnetlink.NotEqual), local)...),
+		t.AppendRule(nftOutput, slices.Concat(outgoing, local)...),
+		t.AppendRule(nftMasquerade, slices.Concat(translated, masquerade(h.saddr))...),
+	}
+
+	if l.localhost {
+		msgs = append(msgs, t.AppendRule(nftMasquerade,
+			slices.Concat(translated, l.loopback(h.saddr, nfnetlink.Equal), masquerade(h.daddr))...))
+	}
+
+	if l.family == IPv4 {
+		fromOutside := []nfnetlink.Expr{nfnetlink.LoadInputInterface(reg1), nfnetlink.NotEqualTo(reg1, loopbackIndex)}
+		for _, offset := range []uint32{h.daddr, h.saddr} {
+			loopback := slices.Concat(fromOutside, l.loopback(offset, nfnetlink.Equal))
+			msgs = append(msgs, t.AppendRule(nftGuard, append(loopback, nfnetlink.Drop())...))
+		}
+	}
+
+	return msgs
+}
+
+// loopback compares the address at an offset in the IP header with the loopback
+// network.
+func (l nftLayout) loopback(offset uint32, compare func(sreg uint32, data []byte) nfnetlink.Expr) []nfnetlink.Expr {
+	network := l.family.loopback()
+	prefix := network.Addr().AsSlice()[:network.Bits()/8]
+
+	return []nfnetlink.Expr{
+		nfnetlink.LoadNetworkHeader(offset, uint32(len(prefix)), reg1), //nolint:gosec // 16 at the most
+		compare(reg1, prefix),
 	}
 }
 

@@ -81,11 +81,16 @@ type nftHairpin struct {
 	rows    int // that lead to the pod IP
 }
 
-func newNFTBackend(ruleset *nftRuleset, f ipFamily, log klog.Logger) *nftBackend {
-	return &nftBackend{
+// newNFTBackend returns a backend. localhost tells whether loopback sources are
+// translated.
+func newNFTBackend(ruleset *nftRuleset, f ipFamily, localhost bool, log klog.Logger) *nftBackend {
+	b := &nftBackend{
 		nftLayout: newNFTLayout(f), ruleset: ruleset, log: log,
 		hairpins: map[netip.Addr]nftHairpin{}, doubtful: map[nftKey]*nftWanted{},
 	}
+	b.localhost = localhost
+
+	return b
 }
 
 // usable fails where the kernel cannot carry the layout, and says why.

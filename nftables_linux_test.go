@@ -131,7 +131,7 @@ func (n *node) addForeignNFT(f ipFamily) {
 		t.AddElement(set.Name, nfnetlink.Element{Key: n.Pods[0].IP(f == IPv6).AsSlice(), Comment: "of others"}),
 		t.CreateChain(nfnetlink.Chain{Name: "services", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT}),
 		t.CreateChain(nfnetlink.Chain{Name: "masquerade", Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT}),
-		t.AppendRule("services", nfnetlink.LoadProtocol(reg1), nfnetlink.Equal(reg1, 0)),
+		t.AppendRule("services", nfnetlink.LoadProtocol(reg1), nfnetlink.EqualTo(reg1, 0)),
 	)
 }
 
@@ -141,12 +141,17 @@ func (n *node) wipe(f ipFamily) {
 
 	if n.variant != viaNFTables {
 		n.iptables(f, "-F")
+		n.command(command(f)+"-"+string(n.variant), "-t", rawTable, "-F")
 
 		return
 	}
 
 	t := newNFTLayout(f).table
 	n.commit(t.FlushChain(nftHostPorts), t.FlushChain(nftPrerouting), t.FlushChain(nftOutput), t.FlushChain(nftMasquerade))
+
+	if f == IPv4 {
+		n.commit(t.FlushChain(nftGuard))
+	}
 }
 
 // eachNFTFamily runs f on a fresh node with nftables for each IP family.
@@ -229,7 +234,7 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-			return newNFTBackend(ruleset, f, cfg.log), nil
+			return newNFTBackend(ruleset, f, cfg.localhostIn(f), cfg.log), nil
 		})
 		n.do(func() { require.NoError(n.t, fm.start()) })
 		m.families = append(m.families, fm)
@@ -481,7 +486,7 @@ func TestListIsOfOneMoment(t *testing.T) {
 
 			return nil
 		}}
-		b := newNFTBackend(&nftRuleset{conn: fake}, f, testLogger(t))
+		b := newNFTBackend(&nftRuleset{conn: fake}, f, f == IPv4, testLogger(t))
 
 		list, err := b.list(t.Context())
 		require.NoError(t, err)
@@ -767,7 +772,7 @@ func TestRandomBatches(t *testing.T) {
 
 		have := map[nftKey]string{}
 
-		elements, err := newNFTBackend(&nftRuleset{conn: n.nfnetlink()}, IPv4, testLogger(t)).dump(t.Context())
+		elements, err := newNFTBackend(&nftRuleset{conn: n.nfnetlink()}, IPv4, true, testLogger(t)).dump(t.Context())
 		require.NoError(t, err)
 
 		for key, e := range elements {
@@ -925,6 +930,11 @@ func TestWithoutPrograms(t *testing.T) {
 		"OneTransactionPerOperation", "TableIsRepaired", "ElementsOfStrangers", "HairpinOfTwo", "OddElements",
 		"ForeignCommits", "OvertakenEachTime", "ListIsOfOneMoment", "FamiliesLookForThemselves", "ManyRows",
 		"GroupTransactions", "FailedTransactionIsUndone",
+		"Localhost", "LocalhostThroughNewInterface", "LoopbackUnguarded", "LoopbackIsGuarded", "GuardStays",
+		"LoopbackFromOutsideIsNotTranslated", "LoopbackSourcesRefused", "LocalhostByName",
+		"CritestHostPortAndContainerPort", "CritestOnlyContainerPort", "KubernetesSamePortOtherAddressAndProtocol",
+		"KubernetesConflictWithAnyAddress", "KubernetesSCTPHostPort", "CRIOHostPortAtNodeAddress",
+		"TwoNetworks", "AddressMoves", "PodIPIsReused", "NodeDoesNotForward",
 	}, "|") + ")$"
 
 	cmd := exec.CommandContext(t.Context(), self, "-test.run", suite, "-test.v")

@@ -224,6 +224,15 @@ func (n *node) leftOver(f ipFamily) []string {
 	})
 }
 
+// onlyBase asserts that what is ours is what stays without any row, all of it.
+func (n *node) onlyBase(f ipFamily) {
+	n.t.Helper()
+	assert.Empty(n.t, n.leftOver(f))
+
+	chains := 2
+	assert.Len(n.t, n.ours(f), chains+len(natRules(f, f == IPv4)))
+}
+
 // manager returns a new Manager on the node.
 func (n *node) manager(opts ...Option) *Manager {
 	n.t.Helper()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -13,6 +14,8 @@ type operation struct {
 	name   string
 	owner  owner
 	remove bool
+	pod    netip.Addr // of an Add, and the interface to it, if known
+	device string
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
@@ -179,6 +182,31 @@ func (m *hostportManager) finish(ctx context.Context, batch []*operation, deltas
 
 	for _, op := range batch {
 		op.change.finish()
+
+		if !op.remove {
+			m.prepareNode(op)
+		}
+	}
+}
+
+// prepareNode sees to what host ports take besides rules. What is missing is
+// told in the log: the rows themselves work.
+func (m *hostportManager) prepareNode(op *operation) {
+	if m.cfg.localhostIn(m.family) {
+		if err := m.localhost.open(op.device, op.pod); err != nil {
+			m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", op.owner, "podIP", op.pod)
+		}
+	}
+
+	if m.prepared {
+		return
+	}
+
+	m.prepared = true
+
+	if !isSet(forwarding(m.family)) {
+		m.cfg.log.Info("Host ports can only be reached from the node itself: it does not forward",
+			"family", m.family, "sysctl", forwarding(m.family))
 	}
 }
 

@@ -30,18 +30,24 @@ const defaultTimeout = 30 * time.Second
 type Option func(*config)
 
 type config struct {
-	backend Backend
-	sockets bool
-	timeout time.Duration
-	log     klog.Logger
+	backend   Backend
+	sockets   bool
+	localhost bool
+	timeout   time.Duration
+	log       klog.Logger
 }
+
+// localhostIn tells whether host ports of a family are to be reached from
+// loopback addresses. IPv6 has no route_localnet.
+func (c config) localhostIn(f ipFamily) bool { return c.localhost && f == IPv4 }
 
 func newConfig(opts []Option) config {
 	cfg := config{
-		backend: BackendAuto,
-		sockets: true,
-		timeout: defaultTimeout,
-		log:     klog.Background(),
+		backend:   BackendAuto,
+		sockets:   true,
+		localhost: true,
+		timeout:   defaultTimeout,
+		log:       klog.Background(),
 	}
 	for _, opt := range opts {
 		opt(&cfg)
@@ -64,10 +70,14 @@ func WithoutSockets() Option {
 	return func(c *config) { c.sockets = false }
 }
 
-// WithoutLocalhost forbids what it takes to reach host ports through
-// 127.0.0.0/8. This version never does it, so the option changes nothing yet.
+// WithoutLocalhost leaves the sysctl route_localnet alone, without which host
+// ports cannot be reached through 127.0.0.0/8. Connections from such an address
+// are refused then, as those from ::1 always are: they meet the socket that
+// holds the port. (One to 127.0.0.1 from another of the node's addresses does
+// reach the pod.) What comes from outside for 127.0.0.0/8 is dropped all the
+// same.
 func WithoutLocalhost() Option {
-	return func(*config) {}
+	return func(c *config) { c.localhost = false }
 }
 
 // WithTimeout bounds how long an operation waits for its turn, and then how

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+
+	"k8s.io/klog/v2"
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
@@ -45,3 +47,15 @@ func newFlows(ipFamily) flows { return flows{} }
 
 func (*flows) flush(context.Context, []delta, func(portKey, netip.Addr) *row) error { return nil }
 func (*flows) close() error                                                         { return nil }
+
+// localhost opens nothing.
+type localhost struct{}
+
+func newLocalhost(klog.Logger) localhost { return localhost{} }
+
+func (*localhost) open(string, netip.Addr) error { return nil }
+func (*localhost) close()                        {}
+
+func localnetRouted() bool       { return false }
+func forwarding(ipFamily) string { return "" }
+func isSet(string) bool          { return true }

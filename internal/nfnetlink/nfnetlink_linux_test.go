@@ -92,7 +92,7 @@ func TestObjects(t *testing.T) {
 		table.CreateChain(Chain{Name: "base", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: -100}),
 		table.CreateChain(Chain{Name: "other"}),
 		table.AppendRule("base", LoadProtocol(1), LoadTransportHeader(2, 2, 9), InSet(set.Name, 1), Goto("other")),
-		table.AppendRule("other", LoadDestinationType(1), Equal(1, unix.RTN_LOCAL),
+		table.AppendRule("other", LoadDestinationType(1), EqualTo(1, unix.RTN_LOCAL),
 			LoadTransportHeader(2, 2, 1), LookUp(ports.Name, 1, 1), DNAT(table.Family, 1, 2)),
 	}
 	commit(t, c, append(objects, table.AddElement(set.Name, element(1)), table.AddElement(ports.Name, entry))...)
@@ -307,7 +307,7 @@ func TestByteOrder(t *testing.T) {
 	assert.Contains(t, string(m.Data), "\x08\x00\x01\x00\x00\x00\x00\x03"[4:], "hook number")
 	assert.Contains(t, string(m.Data), "\xff\xff\xff\x9c", "priority")
 
-	m = table.AppendRule("c", Equal(1, 2))
+	m = table.AppendRule("c", EqualTo(1, 2))
 	assert.Contains(t, string(m.Data), string(native(2)))
 
 	m = table.CreateSet(ports)

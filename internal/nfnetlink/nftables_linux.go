@@ -13,7 +13,8 @@ import (
 const (
 	nftaTableHandle   = 4
 	nftaTableUserdata = 6 // Linux 5.10; ignored before
-	nfAccept          = 1 // linux/netfilter.h
+	nfDrop            = 0 // linux/netfilter.h
+	nfAccept          = 1
 )
 
 // Types of user data, from libnftnl's udata.h: a type, a length and a value
@@ -384,9 +385,15 @@ func payload(base, offset, size, dreg uint32) Expr {
 }
 
 // LoadProtocol loads the number of the transport protocol.
-func LoadProtocol(dreg uint32) Expr {
+func LoadProtocol(dreg uint32) Expr { return meta(unix.NFT_META_L4PROTO, dreg) }
+
+// LoadInputInterface loads the index of the interface that the packet came in
+// by, a number in the machine's byte order.
+func LoadInputInterface(dreg uint32) Expr { return meta(unix.NFT_META_IIF, dreg) }
+
+func meta(key, dreg uint32) Expr {
 	return Expr{"meta", func(ae *netlink.AttributeEncoder) {
-		ae.Uint32(unix.NFTA_META_KEY, unix.NFT_META_L4PROTO)
+		ae.Uint32(unix.NFTA_META_KEY, key)
 		ae.Uint32(unix.NFTA_META_DREG, dreg)
 	}}
 }
@@ -422,12 +429,23 @@ func Mask(reg, mask uint32) Expr {
 	}}
 }
 
-// Equal goes on if a register has a number, in the machine's byte order.
-func Equal(sreg, number uint32) Expr {
+// Equal goes on if a register begins with the bytes given.
+func Equal(sreg uint32, data []byte) Expr { return compare(unix.NFT_CMP_EQ, sreg, data) }
+
+// NotEqual goes on if it does not.
+func NotEqual(sreg uint32, data []byte) Expr { return compare(unix.NFT_CMP_NEQ, sreg, data) }
+
+// EqualTo goes on if a register has a number, in the machine's byte order.
+func EqualTo(sreg, number uint32) Expr { return Equal(sreg, native(number)) }
+
+// NotEqualTo goes on if it has not.
+func NotEqualTo(sreg, number uint32) Expr { return NotEqual(sreg, native(number)) }
+
+func compare(op, sreg uint32, data []byte) Expr {
 	return Expr{"cmp", func(ae *netlink.AttributeEncoder) {
 		ae.Uint32(unix.NFTA_CMP_SREG, sreg)
-		ae.Uint32(unix.NFTA_CMP_OP, unix.NFT_CMP_EQ)
-		value(ae, unix.NFTA_CMP_DATA, native(number))
+		ae.Uint32(unix.NFTA_CMP_OP, op)
+		value(ae, unix.NFTA_CMP_DATA, data)
 	}}
 }
 
@@ -466,12 +484,19 @@ func Masquerade() Expr {
 
 // Goto continues in another chain, and does not come back.
 func Goto(chain string) Expr {
+	return verdict(unix.NFT_GOTO, func(ae *netlink.AttributeEncoder) { ae.String(unix.NFTA_VERDICT_CHAIN, chain) })
+}
+
+// Drop drops the packet.
+func Drop() Expr { return verdict(nfDrop, func(*netlink.AttributeEncoder) {}) }
+
+func verdict(code int32, more func(*netlink.AttributeEncoder)) Expr {
 	return Expr{"immediate", func(ae *netlink.AttributeEncoder) {
 		ae.Uint32(unix.NFTA_IMMEDIATE_DREG, unix.NFT_REG_VERDICT)
 		nested(ae, unix.NFTA_IMMEDIATE_DATA, func(ae *netlink.AttributeEncoder) {
 			nested(ae, unix.NFTA_DATA_VERDICT, func(ae *netlink.AttributeEncoder) {
-				ae.Int32(unix.NFTA_VERDICT_CODE, unix.NFT_GOTO)
-				ae.String(unix.NFTA_VERDICT_CHAIN, chain)
+				ae.Int32(unix.NFTA_VERDICT_CODE, code)
+				more(ae)
 			})
 		})
 	}}

@@ -24,7 +24,8 @@
 //
 // A namespace answers requests with [Namespace.Serve] and sends them with
 // [Namespace.Ask]; the answer tells who gave it and which source address it
-// saw, which is what a port mapping changes.
+// saw, which is what a port mapping changes. A pod may be on a second bridge,
+// cni1, as well: 10.89.0.0/16 and fd00:10:89::/64, host .1 and pod .2.
 //
 // The package executes no programs and needs CAP_SYS_ADMIN and CAP_NET_ADMIN,
 // which an unprivileged user has in namespaces of its own (unshare -Urnm). The

@@ -97,9 +97,9 @@ func (n *Namespace) enter() error {
 	return unix.Setns(n.FD(), unix.CLONE_NEWNET)
 }
 
-// sysctl writes a value below /proc/sys, which shows the namespace of the
+// Sysctl writes a value below /proc/sys, which shows the namespace of the
 // thread that opens it.
-func (n *Namespace) sysctl(key, value string) error {
+func (n *Namespace) Sysctl(key, value string) error {
 	return n.Do(func() error {
 		f, err := os.OpenFile("/proc/sys/"+key, os.O_WRONLY, 0)
 		if err != nil {

@@ -15,7 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const bridge = "cni0"
+// The bridges of the pods' networks: all pods are on the first.
+const (
+	bridge       = "cni0"
+	secondBridge = "cni1"
+)
 
 // A Bed is a node, its pods, and a machine on either side of it. See the
 // package documentation for a picture.
@@ -54,6 +58,8 @@ func (b *Bed) PeerIP(v6 bool) netip.Addr { return family(v6, "198.51.100.2", "20
 func peerGateway(v6 bool) netip.Addr { return family(v6, "198.51.100.1", "2001:db8:2::1") }
 func podGateway(v6 bool) netip.Addr  { return family(v6, "10.88.0.1", "fd00:10:88::1") }
 
+func secondGateway(v6 bool) netip.Addr { return family(v6, "10.89.0.1", "fd00:10:89::1") }
+
 func family(v6 bool, ipv4, ipv6 string) netip.Addr {
 	if v6 {
 		return netip.MustParseAddr(ipv6)
@@ -76,14 +82,14 @@ func New(pods ...string) (_ *Bed, err error) {
 		}
 	}
 	for _, key := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
-		if err := b.Host.sysctl(key, "1"); err != nil {
+		if err := b.Host.Sysctl(key, "1"); err != nil {
 			return nil, err
 		}
 	}
 	// A node has these set, and hairpin traffic depends on them. They are
 	// absent while the module br_netfilter is not loaded.
 	for _, key := range []string{"net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"} {
-		if err := b.Host.sysctl(key, "1"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := b.Host.Sysctl(key, "1"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
 	}
@@ -93,7 +99,7 @@ func New(pods ...string) (_ *Bed, err error) {
 	if err := b.connect("eth1", b.Peer, 24, b.PeerIP, peerGateway); err != nil {
 		return nil, err
 	}
-	if err := b.addBridge(); err != nil {
+	if err := b.addBridge(bridge, podGateway); err != nil {
 		return nil, err
 	}
 	for _, name := range pods {
@@ -105,21 +111,74 @@ func New(pods ...string) (_ *Bed, err error) {
 }
 
 // AddPod adds a pod with the next free addresses. It must not be called from
-// several goroutines at once.
-func (b *Bed) AddPod(name string) (_ *Pod, err error) {
-	pod := &Pod{IPv4: podGateway(false).Next(), IPv6: podGateway(true).Next()}
+// several goroutines at once, as its like must not.
+func (b *Bed) AddPod(name string) (*Pod, error) {
+	ipv4, ipv6 := podGateway(false).Next(), podGateway(true).Next()
 	if len(b.Pods) > 0 {
 		last := b.Pods[len(b.Pods)-1]
-		pod.IPv4, pod.IPv6 = last.IPv4.Next(), last.IPv6.Next()
+		ipv4, ipv6 = last.IPv4.Next(), last.IPv6.Next()
 	}
-	if pod.Namespace, err = newMachine(name); err != nil {
+	pod, err := b.newPod(name, len(b.Pods), ipv4, ipv6)
+	if err != nil {
 		return nil, err
-	}
-	if err := b.plugIn(pod); err != nil {
-		return nil, fmt.Errorf("add pod %s: %w", name, errors.Join(err, pod.Close()))
 	}
 	b.Pods = append(b.Pods, pod)
 	return pod, nil
+}
+
+// ReplacePod ends the i-th pod and puts another in its place, with the same
+// addresses.
+func (b *Bed) ReplacePod(i int, name string) error {
+	old := b.Pods[i]
+	err := b.Host.configure(func(h *netlink.Handle) error {
+		link, err := h.LinkByName(portName(i))
+		if err != nil {
+			return err
+		}
+		return h.LinkDel(link)
+	})
+	if err = errors.Join(err, old.Close()); err != nil {
+		return fmt.Errorf("end pod %s: %w", old.Name, err)
+	}
+	pod, err := b.newPod(name, i, old.IPv4, old.IPv6)
+	if err != nil {
+		return err
+	}
+	b.Pods[i] = pod
+	return nil
+}
+
+func (b *Bed) newPod(name string, i int, ipv4, ipv6 netip.Addr) (_ *Pod, err error) {
+	pod := &Pod{IPv4: ipv4, IPv6: ipv6}
+	if pod.Namespace, err = newMachine(name); err != nil {
+		return nil, err
+	}
+	err = b.plugIn(bridge, newVeth(portName(i), pod.Namespace, "eth0", ipv4))
+	if err == nil {
+		err = pod.attach("eth0", 16, pod.IP, podGateway)
+	}
+	if err == nil {
+		err = errors.Join(b.Host.settle(portName(i)), b.Host.settle(bridge))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("add pod %s: %w", name, errors.Join(err, pod.Close()))
+	}
+	return pod, nil
+}
+
+// SecondNetwork puts a pod on a second bridge as well, by eth1, and returns its
+// address there. Its default route stays. It can be called once for a bed.
+func (b *Bed) SecondNetwork(pod *Pod) (ip func(v6 bool) netip.Addr, err error) {
+	const port = "vethsecond"
+	ip = func(v6 bool) netip.Addr { return secondGateway(v6).Next() }
+	if err := b.addBridge(secondBridge, secondGateway); err != nil {
+		return nil, err
+	}
+	if err := b.plugIn(secondBridge, newVeth(port, pod.Namespace, "eth1", ip(false))); err != nil {
+		return nil, err
+	}
+	err = pod.configure(func(h *netlink.Handle) error { return raise(h, "eth1", 16, ip) })
+	return ip, errors.Join(err, pod.settle("eth1"), b.Host.settle(port), b.Host.settle(secondBridge))
 }
 
 // Close ends all services and lets go of all namespaces. Further calls do
@@ -150,7 +209,7 @@ func newMachine(name string) (*Namespace, error) {
 	// runs. To exempt our own addresses would not do: forwarding needs the
 	// link-local ones.
 	err = errors.Join(
-		n.sysctl("net/ipv6/conf/default/accept_dad", "0"),
+		n.Sysctl("net/ipv6/conf/default/accept_dad", "0"),
 		n.configure(func(h *netlink.Handle) error { return raise(h, "lo", 0) }),
 	)
 	if err != nil {
@@ -163,58 +222,54 @@ func newMachine(name string) (*Namespace, error) {
 // n's gateway.
 func (b *Bed) connect(device string, n *Namespace, bits int, addr func(bool) netip.Addr, hostAddrs ...func(bool) netip.Addr) error {
 	err := b.Host.configure(func(h *netlink.Handle) error {
-		return add(h, newVeth(device, n), bits, hostAddrs...)
+		return add(h, newVeth(device, n, "eth0", addr(false)), bits, hostAddrs...)
 	})
 	if err != nil {
 		return err
 	}
-	if err := n.attach(bits, addr, hostAddrs[0]); err != nil {
+	if err := n.attach("eth0", bits, addr, hostAddrs[0]); err != nil {
 		return err
 	}
 	return b.Host.settle(device)
 }
 
-func (b *Bed) addBridge() error {
+// addBridge makes a bridge of the host with an address, the gateway of its pods.
+func (b *Bed) addBridge(name string, gateway func(bool) netip.Addr) error {
 	return b.Host.configure(func(h *netlink.Handle) error {
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name = bridge
+		attrs.Name = name
 		// Without an address of its own, the bridge takes the lowest of its
 		// ports' and changes it when a pod comes or goes.
-		attrs.HardwareAddr = net.HardwareAddr{0x0a, 0x58, 10, 88, 0, 1}
-		return add(h, &netlink.Bridge{LinkAttrs: attrs}, 16, podGateway)
+		attrs.HardwareAddr = hardwareAddr(gateway(false))
+		return add(h, &netlink.Bridge{LinkAttrs: attrs}, 16, gateway)
 	})
 }
 
-func (b *Bed) plugIn(pod *Pod) error {
-	port := fmt.Sprintf("veth%d", len(b.Pods)+1)
-	err := b.Host.configure(func(h *netlink.Handle) error {
+// plugIn makes a link from a bridge to a pod.
+func (b *Bed) plugIn(bridge string, veth *netlink.Veth) error {
+	return b.Host.configure(func(h *netlink.Handle) error {
 		master, err := h.LinkByName(bridge)
 		if err != nil {
 			return err
 		}
-		veth := newVeth(port, pod.Namespace)
 		veth.MasterIndex = master.Attrs().Index
 		if err := add(h, veth, 0); err != nil {
 			return err
 		}
 		if err := h.LinkSetHairpin(veth, true); err != nil {
-			return fmt.Errorf("set hairpin mode of %s: %w", port, err)
+			return fmt.Errorf("set hairpin mode of %s: %w", veth.Name, err)
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	if err := pod.attach(16, pod.IP, podGateway); err != nil {
-		return err
-	}
-	return errors.Join(b.Host.settle(port), b.Host.settle(bridge))
 }
 
-// attach configures eth0, the inner end of a link to the host.
-func (n *Namespace) attach(bits int, addr, gateway func(bool) netip.Addr) error {
+// portName is the host's end of the link to the i-th pod.
+func portName(i int) string { return fmt.Sprintf("veth%d", i+1) }
+
+// attach configures the inner end of a link to the host.
+func (n *Namespace) attach(device string, bits int, addr, gateway func(bool) netip.Addr) error {
 	err := n.configure(func(h *netlink.Handle) error {
-		if err := raise(h, "eth0", bits, addr); err != nil {
+		if err := raise(h, device, bits, addr); err != nil {
 			return err
 		}
 		for _, v6 := range []bool{false, true} {
@@ -227,7 +282,58 @@ func (n *Namespace) attach(bits int, addr, gateway func(bool) netip.Addr) error 
 	if err != nil {
 		return err
 	}
-	return n.settle("eth0")
+	return n.settle(device)
+}
+
+// AddAddress gives a device another address, as an address that moves between
+// nodes comes.
+func (n *Namespace) AddAddress(device string, addr netip.Prefix) error {
+	if err := n.address(device, addr, (*netlink.Handle).AddrAdd); err != nil {
+		return err
+	}
+	return n.settle(device)
+}
+
+// RemoveAddress takes an address from a device.
+func (n *Namespace) RemoveAddress(device string, addr netip.Prefix) error {
+	return n.address(device, addr, (*netlink.Handle).AddrDel)
+}
+
+func (n *Namespace) address(device string, addr netip.Prefix, change func(*netlink.Handle, netlink.Link, *netlink.Addr) error) error {
+	return n.configure(func(h *netlink.Handle) error {
+		link, err := h.LinkByName(device)
+		if err != nil {
+			return err
+		}
+		ip := &net.IPNet{IP: addr.Addr().AsSlice(), Mask: net.CIDRMask(addr.Bits(), addr.Addr().BitLen())}
+		return change(h, link, &netlink.Addr{IPNet: ip})
+	})
+}
+
+// SendLoopback makes a machine send what is for 127.0.0.0/8 to its gateway, the
+// host, instead of to itself, and gives it the address 127.0.0.2. No honest one
+// does.
+func (n *Namespace) SendLoopback() error {
+	err := errors.Join(
+		n.Sysctl("net/ipv4/conf/all/route_localnet", "1"),
+		n.RemoveAddress("lo", netip.MustParsePrefix("127.0.0.1/8")),
+		n.AddAddress("eth0", netip.MustParsePrefix("127.0.0.2/32")),
+	)
+	if err != nil {
+		return err
+	}
+	return n.configure(func(h *netlink.Handle) error {
+		routes, err := h.RouteList(nil, unix.AF_INET)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			if r.Gw != nil {
+				return h.RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4(127, 0, 0, 0), Mask: net.CIDRMask(8, 32)}, Gw: r.Gw})
+			}
+		}
+		return errors.New("no default route")
+	})
 }
 
 // configure runs f with a netlink handle of the namespace.
@@ -284,11 +390,19 @@ func settled(h *netlink.Handle, device string) (bool, error) {
 	return err == nil && linkLocal && !tentative, err
 }
 
-// newVeth describes a link between the device and eth0 in n.
-func newVeth(device string, n *Namespace) *netlink.Veth {
+// newVeth describes a link between the device and another in n. That one's
+// hardware address follows from its IP address: whoever has it next is reached at
+// once.
+func newVeth(device string, n *Namespace, inner string, ip netip.Addr) *netlink.Veth {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = device
-	return &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(n.FD())}
+	return &netlink.Veth{
+		LinkAttrs: attrs, PeerName: inner, PeerNamespace: netlink.NsFd(n.FD()), PeerHardwareAddr: hardwareAddr(ip),
+	}
+}
+
+func hardwareAddr(ip netip.Addr) net.HardwareAddr {
+	return append(net.HardwareAddr{0x0a, 0x58}, ip.AsSlice()...)
 }
 
 // add creates a device and raises it.

@@ -1,0 +1,469 @@
+package hostport
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/mdlayher/netlink"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"k8s.io/klog/v2/ktesting"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/testbed"
+)
+
+// bridgeIP is the node's address on the pods' network.
+const bridgeIP = "10.88.0.1"
+
+// logs returns an option, and what has been logged with it so far.
+func (n *node) logs() (Option, func() string) {
+	n.t.Helper()
+
+	log := ktesting.NewLogger(n.t, ktesting.NewConfig(ktesting.BufferLogs(true)))
+	sink, ok := log.GetSink().(ktesting.Underlier)
+	require.True(n.t, ok)
+
+	return WithLogger(log), sink.GetBuffer().String
+}
+
+// localnet lists the interfaces of the host that have route_localnet.
+func (n *node) localnet() []string {
+	n.t.Helper()
+
+	var devices []string
+
+	n.do(func() {
+		paths, err := filepath.Glob(routeLocalnet("*"))
+		require.NoError(n.t, err)
+		require.NotEmpty(n.t, paths)
+
+		for _, path := range paths {
+			value, err := os.ReadFile(path)
+			require.NoError(n.t, err)
+
+			if strings.TrimSpace(string(value)) != "0" {
+				devices = append(devices, filepath.Base(filepath.Dir(path)))
+			}
+		}
+	})
+
+	return devices
+}
+
+func (n *node) sysctl(key, value string) {
+	n.t.Helper()
+	require.NoError(n.t, n.Host.Sysctl(key, value))
+}
+
+// attempt is a request that is not to be answered.
+type attempt struct {
+	by       *testbed.Namespace
+	network  string
+	from, to string // from may be empty
+}
+
+// inVain makes attempts at once and asserts that nothing answers, nor refuses.
+func (n *node) inVain(attempts ...attempt) {
+	n.t.Helper()
+
+	var wg sync.WaitGroup
+
+	for _, a := range attempts {
+		wg.Go(func() {
+			var from netip.AddrPort
+			if a.from != "" {
+				from = netip.MustParseAddrPort(a.from)
+			}
+
+			// More than an answer takes, but for a packet that was lost.
+			ctx, cancel := context.WithTimeout(n.t.Context(), patience/10)
+			defer cancel()
+
+			_, err := a.by.AskFrom(ctx, a.network, from, netip.MustParseAddrPort(a.to))
+			assert.ErrorIs(n.t, err, context.DeadlineExceeded, "%s %s from %s", a.network, a.to, a.by.Name)
+		})
+	}
+
+	wg.Wait()
+}
+
+func (n *node) hostService(network, addr string) *testbed.Service {
+	n.t.Helper()
+
+	s, err := n.Host.Serve(network, netip.MustParseAddrPort(addr))
+	require.NoError(n.t, err)
+
+	return s
+}
+
+// What the node itself gets at 127.0.0.0/8, however the runtime names the
+// interface to the pod, and with strict reverse path filtering.
+func TestLocalhost(t *testing.T) {
+	for _, device := range []string{"", "cni0", "lo", "none0"} {
+		eachBackend(t, func(t *testing.T, n *node) {
+			for _, key := range []string{"all", "cni0", "eth0", "lo"} {
+				n.sysctl("net/ipv4/conf/"+key+"/rp_filter", "1")
+			}
+
+			for _, network := range []string{"tcp", "udp"} {
+				n.serve(0, network, IPv4, 80)
+			}
+
+			log, logged := n.logs()
+			m := n.manager(log)
+			pod := n.pod(0, IPv4,
+				&PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"},
+				&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "127.0.0.1"},
+				&PortMapping{HostPort: 8082, ContainerPort: 80, HostIP: "127.0.0.5", Protocol: "UDP"})
+			assert.Empty(t, n.localnet())
+
+			for range 2 {
+				n.do(func() { require.NoError(t, m.Add("id", pod, device)) })
+			}
+
+			assert.Equal(t, []string{"cni0"}, n.localnet())
+			assert.Equal(t, 1, strings.Count(logged(), "route_localnet"), logged())
+
+			for _, ask := range []struct{ network, to string }{
+				{"tcp", "127.0.0.1:8080"},
+				{"tcp", "127.1.2.3:8080"},
+				{"tcp", "127.0.0.1:8081"},
+				{"udp", "127.0.0.1:8080"},
+				{"udp", "127.1.2.3:8080"},
+				{"udp", "127.0.0.5:8082"},
+			} {
+				a := n.answers(n.Host, ask.network, netip.MustParseAddrPort(ask.to), "web")
+				assert.Equal(t, bridgeIP, a.Source.Addr().String(), "a loopback source is masqueraded")
+			}
+
+			n.refused(n.Host, "tcp", netip.MustParseAddrPort("127.0.0.2:8081"))
+
+			// From an address of its own, the node is seen as it is.
+			a, err := n.Host.AskFrom(t.Context(), "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 0), netip.MustParseAddrPort("127.0.0.1:8080"))
+			require.NoError(t, err)
+			assert.Equal(t, n.nodeIP(IPv4), a.Source.Addr())
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+
+			require.NoError(t, n.remove(m, "id", nil))
+			n.refused(n.Host, "tcp", netip.MustParseAddrPort("127.0.0.1:8080"))
+			assert.Equal(t, []string{"cni0"}, n.localnet(), "connections that are still open need it")
+		})
+	}
+}
+
+// An interface that is made anew has to be opened anew.
+func TestLocalhostThroughNewInterface(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, port)))
+
+		second, err := n.SecondNetwork(n.Pods[0])
+		require.NoError(t, err)
+
+		pod := n.pod(0, IPv4, port)
+		pod.IP = second(false).AsSlice()
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Equal(t, []string{"cni0", "cni1"}, n.localnet())
+	})
+}
+
+// What the attacks of TestLoopbackIsGuarded come to where nobody stops them.
+func TestLoopbackUnguarded(t *testing.T) {
+	n := anyNode(t)
+	for _, device := range []string{"cni0", "eth0"} {
+		n.sysctl("net/ipv4/conf/"+device+"/route_localnet", "1")
+		n.sysctl("net/ipv4/conf/"+device+"/rp_filter", "0")
+	}
+
+	n.sysctl("net/ipv4/conf/all/rp_filter", "0")
+	n.hostService("tcp", "127.0.0.1:9000")
+	n.hostService("udp", "127.0.0.1:9000")
+
+	for _, attacker := range []*testbed.Namespace{n.Pods[1].Namespace, n.Client} {
+		require.NoError(t, attacker.SendLoopback())
+		n.answers(attacker, "tcp", netip.MustParseAddrPort("127.0.0.1:9000"), "host")
+		n.answers(attacker, "udp", netip.MustParseAddrPort("127.0.0.1:9000"), "host")
+
+		to := netip.AddrPortFrom(n.nodeIP(IPv4), 9001)
+		service := n.hostService("udp", to.String())
+		n.inVain(attempt{attacker, "udp", "127.0.0.2:0", to.String()}) // as the answer does not find back
+		assert.NotZero(t, service.Count(), "who passes for the node is heard")
+		require.NoError(t, service.Close())
+	}
+}
+
+// Neither a pod nor a neighbour of the node gets through the interfaces that
+// Add has opened: not to services of the node, not to rows at 127.0.0.1, and not
+// by passing for the node.
+func TestLoopbackIsGuarded(t *testing.T) {
+	for name, opts := range map[string][]Option{"with localhost": nil, "without": {WithoutLocalhost()}} {
+		t.Run(name, func(t *testing.T) {
+			eachBackend(t, func(t *testing.T, n *node) {
+				for _, key := range []string{"all", "cni0", "eth0"} {
+					n.sysctl("net/ipv4/conf/"+key+"/rp_filter", "0")
+				}
+
+				var web []*testbed.Service
+
+				for _, network := range []string{"tcp", "udp"} {
+					s, err := n.Pods[0].Serve(network, netip.AddrPortFrom(n.Pods[0].IPv4, 80))
+					require.NoError(t, err)
+
+					web = append(web, s)
+				}
+
+				m := n.manager(opts...)
+				pod := n.pod(0, IPv4,
+					&PortMapping{HostPort: 8080, ContainerPort: 80},
+					&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "127.0.0.1"},
+					&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "127.0.0.1", Protocol: "UDP"})
+
+				for _, device := range []string{"cni0", "eth0"} {
+					n.do(func() { require.NoError(t, m.Add("id", pod, device)) })
+				}
+
+				if len(opts) > 0 {
+					assert.Empty(t, n.localnet())
+
+					for _, device := range []string{"cni0", "eth0"} { // by the administrator
+						n.sysctl("net/ipv4/conf/"+device+"/route_localnet", "1")
+					}
+				}
+
+				assert.Equal(t, []string{"cni0", "eth0"}, n.localnet())
+
+				tcp, udp := n.hostService("tcp", "127.0.0.1:9000"), n.hostService("udp", "127.0.0.1:9000")
+				spoofed := n.hostService("udp", netip.AddrPortFrom(n.nodeIP(IPv4), 9001).String())
+
+				var attempts []attempt
+
+				for _, by := range []*testbed.Namespace{n.Pods[1].Namespace, n.Pods[0].Namespace, n.Client} {
+					require.NoError(t, by.SendLoopback())
+
+					attempts = append(attempts,
+						attempt{by, "tcp", "", "127.0.0.1:9000"}, attempt{by, "udp", "", "127.0.0.1:9000"},
+						attempt{by, "tcp", "", "127.0.0.1:8080"},
+						attempt{by, "tcp", "", "127.0.0.1:8081"}, attempt{by, "udp", "", "127.0.0.1:8081"},
+						attempt{by, "udp", "127.0.0.2:0", spoofed.Addr().String()})
+				}
+
+				n.inVain(attempts...)
+
+				for _, s := range append(web, tcp, udp, spoofed) {
+					assert.Zero(t, s.Count(), s.Addr())
+				}
+
+				n.answers(n.Host, "tcp", tcp.Addr(), "host")
+				n.answers(n.Host, "udp", udp.Addr(), "host")
+
+				if len(opts) == 0 {
+					n.answers(n.Host, "tcp", netip.MustParseAddrPort("127.0.0.1:8081"), "web")
+					n.answers(n.Host, "udp", netip.MustParseAddrPort("127.0.0.1:8081"), "web")
+				}
+			})
+		})
+	}
+}
+
+// What comes from outside for a loopback address is not translated either, not
+// even with what CRI-O leaves, and until an operation finds that the guard has
+// gone.
+func TestLoopbackFromOutsideIsNotTranslated(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		if n.variant != viaNFTables {
+			n.iptables(IPv4, "-N", dnatDispatch)
+			n.iptables(IPv4, "-A", preRouting, "-m", "comment", "--comment", dnatComment, "-m", "addrtype", "--dst-type", "LOCAL", "-j", dnatDispatch)
+		}
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: "127.0.0.1"})))
+
+		if n.variant == viaNFTables {
+			n.commit(newNFTLayout(IPv4).table.FlushChain(nftGuard))
+		} else {
+			n.command("iptables-"+string(n.variant), "-t", rawTable, "-F")
+		}
+
+		to := netip.MustParseAddrPort("127.0.0.1:8080")
+		attacker := n.Pods[1].Namespace
+		require.NoError(t, attacker.SendLoopback())
+		n.refused(attacker, "tcp", to) // by the socket that holds the port
+		n.answers(n.Host, "tcp", to, "web")
+	})
+}
+
+// guarded asserts that the guard stands, as the node's operator sees it.
+func (n *node) guarded() {
+	n.t.Helper()
+
+	if n.variant == viaNFTables {
+		rules, err := n.nfnetlink().Dump(n.t.Context(), newNFTLayout(IPv4).table.Rules())
+		require.NoError(n.t, err)
+
+		guards := 0
+
+		for _, m := range rules {
+			rule, err := nfnetlink.ParseRule(m)
+			require.NoError(n.t, err)
+
+			if rule.Chain == nftGuard {
+				guards++
+			}
+		}
+
+		assert.Equal(n.t, 2, guards)
+
+		return
+	}
+
+	save := n.command("iptables-"+string(n.variant)+"-save", "-t", rawTable)
+	for _, rule := range guardRules(IPv4) {
+		assert.Equal(n.t, 1, strings.Count(save, cmdAppend+rule.String()), save)
+	}
+}
+
+// wipeAll deletes all rules and chains that there are for IPv4, whoever made
+// them, but for the hint that says which iptables the node uses.
+func (n *node) wipeAll() {
+	n.t.Helper()
+
+	if n.variant == viaNFTables {
+		n.commit(newNFTLayout(IPv4).table.Delete())
+
+		return
+	}
+
+	n.wipe(IPv4)
+	n.iptables(IPv4, "-X")
+}
+
+// The sysctl outlives a ruleset, its rows and its manager, so the guard does too.
+func TestGuardStays(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		another := n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+		n.guarded()
+
+		// Each operation puts it back.
+		n.wipeAll()
+		require.NoError(t, n.add(m, "another", another))
+		n.guarded()
+		n.wipeAll()
+		require.NoError(t, n.remove(m, "another", another))
+		n.guarded()
+
+		if n.variant != viaNFTables { // where it stands in a table of its own
+			n.command("iptables-"+string(n.variant), "-t", rawTable, "-F")
+			require.NoError(t, n.add(m, "id", pod))
+			n.guarded()
+		}
+
+		require.NoError(t, n.remove(m, "id", nil))
+		n.guarded()
+		require.NoError(t, m.Close())
+		n.guarded()
+
+		// And so does a manager that starts, if there is anything to guard.
+		n.wipeAll()
+		require.NoError(t, n.manager().Close())
+		n.guarded()
+
+		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
+		n.wipeAll()
+		require.NoError(t, n.manager().Close())
+		assert.Empty(t, n.ours(IPv4))
+	})
+}
+
+// The sysctl is set once the guard stands, and not at all if it does not.
+func TestGuardComesFirst(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		fake := &fakeIPTables{IPTables: n.realIPTables()}
+		m := n.oneFamily(fake)
+		fake.restore = func([]byte) ([]byte, error) { return nil, errInjected }
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.ErrorIs(t, n.add(m, "id", pod), errInjected)
+		assert.Empty(t, n.localnet())
+
+		fake.restore = func(input []byte) ([]byte, error) {
+			assert.Empty(t, n.localnet())
+
+			return input, nil
+		}
+		require.NoError(t, n.add(m, "id", pod))
+		assert.NotEmpty(t, n.localnet())
+	})
+
+	t.Run(string(viaNFTables), func(t *testing.T) {
+		n := newNode(t, viaNFTables)
+		m, fake := n.viaFake()
+		fake.commit = func([]netlink.Message) ([]netlink.Message, error) { return nil, errInjected }
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.ErrorIs(t, n.add(m, "id", pod), errInjected)
+		assert.Empty(t, n.localnet())
+
+		fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+			assert.Empty(t, n.localnet())
+
+			return msgs, nil
+		}
+		require.NoError(t, n.add(m, "id", pod))
+		assert.NotEmpty(t, n.localnet())
+	})
+}
+
+// What cannot work is refused and does not hang.
+func TestLoopbackSourcesRefused(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		m := n.manager(WithoutLocalhost())
+		loopback := f.loopback().Addr()
+
+		if f == IPv4 {
+			loopback = loopback.Next()
+		}
+
+		require.NoError(t, n.add(m, "id", n.pod(0, f,
+			&PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: loopback.String()})))
+
+		for _, port := range []uint16{8080, 8081} {
+			to := netip.AddrPortFrom(loopback, port)
+			n.refused(n.Host, "tcp", to)
+
+			a, err := n.Host.AskFrom(t.Context(), "tcp", netip.AddrPortFrom(n.nodeIP(f), 0), to)
+			require.NoError(t, err)
+			assert.Equal(t, "web", a.From)
+		}
+
+		assert.Empty(t, n.localnet())
+	})
+}
+
+// A name that leads to ::1 first.
+func TestLocalhostByName(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		mapping := &PortMapping{HostPort: 8080, ContainerPort: 80}
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			n.serve(0, "tcp", f, 80)
+			require.NoError(t, n.add(m, "id", n.pod(0, f, mapping)))
+		}
+
+		n.refused(n.Host, "tcp", netip.MustParseAddrPort("[::1]:8080"))
+		n.answers(n.Host, "tcp", netip.MustParseAddrPort("127.0.0.1:8080"), "web")
+	})
+}
