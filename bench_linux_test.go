@@ -75,6 +75,9 @@ func newBenchNode(b *testing.B, v variant, rows int, port func(i int) int32) *be
 
 			require.NoError(b, n.m.Add("crowd"+strconv.Itoa(first), pod, ""))
 		}
+
+		// What is made once is made by now, and in this namespace.
+		n.addAndRemove(b, n.pod(0, IPv4, &PortMapping{HostPort: lastPort, ContainerPort: 80}))
 	})
 
 	return n

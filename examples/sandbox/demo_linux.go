@@ -128,12 +128,16 @@ func (d *demo) serve(s sandbox, ip netip.Addr) (text string, backend hostport.Ba
 
 // traffic sends requests to every host port, and to one that is not there.
 func (d *demo) traffic(ctx context.Context) error {
-	d.title("Real traffic. A pod sees who asks, and only itself as the bridge. 8443 is on the node's second address alone.")
+	d.title("Real traffic. A pod sees who asks; itself and 127.0.0.1 as the bridge. 8443 is on the second address alone.")
 	var questions []question
 	for _, v6 := range []bool{false, true} {
-		node, second := d.bed.NodeIP(v6), d.bed.OtherNodeIP(v6)
+		node, second, loopback := d.bed.NodeIP(v6), d.bed.OtherNodeIP(v6), netip.MustParseAddr("127.0.0.1")
+		if v6 {
+			loopback = netip.IPv6Loopback()
+		}
 		questions = slices.Concat(questions,
 			d.fromEverywhere("tcp", netip.AddrPortFrom(node, 8080), d.web.Pod, 80),
+			d.fromHost("tcp", netip.AddrPortFrom(loopback, 8080), d.web.Pod, 80),
 			d.fromClient("tcp", netip.AddrPortFrom(second, 8443), d.web.Pod, 443),
 			d.toNobody("tcp", netip.AddrPortFrom(node, 8443)),
 			d.fromEverywhere("udp", netip.AddrPortFrom(node, 5353), d.dns.Pod, 53),

@@ -42,6 +42,17 @@ func (d *demo) toNobody(network string, to netip.AddrPort) []question {
 	return []question{{from: d.bed.Client, network: network, to: to, rule: noRule, want: refused}}
 }
 
+// fromHost asks from the node itself at a loopback address. ::1 has no way to a
+// pod, and is refused.
+func (d *demo) fromHost(network string, to netip.AddrPort, pod *testbed.Pod, port uint16) []question {
+	q := d.fromClient(network, to, pod, port)[0]
+	q.from, q.source = d.bed.Host, bridgeIP(false)
+	if to.Addr().Is6() {
+		q.want, q.source = refused, netip.Addr{}
+	}
+	return []question{q}
+}
+
 // fromEverywhere asks from the client, the node, the other pod and the pod
 // itself. That is hairpin: it would drop an answer to itself from itself, so
 // it has to see another source.
