@@ -2,12 +2,15 @@ package hostport
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"slices"
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // backend carries the rows of one family into the kernel and back. It sees
@@ -30,13 +33,26 @@ type backend interface {
 	// yields every row that stands when they are committed: where the kernel
 	// turns out not to hold what it should, apply puts it back from there, in
 	// the same transaction, and the guard of loopback addresses at the latest
-	// with it. No deltas are a repair.
+	// with it.
 	//
 	// On an error nothing has changed, or the next apply takes back what has:
 	// a process that was killed may have committed before. A *refusedError
 	// tells which delta was at fault; after any other error of several deltas,
 	// each may be tried alone.
 	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error
+
+	// repair makes the kernel hold the table, which it reads all of. With purge,
+	// whatever else bears our names is taken out. It returns what was missing, or
+	// too much, in words.
+	repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error)
+
+	// missing returns what the kernel does not hold of what rows take, in words.
+	missing(ctx context.Context, rows []*row) ([]string, error)
+
+	// disturbed tells whether somebody else may have broken something since the
+	// last repair, by one of the transactions or in a way that the kernel does
+	// not tell of.
+	disturbed(transactions []nfnetlink.Transaction) bool
 
 	// owns tells whether id is the owner of a row whose owner is known only
 	// by what the kernel carries of it.
@@ -66,15 +82,13 @@ func newLayers(inUse backend, log klog.Logger, before ...backend) *layers {
 	return &layers{backend: inUse, before: before, at: map[*row]backend{}, log: log}
 }
 
-// list also forgets backends that carry no rows, or cannot be asked: these
-// are left alone from then on.
 func (l *layers) list(ctx context.Context) ([]*row, error) {
 	rows, err := l.backend.list(ctx)
 	if err != nil {
 		return nil, err
 	}
 
-	l.before = slices.DeleteFunc(l.before, func(b backend) bool {
+	for _, b := range l.before {
 		old, err := b.list(ctx)
 		if err != nil {
 			l.log.Error(err, "Cannot look for host ports from before")
@@ -86,9 +100,7 @@ func (l *layers) list(ctx context.Context) ([]*row, error) {
 		}
 
 		rows = append(rows, old...)
-
-		return len(old) == 0
-	})
+	}
 
 	return rows, ctx.Err() // what had no time to answer is asked again
 }
@@ -114,7 +126,7 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 
 	for _, b := range append([]backend{nil}, l.before...) {
 		part := l.part(deltas, b)
-		if repair := len(deltas) == 0 && b == nil; allEmpty(part) && !repair {
+		if allEmpty(part) {
 			continue
 		}
 
@@ -143,6 +155,55 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 	}
 
 	return nil
+}
+
+// repair takes the backend in use first, so that a row that has moved over is at
+// all times in one of the two.
+func (l *layers) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
+	repairs, err := l.backend.repair(ctx, l.rows(table, nil), purge)
+	if err != nil {
+		return repairs, err
+	}
+
+	for _, b := range l.before {
+		more, beforeErr := b.repair(ctx, l.rows(table, b), purge)
+		repairs, err = append(repairs, more...), errors.Join(err, beforeErr)
+	}
+
+	return repairs, err
+}
+
+func (l *layers) missing(ctx context.Context, rows []*row) ([]string, error) {
+	var (
+		all  []string
+		errs []error
+	)
+
+	for _, b := range append([]backend{nil}, l.before...) {
+		part := slices.Collect(l.rows(slices.Values(rows), b))
+		if len(part) == 0 {
+			continue
+		}
+
+		layer := b
+		if b == nil {
+			layer = l.backend
+		}
+
+		missing, err := layer.missing(ctx, part)
+		all, errs = append(all, missing...), append(errs, err)
+	}
+
+	return all, errors.Join(errs...)
+}
+
+func (l *layers) disturbed(transactions []nfnetlink.Transaction) bool {
+	disturbed := l.backend.disturbed(transactions)
+	for _, b := range l.before {
+		disturbed = b.disturbed(transactions) || disturbed // each takes note
+	}
+
+	return disturbed
 }
 
 // takeBackTimeout is for taking back a transaction; the operation's own time

@@ -78,7 +78,7 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, v
 			return nil, "", err
 		}
 
-		return newIPTablesBackend(t, o.cfg.localhostIn(f)), t.variant, nil
+		return o.iptables(t), t.variant, nil
 	}
 
 	b, err := o.nftables(f)
@@ -104,7 +104,7 @@ func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
 		o.ruleset.conn = conn
 	}
 
-	return newNFTBackend(o.ruleset, f, o.cfg.localhostIn(f), o.cfg.log), nil
+	return newNFTBackend(o.ruleset, f, o.cfg), nil
 }
 
 // before returns the backends besides the one in use that may carry rows. It
@@ -148,8 +148,58 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backen
 			continue
 		}
 
-		before = append(before, newIPTablesBackend(t, o.cfg.localhostIn(f)))
+		b := o.iptables(t)
+		b.before, b.guard = true, nil // the guard stands with what is in use
+		before = append(before, b)
 	}
 
 	return before
+}
+
+// iptables returns a backend that can be told of what others do to its tables.
+func (o *opener) iptables(t *ipTables) *iptablesBackend {
+	b := newIPTablesBackend(t, o.cfg)
+
+	if t.variant == variantLegacy {
+		b.watch.state = t.legacyState
+	} else if nft, err := o.nftables(t.family); err == nil {
+		b.watch.family, b.watch.own = nft.table.Family, &o.ruleset.own
+		b.watch.generation = nft.ruleset.conn.Generation
+	}
+
+	return b
+}
+
+// watch returns the transactions of nf_tables, until ctx ends. The channel stays
+// silent where there is no nf_tables.
+func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
+	transactions := make(chan nfnetlink.Transaction)
+
+	l, err := nfnetlink.Listen()
+	if err != nil {
+		o.cfg.log.V(4).Info("No news of nf_tables", "reason", err)
+
+		return transactions
+	}
+
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+
+	go func() {
+		defer stop()
+
+		for {
+			t, err := l.Next()
+			if err != nil {
+				return
+			}
+
+			select {
+			case transactions <- t:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+
+	return transactions
 }

@@ -137,6 +137,8 @@ func TestRemoveWithUnusableBackend(t *testing.T) {
 
 // memory is a backend that keeps rows to itself.
 type memory struct {
+	backend
+
 	rows []*row
 	fail error
 }

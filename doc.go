@@ -46,10 +46,16 @@
 // # Restarts
 //
 // Rules outlive the process, sockets do not. A new manager lists the rows that
-// the kernel holds, in nftables and in iptables, CRI-O's included, and holds
-// their ports again before the constructor returns. Whose they are it knows
-// only by a hash, until an Add or Remove names the owner; Add of a pod that
-// wants such a port before that wins over it, with a warning in the log.
+// the kernel holds, in nftables and in iptables, CRI-O's included, holds their
+// ports again before the constructor returns, and puts back what is missing of
+// them. Whose they are it knows only by a hash, until an Add, Remove or Sync names
+// the owner; Add of a pod that wants such a port before that wins over it, with a
+// warning in the log.
+//
+// [Manager.Sync] makes the node exactly what the runtime says is running: it is
+// restart recovery and garbage collection. [Manager.Run] watches, until its context
+// ends, and repairs what others break. [Manager.Check] says what is missing of a
+// pod.
 //
 // # Errors
 //

@@ -174,6 +174,9 @@ func (r *row) become(o owner) {
 // ownerMark is what the kernel carries of the owner.
 func (r *row) ownerMark() string { return cmp.Or(r.ownerHash, r.hash) }
 
+// forLoopback tells whether some loopback address leads to the row.
+func (r *row) forLoopback() bool { return !r.ip.IsValid() || r.ip.IsLoopback() }
+
 func (r *row) family() ipFamily { return familyOf(r.pod.Addr()) }
 
 func (r *row) String() string {
@@ -280,6 +283,39 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 	}
 
 	return rows, nil
+}
+
+// rowsOfPod is rowsOf for all IPs of a pod, by family.
+func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row, owner, error) {
+	o := owner{id: id}
+	rows := map[ipFamily][]*row{}
+	seen := map[ipFamily]map[endpoint]netip.AddrPort{IPv4: {}, IPv6: {}}
+
+	for _, pod := range mappings {
+		if pod == nil {
+			continue
+		}
+
+		o.namespace, o.name = pod.Namespace, pod.Name
+
+		some, err := rowsOf(id, pod)
+		if err != nil {
+			return nil, o, err
+		}
+
+		for _, r := range some {
+			f := r.family()
+
+			if other, twice := seen[f][r.endpoint]; !twice {
+				seen[f][r.endpoint] = r.pod
+				rows[f] = append(rows[f], r)
+			} else if other != r.pod {
+				return nil, o, fmt.Errorf("pod %s: %w: row %s leads to %s as well", o, ErrInvalidMapping, r, other)
+			}
+		}
+	}
+
+	return rows, o, nil
 }
 
 // claim is a row as Remove names it: without the pod's side.

@@ -58,7 +58,8 @@ type hostportManager struct {
 	closed  bool
 
 	localhost localhost
-	prepared  bool // the node, once
+	warned    bool // of a node that does not forward, or it does
+	damaged   bool // what is in the kernel, perhaps
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -69,7 +70,7 @@ type hostportManager struct {
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
 	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
-		return newIPTablesBackend(iptables, cfg.localhostIn(familyOfIPTables(iptables))), nil
+		return newIPTablesBackend(iptables, cfg), nil
 	})
 	_ = m.start() // told by the first Add
 
@@ -111,7 +112,7 @@ func (m *hostportManager) add(rows []*row, device string) error {
 	return m.do(&operation{
 		name:   "add",
 		owner:  rows[0].owner,
-		pod:    rows[0].pod.Addr(),
+		rows:   rows,
 		device: device,
 		plan: func(c *change) error {
 			for _, r := range rows {
@@ -120,7 +121,7 @@ func (m *hostportManager) add(rows []*row, device string) error {
 				}
 			}
 
-			return m.hold(c)
+			return m.hold(c, savepoint{})
 		},
 	})
 }
@@ -226,11 +227,11 @@ func (m *hostportManager) owns(o owner, hash string, r *row) bool {
 	return r.owner.known() && r.owner.id == o.id
 }
 
-// hold binds the ports of the change's rows. Each row has its share of the
+// hold binds the ports of the change's rows since a point. Each row has its share of the
 // endpoint's socket, so a row that takes over from another takes the socket
 // over too.
-func (m *hostportManager) hold(c *change) error {
-	for _, r := range c.delta.add {
+func (m *hostportManager) hold(c *change, since savepoint) error {
+	for _, r := range c.delta.add[since.add:] {
 		if err := m.sockets.acquire(r.endpoint); err != nil {
 			return &rowError{r, err}
 		}
@@ -238,7 +239,7 @@ func (m *hostportManager) hold(c *change) error {
 		c.undos = append(c.undos, func() { m.sockets.release(r.endpoint) })
 	}
 
-	for _, r := range c.delta.keep {
+	for _, r := range c.delta.keep[since.keep:] {
 		if err := m.sockets.ensure(r.endpoint); err != nil {
 			return &rowError{r, err}
 		}
@@ -283,14 +284,22 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
 
-	// The sysctl outlives a ruleset, and may be from a manager before.
-	if m.cfg.localhostIn(m.family) && localnetRouted() {
-		if err := b.apply(ctx, nil, m.table()); err != nil {
-			m.cfg.log.Error(err, "Cannot put back the guard of loopback addresses")
+	// The rules may be of an earlier version, or nobody may have watched.
+	if m.ought() {
+		if _, err := b.repair(ctx, m.table(), false); err != nil {
+			m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
+
+			m.damaged = true
 		}
 	}
 
 	return nil
+}
+
+// ought tells whether something of ours ought to stand in the kernel: rows, or the
+// guard because of a sysctl that somebody has set, a manager before perhaps.
+func (m *hostportManager) ought() bool {
+	return len(m.rows) > 0 || m.family == IPv4 && localnetRouted()
 }
 
 // start is the constructors' attempt at ready. What keeps it from succeeding

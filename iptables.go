@@ -66,10 +66,6 @@ const (
 
 // guardRules stand in the raw table: whatever nat does comes later.
 func guardRules(f ipFamily) []iptRule {
-	if f != IPv4 {
-		return nil
-	}
-
 	from := iptRule{chain: preRouting, notIn: loopbackDevice, comment: guardComment, target: dropTarget}
 	to := from
 	from.src, to.dst = f.loopback(), f.loopback()

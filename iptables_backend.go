@@ -23,6 +23,10 @@ type iptablesBackend struct {
 	ipt IPTables
 	// guard and nat are the rules that stand whatever rows there are.
 	guard, nat []iptRule
+	// before is set for a backend that is not the one in use: rows are only
+	// taken out.
+	before bool
+	watch  tableWatch
 	// state is what the kernel holds; nil: not known, has to be read.
 	state *natState
 	// doubtful rows, by hash, are from transactions that failed: a process that
@@ -52,14 +56,16 @@ type stray struct {
 	chains []string
 }
 
-// newIPTablesBackend returns a backend. localhost tells whether loopback sources
-// are translated.
-func newIPTablesBackend(ipt IPTables, localhost bool) *iptablesBackend {
+// newIPTablesBackend returns a backend.
+func newIPTablesBackend(ipt IPTables, cfg config) *iptablesBackend {
 	f := familyOfIPTables(ipt)
+	b := &iptablesBackend{ipt: ipt, nat: natRules(f, cfg.localhostIn(f)), doubtful: map[string]*row{}}
 
-	return &iptablesBackend{
-		ipt: ipt, guard: guardRules(f), nat: natRules(f, localhost), doubtful: map[string]*row{},
+	if cfg.guardIn(f) {
+		b.guard = guardRules(f)
 	}
+
+	return b
 }
 
 func (b *iptablesBackend) kind(*row) Backend { return BackendIPTables }
@@ -189,12 +195,20 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 		return err
 	}
 
-	return b.run(ctx, b.repair(t, state, deltas, table))
+	return b.run(ctx, b.restoration(t, state, deltas, table))
 }
 
 // run commits a script.
 func (b *iptablesBackend) run(ctx context.Context, s *script) error {
+	done := b.watch.operation(ctx)
+	defer done()
+
 	if err := b.ipt.Restore(ctx, s.input()); err != nil {
+		// What comes first may have been put there.
+		if slices.ContainsFunc(b.guard, func(g iptRule) bool { return !s.state.base[g.String()] }) {
+			b.state = nil
+		}
+
 		return s.blame(err)
 	}
 
@@ -210,8 +224,8 @@ func isRefused(err error) bool {
 	return errors.As(err, &refused)
 }
 
-// repair writes what it takes from t to the table with deltas applied.
-func (b *iptablesBackend) repair(t *savedTable, state *natState, deltas []delta, table iter.Seq[*row]) *script {
+// restoration writes what it takes from t to the table with deltas applied.
+func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []delta, table iter.Seq[*row]) *script {
 	s := newScript(state)
 	s.base(b.guard, b.nat)
 
@@ -251,7 +265,7 @@ func (b *iptablesBackend) repair(t *savedTable, state *natState, deltas []delta,
 		switch {
 		case t.holds(r):
 			s.usePath(index(r), r, r.sides())
-		case t.leadsTo(r):
+		case t.leadsTo(r) && r.astray:
 			s.state.strays[r.hash] = t.stray(r)
 		default:
 			missing = append(missing, r)
@@ -350,7 +364,7 @@ func (t *savedTable) state(base []iptRule) *natState {
 		st.base[b.String()] = at >= 0 && !tooLate
 
 		for _, r := range chain {
-			if r.target == b.target && (r.iptRule != b || tooLate) {
+			if r.target == b.target && r.comment == b.comment && (r.iptRule != b || tooLate) {
 				st.wrong = append(st.wrong, r.line)
 			}
 		}

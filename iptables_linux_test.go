@@ -353,7 +353,7 @@ func TestVariantChangeFails(t *testing.T) {
 	n.variant = variantLegacy
 	inUse := n.realIPTables()
 	m = newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t))}), func(context.Context) (backend, error) {
-		return newLayers(newIPTablesBackend(inUse, true), testLogger(t), newIPTablesBackend(old, true)), nil
+		return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), newIPTablesBackend(old, newConfig(nil))), nil
 	})
 
 	n.do(func() { require.NoError(t, m.start()) })
@@ -550,7 +550,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 	inUse := n.realIPTables()
 	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(300 * time.Millisecond)}),
 		func(context.Context) (backend, error) {
-			return newLayers(newIPTablesBackend(inUse, true), testLogger(t), newIPTablesBackend(old, true)), nil
+			return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), newIPTablesBackend(old, newConfig(nil))), nil
 		})
 
 	n.do(func() { require.NoError(t, m.start()) })

@@ -25,14 +25,9 @@ import (
 type localhost struct {
 	log     klog.Logger
 	routing *netlink.Handle // nil until it is needed
-	opened  map[int]bool    // interfaces that have the sysctl, by index, which is never used again
 }
 
-// maxOpened bounds what is remembered of interfaces. Most nodes have one for all
-// pods, some have one for each.
-const maxOpened = 1000
-
-func newLocalhost(log klog.Logger) localhost { return localhost{log: log, opened: map[int]bool{}} }
+func newLocalhost(log klog.Logger) localhost { return localhost{log: log} }
 
 func (l *localhost) close() {
 	if l.routing != nil {
@@ -41,33 +36,26 @@ func (l *localhost) close() {
 }
 
 // open sets route_localnet on the interface to a pod: the one named, or where
-// that is none, the one that the route to the pod leads to.
+// that is none, the one that the route to the pod leads to. It looks each time:
+// an interface may have been made anew, or somebody may have taken it back.
 func (l *localhost) open(device string, pod netip.Addr) error {
-	index, err := l.deviceTo(device, pod)
-	if err != nil || l.opened[index] || index == loopbackIndex {
-		return err
-	}
-
-	link, err := l.routing.LinkByIndex(index)
-	if err != nil {
-		return fmt.Errorf("look up the interface to %s: %w", pod, err)
-	}
-
-	device = link.Attrs().Name
-
-	if !isSet(routeLocalnet(device)) {
-		if err := os.WriteFile(routeLocalnet(device), []byte("1"), 0); err != nil {
-			return fmt.Errorf("set route_localnet: %w", err)
+	// Runtimes that know no interface give that of loopback.
+	if device != filepath.Base(device) || device == loopbackDevice || !exists(routeLocalnet(device)) {
+		var err error
+		if device, err = l.deviceTo(pod); err != nil {
+			return fmt.Errorf("look up the interface to %s: %w", pod, err)
 		}
-
-		l.log.Info("Set route_localnet, for host ports at 127.0.0.0/8", "interface", device)
 	}
 
-	if len(l.opened) >= maxOpened {
-		clear(l.opened)
+	if device == loopbackDevice || isSet(routeLocalnet(device)) {
+		return nil
 	}
 
-	l.opened[index] = true
+	if err := os.WriteFile(routeLocalnet(device), []byte("1"), 0); err != nil {
+		return fmt.Errorf("set route_localnet: %w", err)
+	}
+
+	l.log.Info("Set route_localnet, for host ports at 127.0.0.0/8", "interface", device)
 
 	return nil
 }
@@ -75,34 +63,36 @@ func (l *localhost) open(device string, pod netip.Addr) error {
 // routingTimeout is for answers that the kernel gives at once.
 const routingTimeout = 5 * time.Second
 
-// deviceTo returns the index of the interface to a pod.
-func (l *localhost) deviceTo(device string, pod netip.Addr) (int, error) {
+// deviceTo returns the interface that the route to a pod leads to.
+func (l *localhost) deviceTo(pod netip.Addr) (string, error) {
 	if l.routing == nil {
 		routing, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err == nil {
-			err = routing.SetSocketTimeout(routingTimeout)
+		if err != nil {
+			return "", err //nolint:wrapcheck // open does
 		}
 
-		if err != nil {
-			return 0, fmt.Errorf("open rtnetlink: %w", err)
-		}
+		_ = routing.SetSocketTimeout(routingTimeout) // cannot fail
 
 		l.routing = routing
 	}
 
-	// Runtimes that know no interface give that of loopback.
-	if device != "" && device != loopbackDevice {
-		if link, err := l.routing.LinkByName(device); err == nil {
-			return link.Attrs().Index, nil
-		}
-	}
-
 	routes, err := l.routing.RouteGet(pod.AsSlice())
-	if err != nil || len(routes) == 0 {
-		return 0, fmt.Errorf("look up the route to %s: %w", pod, err)
+	if err != nil {
+		return "", err //nolint:wrapcheck // open does
 	}
 
-	return routes[0].LinkIndex, nil
+	link, err := l.routing.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return "", err //nolint:wrapcheck // open does
+	}
+
+	return link.Attrs().Name, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+
+	return err == nil
 }
 
 // localnetRouted tells whether some interface has route_localnet.

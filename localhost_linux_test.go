@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"bytes"
 	"context"
 	"net/netip"
 	"os"
@@ -157,8 +158,8 @@ func TestLocalhost(t *testing.T) {
 	}
 }
 
-// An interface that is made anew has to be opened anew.
-func TestLocalhostThroughNewInterface(t *testing.T) {
+// Each interface that leads to a pod is opened, and again if need be.
+func TestLocalhostOfEachInterface(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
@@ -171,6 +172,22 @@ func TestLocalhostThroughNewInterface(t *testing.T) {
 		pod.IP = second(false).AsSlice()
 		require.NoError(t, n.add(m, "id", pod))
 		assert.Equal(t, []string{"cni0", "cni1"}, n.localnet())
+
+		n.sysctl("net/ipv4/conf/cni1/route_localnet", "0")
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Equal(t, []string{"cni0", "cni1"}, n.localnet())
+
+		for _, device := range []string{"cni0", "cni1"} {
+			n.sysctl("net/ipv4/conf/"+device+"/route_localnet", "0")
+		}
+
+		require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}))
+		assert.Equal(t, []string{"cni1"}, n.localnet())
+
+		// A row that no loopback address leads to does not need it.
+		n.sysctl("net/ipv4/conf/cni1/route_localnet", "0")
+		require.NoError(t, n.add(m, "other", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80, HostIP: "192.0.2.1"})))
+		assert.Empty(t, n.localnet())
 	})
 }
 
@@ -219,6 +236,12 @@ func TestLoopbackIsGuarded(t *testing.T) {
 					web = append(web, s)
 				}
 
+				if len(opts) > 0 {
+					for _, device := range []string{"cni0", "eth0"} { // by the administrator, or a manager before
+						n.sysctl("net/ipv4/conf/"+device+"/route_localnet", "1")
+					}
+				}
+
 				m := n.manager(opts...)
 				pod := n.pod(0, IPv4,
 					&PortMapping{HostPort: 8080, ContainerPort: 80},
@@ -227,14 +250,6 @@ func TestLoopbackIsGuarded(t *testing.T) {
 
 				for _, device := range []string{"cni0", "eth0"} {
 					n.do(func() { require.NoError(t, m.Add("id", pod, device)) })
-				}
-
-				if len(opts) > 0 {
-					assert.Empty(t, n.localnet())
-
-					for _, device := range []string{"cni0", "eth0"} { // by the administrator
-						n.sysctl("net/ipv4/conf/"+device+"/route_localnet", "1")
-					}
 				}
 
 				assert.Equal(t, []string{"cni0", "eth0"}, n.localnet())
@@ -375,9 +390,11 @@ func TestGuardStays(t *testing.T) {
 		n.guarded()
 
 		// And so does a manager that starts, if there is anything to guard.
-		n.wipeAll()
-		require.NoError(t, n.manager().Close())
-		n.guarded()
+		for _, opts := range [][]Option{nil, {WithoutLocalhost()}} {
+			n.wipeAll()
+			require.NoError(t, n.manager(opts...).Close())
+			n.guarded()
+		}
 
 		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
 		n.wipeAll()
@@ -403,6 +420,8 @@ func TestGuardComesFirst(t *testing.T) {
 		}
 		require.NoError(t, n.add(m, "id", pod))
 		assert.NotEmpty(t, n.localnet())
+		n.guarded()
+		n.guarded()
 	})
 
 	t.Run(string(viaNFTables), func(t *testing.T) {
@@ -420,6 +439,29 @@ func TestGuardComesFirst(t *testing.T) {
 		}
 		require.NoError(t, n.add(m, "id", pod))
 		assert.NotEmpty(t, n.localnet())
+		n.guarded()
+		n.guarded()
+	})
+}
+
+// The guard is put there once, whatever comes after it.
+func TestGuardBesideRefusedRow(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		fake := &fakeIPTables{IPTables: n.realIPTables()}
+		m := n.oneFamily(fake)
+		fake.restore = func(input []byte) ([]byte, error) {
+			return bytes.ReplaceAll(input, []byte("--to-destination 10.88.0.2:80"), []byte("--to-destination refused")), nil
+		}
+
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+		for range 3 {
+			require.Error(t, n.add(m, "id", pod))
+		}
+
+		fake.restore = nil
+		require.NoError(t, n.add(m, "id", pod))
+		n.guarded()
 	})
 }
 

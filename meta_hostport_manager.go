@@ -2,10 +2,17 @@ package hostport
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"runtime"
 	"slices"
+	"strings"
+	"time"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // Manager maps host ports for both IP families. It implements HostPortManager.
@@ -74,9 +81,7 @@ func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceNam
 		return err
 	}
 
-	i := slices.IndexFunc(m.families, func(fm *hostportManager) bool { return fm.family == rows[0].family() })
-
-	return m.families[i].add(rows, natInterfaceName)
+	return m.familyOf(rows).add(rows, natInterfaceName)
 }
 
 // Remove implements HostPortManager. It goes on past an error and returns all.
@@ -87,6 +92,127 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 	}
 
 	return errors.Join(errs...)
+}
+
+// Sync makes the rows of both families exactly those of pods, which has for each
+// sandbox id what Add would be given, once for each of the pod's IPs. What is
+// missing comes, in the backend in use and with its sockets; whatever else bears
+// the names of this package goes: rows of other pods, rows from before, what has
+// leaked. Rows that stay are not touched, and no packet of theirs is lost. It is
+// restart recovery, garbage collection and repair in one call, with one
+// transaction for each family. To call it again changes nothing.
+//
+// A pod that is invalid is reported, and what stands of it stays. Where two pods
+// want one port, the one that has it keeps it, else the one with the smaller id
+// gets it, and the other is reported. The error joins these and does not mean that
+// the other pods' rows are not there, unless a transaction failed as a whole: then
+// nothing of that family has changed. With ctx it ends early.
+func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) error {
+	var errs []error
+
+	wanted := make([][]podRows, len(m.families))
+
+	for _, id := range slices.Sorted(maps.Keys(pods)) {
+		rows, o, err := rowsOfPod(id, pods[id])
+		if err != nil {
+			errs = append(errs, err)
+		}
+
+		for i, fm := range m.families {
+			wanted[i] = append(wanted[i], podRows{owner: o, rows: rows[fm.family], invalid: err != nil})
+		}
+	}
+
+	for i, fm := range m.families {
+		if err := fm.sync(ctx, wanted[i]); err != nil {
+			errs = append(errs, fmt.Errorf("IPv%s: %w", fm.family, err))
+		}
+	}
+
+	return errors.Join(errs...)
+}
+
+// Check returns nil if all rows that Add would make of podPortMapping stand in the
+// kernel, their ports are held, and what they share with others is there too.
+// Else the error names each thing that is missing. It changes nothing.
+func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
+	rows, err := rowsOf(id, podPortMapping)
+	if err != nil || len(rows) == 0 {
+		return err
+	}
+
+	missing, err := m.familyOf(rows).check(ctx, rows)
+	if err != nil {
+		return fmt.Errorf("check host ports of pod %s: %w", rows[0].owner, err)
+	}
+
+	if len(missing) > 0 {
+		return fmt.Errorf("host ports of pod %s: missing: %s", rows[0].owner, strings.Join(missing, "; "))
+	}
+
+	return nil
+}
+
+// How Run looks after the host ports.
+const (
+	// lookInterval is how often it looks at what the kernel does not tell of.
+	lookInterval = 400 * time.Millisecond
+	// debounce is how long it waits after the kernel has told of something:
+	// firewalls come in several transactions.
+	debounce = 50 * time.Millisecond
+)
+
+// Run repairs what others break, such as nft flush ruleset, iptables -F or a
+// reload of firewalld, within a second or two, and holds ports that could not be
+// held because an outgoing connection had them. It takes from no one: what it does
+// not know it leaves, for Sync. Each repair is logged.
+//
+// It returns ctx's error when that ends, and errors.ErrUnsupported on systems
+// other than Linux. It is to run once at a time, in the network namespace of the
+// manager.
+func (m *Manager) Run(ctx context.Context) error {
+	if runtime.GOOS != "linux" {
+		return errors.ErrUnsupported
+	}
+
+	var heard []nfnetlink.Transaction
+
+	transactions := m.opener.watch(ctx)
+	look := time.NewTicker(lookInterval)
+	settled := time.NewTimer(0)
+
+	defer look.Stop()
+	defer settled.Stop()
+
+	for begun := false; ; begun = true {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case t := <-transactions:
+			if len(heard) == 0 {
+				settled.Reset(debounce)
+			}
+
+			heard = append(heard, t)
+
+			continue
+		case <-look.C:
+		case <-settled.C:
+		}
+
+		for _, fm := range m.families {
+			fm.mend(ctx, func(b backend) bool { return b.disturbed(heard) || !begun })
+		}
+
+		heard = nil
+	}
+}
+
+// familyOf is the manager of rows, of which there is at least one.
+func (m *Manager) familyOf(rows []*row) *hostportManager {
+	i := slices.IndexFunc(m.families, func(fm *hostportManager) bool { return fm.family == rows[0].family() })
+
+	return m.families[i]
 }
 
 // Mappings lists the rows of both families, sorted by host port, protocol and

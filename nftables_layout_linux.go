@@ -55,6 +55,7 @@ func piece(n uint32) uint32 { return 8 + n }
 type nftLayout struct {
 	family    ipFamily
 	localhost bool // whether loopback sources are translated
+	guard     bool // whether loopback addresses have to be guarded
 	table     nfnetlink.Table
 	addr      nfnetlink.DataType
 }
@@ -101,7 +102,7 @@ func (l nftLayout) objects() []netlink.Message {
 		{Name: nftOutput, Type: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityDNAT},
 		{Name: nftMasquerade, Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT},
 	}
-	if l.family == IPv4 {
+	if l.guard {
 		chains = append(chains, nfnetlink.Chain{
 			Name: nftGuard, Type: "filter", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityRaw,
 		})
@@ -191,7 +192,7 @@ func (l nftLayout) rules() []netlink.Message {
 			slices.Concat(translated, l.loopback(h.saddr, nfnetlink.Equal), masquerade(h.daddr))...))
 	}
 
-	if l.family == IPv4 {
+	if l.guard {
 		fromOutside := []nfnetlink.Expr{nfnetlink.LoadInputInterface(reg1), nfnetlink.NotEqualTo(reg1, loopbackIndex)}
 		for _, offset := range []uint32{h.daddr, h.saddr} {
 			loopback := slices.Concat(fromOutside, l.loopback(offset, nfnetlink.Equal))

@@ -35,6 +35,7 @@ type nftRuleset struct {
 	// gen is the ruleset's generation after our last look or transaction; 0: not
 	// known.
 	gen uint32
+	own generations
 	// epoch counts how often somebody else turned out to have changed the
 	// ruleset. What a backend found out in an epoch is true to its end: our own
 	// transactions change nothing for the other family.
@@ -81,14 +82,12 @@ type nftHairpin struct {
 	rows    int // that lead to the pod IP
 }
 
-// newNFTBackend returns a backend. localhost tells whether loopback sources are
-// translated.
-func newNFTBackend(ruleset *nftRuleset, f ipFamily, localhost bool, log klog.Logger) *nftBackend {
+func newNFTBackend(ruleset *nftRuleset, f ipFamily, cfg config) *nftBackend {
 	b := &nftBackend{
-		nftLayout: newNFTLayout(f), ruleset: ruleset, log: log,
+		nftLayout: newNFTLayout(f), ruleset: ruleset, log: cfg.log,
 		hairpins: map[netip.Addr]nftHairpin{}, doubtful: map[nftKey]*nftWanted{},
 	}
-	b.localhost = localhost
+	b.localhost, b.guard = cfg.localhostIn(f), cfg.guardIn(f)
 
 	return b
 }
@@ -283,6 +282,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 
 	if len(msgs) > 0 && gen != 0 {
 		gen = nfnetlink.NextGeneration(gen)
+		b.ruleset.own.add(gen)
 	}
 
 	b.ruleset.gen, b.epoch = gen, b.ruleset.epoch

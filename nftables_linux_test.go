@@ -234,7 +234,7 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-			return newNFTBackend(ruleset, f, cfg.localhostIn(f), cfg.log), nil
+			return newNFTBackend(ruleset, f, cfg), nil
 		})
 		n.do(func() { require.NoError(n.t, fm.start()) })
 		m.families = append(m.families, fm)
@@ -486,7 +486,7 @@ func TestListIsOfOneMoment(t *testing.T) {
 
 			return nil
 		}}
-		b := newNFTBackend(&nftRuleset{conn: fake}, f, f == IPv4, testLogger(t))
+		b := newNFTBackend(&nftRuleset{conn: fake}, f, newConfig(nil))
 
 		list, err := b.list(t.Context())
 		require.NoError(t, err)
@@ -772,7 +772,7 @@ func TestRandomBatches(t *testing.T) {
 
 		have := map[nftKey]string{}
 
-		elements, err := newNFTBackend(&nftRuleset{conn: n.nfnetlink()}, IPv4, true, testLogger(t)).dump(t.Context())
+		elements, err := newNFTBackend(&nftRuleset{conn: n.nfnetlink()}, IPv4, newConfig(nil)).dump(t.Context())
 		require.NoError(t, err)
 
 		for key, e := range elements {
@@ -930,7 +930,7 @@ func TestWithoutPrograms(t *testing.T) {
 		"OneTransactionPerOperation", "TableIsRepaired", "ElementsOfStrangers", "HairpinOfTwo", "OddElements",
 		"ForeignCommits", "OvertakenEachTime", "ListIsOfOneMoment", "FamiliesLookForThemselves", "ManyRows",
 		"GroupTransactions", "FailedTransactionIsUndone",
-		"Localhost", "LocalhostThroughNewInterface", "LoopbackUnguarded", "LoopbackIsGuarded", "GuardStays",
+		"Localhost", "LocalhostOfEachInterface", "LoopbackUnguarded", "LoopbackIsGuarded", "GuardStays",
 		"LoopbackFromOutsideIsNotTranslated", "LoopbackSourcesRefused", "LocalhostByName",
 		"CritestHostPortAndContainerPort", "CritestOnlyContainerPort", "KubernetesSamePortOtherAddressAndProtocol",
 		"KubernetesConflictWithAnyAddress", "KubernetesSCTPHostPort", "CRIOHostPortAtNodeAddress",

@@ -14,7 +14,7 @@ type operation struct {
 	name   string
 	owner  owner
 	remove bool
-	pod    netip.Addr // of an Add, and the interface to it, if known
+	rows   []*row // of an Add, and the interface to the pod, if known
 	device string
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
@@ -144,7 +144,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 		err := m.backend.apply(ctx, deltas, m.table())
 		if err == nil {
-			m.finish(ctx, batch, deltas)
+			m.finishAll(ctx, batch)
 
 			return
 		}
@@ -174,35 +174,61 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 	}
 }
 
-// finish does what is left when the rules are committed.
-func (m *hostportManager) finish(ctx context.Context, batch []*operation, deltas []delta) {
-	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
-		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
+// finishAll does what is left of operations whose rules are committed.
+func (m *hostportManager) finishAll(ctx context.Context, batch []*operation) {
+	changes := make([]*change, len(batch))
+	for i, op := range batch {
+		changes[i] = op.change
 	}
 
-	for _, op := range batch {
-		op.change.finish()
+	m.finish(ctx, changes...)
 
-		if !op.remove {
-			m.prepareNode(op)
+	for _, op := range batch {
+		if i := slices.IndexFunc(op.rows, (*row).forLoopback); i >= 0 {
+			m.prepareNode(op.owner, op.rows[i].pod.Addr(), op.device)
 		}
 	}
 }
 
-// prepareNode sees to what host ports take besides rules. What is missing is
-// told in the log: the rows themselves work.
-func (m *hostportManager) prepareNode(op *operation) {
-	if m.cfg.localhostIn(m.family) {
-		if err := m.localhost.open(op.device, op.pod); err != nil {
-			m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", op.owner, "podIP", op.pod)
-		}
+// finish ends the flows that changes have made stale, and lets go of what they
+// no longer need.
+func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
+	deltas := make([]delta, len(changes))
+	for i, c := range changes {
+		deltas[i] = c.delta
 	}
 
-	if m.prepared {
+	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
+		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
+	}
+
+	for _, c := range changes {
+		c.finish()
+
+		if len(c.delta.add)+len(c.delta.keep) > 0 {
+			m.warnOfForwarding()
+		}
+	}
+}
+
+// prepareNode sees to what it takes besides rules for loopback addresses to lead
+// to a pod. device is the interface to it, if known. What is missing is told in
+// the log: the rows themselves work.
+func (m *hostportManager) prepareNode(o owner, pod netip.Addr, device string) {
+	if m.cfg.localhostIn(m.family) {
+		if err := m.localhost.open(device, pod); err != nil {
+			m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", o, "podIP", pod)
+		}
+	}
+}
+
+// warnOfForwarding says once if the node does not forward.
+func (m *hostportManager) warnOfForwarding() {
+	if m.warned {
 		return
 	}
 
-	m.prepared = true
+	m.warned = true
 
 	if !isSet(forwarding(m.family)) {
 		m.cfg.log.Info("Host ports can only be reached from the node itself: it does not forward",
@@ -261,10 +287,23 @@ func (c *change) set(k portKey, rows []*row) {
 	c.m.setRows(k, rows)
 }
 
-func (c *change) undo() {
-	for _, undo := range slices.Backward(c.undos) {
+func (c *change) undo() { c.rollBack(savepoint{}) }
+
+// savepoint is how far a change had come.
+type savepoint struct{ del, add, keep, undos, release int }
+
+func (c *change) savepoint() savepoint {
+	return savepoint{len(c.delta.del), len(c.delta.add), len(c.delta.keep), len(c.undos), len(c.release)}
+}
+
+// rollBack undoes what the change has done since.
+func (c *change) rollBack(to savepoint) {
+	for _, undo := range slices.Backward(c.undos[to.undos:]) {
 		undo()
 	}
+
+	c.delta = delta{c.delta.del[:to.del], c.delta.add[:to.add], c.delta.keep[:to.keep]}
+	c.undos, c.release = c.undos[:to.undos], c.release[:to.release]
 }
 
 // finish lets go of what the operation no longer needs.

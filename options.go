@@ -41,6 +41,9 @@ type config struct {
 // loopback addresses. IPv6 has no route_localnet.
 func (c config) localhostIn(f ipFamily) bool { return c.localhost && f == IPv4 }
 
+// guardIn tells whether a family needs the guard: the sysctl will be set, or is.
+func (c config) guardIn(f ipFamily) bool { return f == IPv4 && (c.localhost || localnetRouted()) }
+
 func newConfig(opts []Option) config {
 	cfg := config{
 		backend:   BackendAuto,
@@ -74,8 +77,8 @@ func WithoutSockets() Option {
 // ports cannot be reached through 127.0.0.0/8. Connections from such an address
 // are refused then, as those from ::1 always are: they meet the socket that
 // holds the port. (One to 127.0.0.1 from another of the node's addresses does
-// reach the pod.) What comes from outside for 127.0.0.0/8 is dropped all the
-// same.
+// reach the pod.) What comes from outside for 127.0.0.0/8 is not translated all
+// the same, and dropped if some interface has the sysctl from before.
 func WithoutLocalhost() Option {
 	return func(c *config) { c.localhost = false }
 }

@@ -9,6 +9,8 @@ import (
 	"net/netip"
 
 	"k8s.io/klog/v2"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
@@ -26,6 +28,8 @@ func (*opener) open(ipFamily) func(context.Context) (backend, error) {
 }
 
 func (*opener) close() error { return nil }
+
+func (*opener) watch(context.Context) <-chan nfnetlink.Transaction { return nil }
 
 // sockets holds nothing.
 type sockets struct{}

@@ -161,9 +161,6 @@ func (c *Conn) Generation(ctx context.Context) (uint32, error) {
 	return gen, err
 }
 
-// NextGeneration follows g.
-func NextGeneration(g uint32) uint32 { return max(g+1, 1) }
-
 // Commit has msgs carried out in one transaction, provided that the ruleset is
 // of generation gen, or of any if that is 0; else it returns ErrStale. The
 // generation is the next one then, or the same where msgs change nothing. A

@@ -1,0 +1,248 @@
+package hostport
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+
+	"github.com/mdlayher/netlink"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+func (b *nftBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
+	b.ruleset.mu.Lock()
+	defer b.ruleset.mu.Unlock()
+
+	rows := slices.Collect(table)
+	if b.before && purge && len(rows) == 0 {
+		return b.demolish(ctx)
+	}
+
+	for try := 0; ; try++ {
+		repairs, err := b.tryRepair(ctx, rows, purge, try >= maxOvertaken)
+		if !overtaken(err) || try > maxOvertaken {
+			return repairs, err
+		}
+	}
+}
+
+// tryRepair repairs if nobody else commits anything meanwhile, or in any case.
+func (b *nftBackend) tryRepair(ctx context.Context, rows []*row, purge, inAnyCase bool) ([]string, error) {
+	gen, err := b.ruleset.conn.Generation(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	b.ruleset.saw(gen)
+
+	seal, err := b.readSeal(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	have, err := b.dump(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	p := b.planAll(have, rows, purge)
+	intact := seal != "" && seal == b.seal || b.before
+	repairs := p.differences(b)
+
+	if !intact && b.seal != "" {
+		repairs = append(repairs, "rules of table "+nftTable)
+	}
+
+	if inAnyCase {
+		gen = 0
+	}
+
+	if err := b.commit(ctx, gen, p, !intact); err != nil {
+		return repairs, err
+	}
+
+	b.hairpins = p.hairpins
+
+	return repairs, nil
+}
+
+// planAll works out what it takes for the kernel, which has the elements given,
+// to hold rows, and with purge nothing else.
+func (b *nftBackend) planAll(have map[nftKey]nftElement, rows []*row, purge bool) *nftPlan {
+	p := &nftPlan{wanted: map[nftKey]*nftWanted{}, hairpins: map[netip.Addr]nftHairpin{}}
+
+	for _, r := range rows {
+		ip := r.pod.Addr()
+		e, h := rowElement(r), p.hairpins[ip]
+		p.touch(shared, r, e.nftKey, have[e.nftKey], e)
+
+		h.there = true
+		h.rows++
+
+		if there := have[hairpinElement(ip, "").nftKey]; h.comment == "" || there.comment == r.ownerHash {
+			h.comment = r.ownerHash
+		}
+
+		p.hairpins[ip] = h
+	}
+
+	for ip, h := range p.hairpins {
+		e := h.element(ip)
+		p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
+	}
+
+	for key, e := range have {
+		doubt := b.doubtful[key]
+		ours := doubt != nil && (e.comment == doubt.want.comment || e.comment == doubt.have.comment)
+
+		if p.wanted[key] == nil && (purge || ours) {
+			p.touch(shared, nil, key, e, nftElement{})
+		}
+	}
+
+	return p
+}
+
+// differences are the elements that the plan changes, in words.
+func (p *nftPlan) differences(b *nftBackend) []string {
+	var list []string
+
+	for _, key := range p.order {
+		switch w := p.wanted[key]; {
+		case w.have == w.want:
+		case w.want.there():
+			list = append(list, "missing "+b.describe(w.want))
+		default:
+			list = append(list, "unknown "+b.describe(w.have))
+		}
+	}
+
+	return list
+}
+
+// describe says what an element is.
+func (b *nftBackend) describe(e nftElement) string {
+	if ip, ok := b.hairpinOf(e); ok && e.set == nftHairpins {
+		return "hairpin of " + ip.String()
+	}
+
+	if r, ok := b.row(e); ok && e.set != nftHairpins {
+		return "host port " + r.String()
+	}
+
+	return fmt.Sprintf("element %x of %s", e.key, e.set)
+}
+
+// demolish deletes our table.
+func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
+	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
+	if err != nil || answers[0] == nil {
+		return nil, err
+	}
+
+	b.seal = ""
+	clear(b.hairpins)
+
+	return []string{"unknown table " + nftTable}, b.ruleset.conn.Commit(ctx, 0, []netlink.Message{b.table.Delete()})
+}
+
+func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error) {
+	b.ruleset.mu.Lock()
+	defer b.ruleset.mu.Unlock()
+
+	missing, err := b.missingRules(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	var wanted []nftElement
+	for _, r := range rows {
+		wanted = append(wanted, rowElement(r), hairpinElement(r.pod.Addr(), ""))
+	}
+
+	keys := make([]nftKey, len(wanted))
+	for i, e := range wanted {
+		keys[i] = e.nftKey
+	}
+
+	have, err := b.lookUp(ctx, keys)
+	if err != nil {
+		return nil, err
+	}
+
+	for _, e := range wanted {
+		if e.set == nftHairpins {
+			e.comment = have[e.nftKey].comment // another pod's, where they share an address
+		}
+
+		if have[e.nftKey] != e {
+			missing = append(missing, b.describe(e))
+		}
+	}
+
+	return missing, nil
+}
+
+// missingRules looks for the rules, chain by chain.
+func (b *nftBackend) missingRules(ctx context.Context) ([]string, error) {
+	if b.before {
+		return nil, nil
+	}
+
+	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
+	if err != nil {
+		return nil, err
+	}
+
+	rules := map[string]int{}
+
+	for _, m := range msgs {
+		r, err := nfnetlink.ParseRule(m)
+		if err != nil {
+			return nil, err
+		}
+
+		rules[r.Chain]++
+	}
+
+	var missing []string
+
+	for _, m := range b.rules() {
+		r, err := nfnetlink.ParseRule(m)
+		if err != nil {
+			return nil, err
+		}
+
+		rules[r.Chain]--
+
+		if rules[r.Chain] < 0 {
+			missing = append(missing, "rule of chain "+r.Chain)
+		}
+	}
+
+	seal, err := b.readSeal(ctx)
+	if err == nil && len(missing) == 0 && b.seal != "" && seal != b.seal {
+		missing = append(missing, "rules of table "+nftTable+" as they were made")
+	}
+
+	return missing, err
+}
+
+func (b *nftBackend) disturbed(transactions []nfnetlink.Transaction) bool {
+	return slices.ContainsFunc(transactions, func(t nfnetlink.Transaction) bool {
+		if t.Generation == 0 {
+			return true
+		}
+
+		for c := range t.Changes {
+			if c.Family == b.table.Family && c.Table == nftTable {
+				return !b.ruleset.own.has(t.Generation)
+			}
+		}
+
+		return false
+	})
+}

@@ -1,0 +1,233 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// podRows are the rows of one pod in one family, as it is to have them.
+type podRows struct {
+	owner owner
+	rows  []*row
+	// invalid is set where the pod's mappings could not be accepted: what stands
+	// of it stays as it is.
+	invalid bool
+}
+
+// sync makes the table, the kernel and the sockets what pods, in the order of
+// their ids, say. The error joins what could not be done.
+func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
+	defer cancel()
+
+	start := time.Now()
+
+	if err := m.takeTurn(ctx); err != nil {
+		return err
+	}
+	defer func() { <-m.turn }()
+
+	m.commit(m.takeQueue()) //nolint:contextcheck // of others, who have their own time
+
+	if err := m.ready(ctx); err != nil {
+		if holdsNothing(err) && !slices.ContainsFunc(pods, func(p podRows) bool { return len(p.rows) > 0 }) {
+			return nil
+		}
+
+		return err
+	}
+
+	var errs []error
+
+	c := &change{m: m}
+	m.dismiss(c, pods)
+
+	for _, pod := range pods {
+		if err := m.settlePod(c, pod.rows); err != nil {
+			errs = append(errs, m.wrap(&operation{name: "sync", owner: pod.owner}, err))
+		}
+	}
+
+	repairs, err := m.backend.repair(ctx, m.table(), true)
+	if err != nil {
+		c.undo()
+
+		return errors.Join(append(errs, err)...)
+	}
+
+	m.finish(ctx, c)
+
+	prepared := map[netip.Addr]bool{}
+
+	for r := range m.table() {
+		if ip := r.pod.Addr(); r.forLoopback() && !prepared[ip] {
+			prepared[ip] = true
+
+			m.prepareNode(r.owner, ip, "")
+		}
+	}
+
+	m.cfg.log.Info("Synced host ports", "family", m.family, "pods", len(pods), "added", len(c.delta.add),
+		"removed", len(c.delta.del), "kept", len(c.delta.keep), "repairs", len(repairs), "took", time.Since(start))
+
+	return errors.Join(errs...)
+}
+
+// takeTurn waits for the turn until ctx ends.
+func (m *hostportManager) takeTurn(ctx context.Context) error {
+	select {
+	case m.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for operations before it: %w", ctx.Err())
+	}
+}
+
+// dismiss takes out of the table what none of pods is to have.
+func (m *hostportManager) dismiss(c *change, pods []podRows) {
+	var invalid []owner
+
+	wanted := map[portKey][]*row{}
+
+	for _, pod := range pods {
+		if pod.invalid {
+			invalid = append(invalid, pod.owner)
+		}
+
+		for _, w := range pod.rows {
+			wanted[w.portKey] = append(wanted[w.portKey], w)
+		}
+	}
+
+	stays := func(r *row) bool {
+		for _, w := range wanted[r.portKey] {
+			if r.endpoint == w.endpoint && m.owns(w.owner, w.hash, r) {
+				return true
+			}
+		}
+
+		for _, o := range invalid {
+			if m.owns(o, "", r) {
+				return true
+			}
+		}
+
+		return false
+	}
+
+	for r := range m.table() {
+		if !stays(r) {
+			c.del(r)
+		}
+	}
+}
+
+// settlePod does to the table and the sockets what Add does, or nothing.
+func (m *hostportManager) settlePod(c *change, rows []*row) error {
+	before := c.savepoint()
+
+	for _, r := range rows {
+		if err := m.place(c, r); err != nil {
+			c.rollBack(before)
+
+			return err
+		}
+	}
+
+	if err := m.hold(c, before); err != nil {
+		c.rollBack(before)
+
+		return err
+	}
+
+	return nil
+}
+
+// mend puts back what others have broken, if they may have, and holds ports that
+// could not be held.
+func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool) {
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
+	defer cancel()
+
+	if m.takeTurn(ctx) != nil {
+		return
+	}
+	defer func() { <-m.turn }()
+
+	if m.ready(ctx) != nil { // which Add tells
+		return
+	}
+
+	m.sockets.retry()
+
+	if m.damaged = disturbed(m.backend) || m.damaged; !m.damaged {
+		return
+	}
+
+	if !m.ought() {
+		m.damaged = false
+
+		return
+	}
+
+	repairs, err := m.backend.repair(ctx, m.table(), false)
+	if err != nil {
+		m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
+
+		return
+	}
+
+	m.damaged = false
+
+	if len(repairs) > 0 {
+		const some = 5 // of what may be thousands
+
+		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs), "what", repairs[:min(len(repairs), some)])
+	}
+}
+
+// check names what is missing of rows that a pod ought to have.
+func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
+	defer cancel()
+
+	if err := m.takeTurn(ctx); err != nil {
+		return nil, err
+	}
+	defer func() { <-m.turn }()
+
+	if err := m.ready(ctx); err != nil {
+		return nil, err
+	}
+
+	var (
+		missing []string
+		stand   []*row
+	)
+
+	for _, w := range rows {
+		found := false
+
+		for _, r := range m.rows[w.portKey] {
+			if r.endpoint == w.endpoint && r.pod == w.pod && m.owns(w.owner, w.hash, r) {
+				stand, found = append(stand, r), true
+			}
+		}
+
+		if !found {
+			missing = append(missing, "row "+w.String())
+		}
+
+		if m.cfg.sockets && w.proto != sctp && !m.sockets.holds(w.endpoint) {
+			missing = append(missing, "socket of "+w.String())
+		}
+	}
+
+	more, err := m.backend.missing(ctx, stand)
+
+	return append(missing, more...), err
+}

@@ -1,0 +1,697 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// deviations tells in what the kernel differs from rows of one family, exactly
+// and in full.
+func (n *node) deviations(f ipFamily, rows []*row) []string {
+	n.t.Helper()
+
+	if n.variant == viaNFTables {
+		return n.nftDeviations(f, rows)
+	}
+
+	var list []string
+
+	t, err := parseSave([]byte(n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)), natTable)
+	require.NoError(n.t, err)
+
+	ranges, chains := map[string]bool{}, map[string]bool{}
+
+	for _, r := range rows {
+		if jumps := t.jumps[r.dnatChain()]; len(jumps) == 1 {
+			if found := rowFrom(r.hash, firstRule(t.chains[r.dnatChain()]), jumps); found != nil {
+				r.depth = found.depth
+			}
+		}
+
+		if !t.holds(r) {
+			list = append(list, "row "+r.String())
+		}
+
+		for _, s := range r.sides() {
+			chains[s.rule.chain] = true
+
+			for _, j := range s.path {
+				ranges[j.target] = true
+
+				if len(t.jumps[j.target]) != 1 || t.jumps[j.target][0].iptRule != j {
+					list = append(list, "jump "+j.String())
+				}
+			}
+		}
+	}
+
+	for chain := range t.chains {
+		if isOurs(chain) && !chains[chain] && !ranges[chain] && chain != dnatDispatch && chain != masqDispatch {
+			list = append(list, "left over "+chain)
+		}
+	}
+
+	if len(rows) == 0 && t.chains[dnatDispatch] == nil {
+		return list // nothing has been made yet
+	}
+
+	st := t.state(natRules(f, f == IPv4))
+	for rule, there := range st.base {
+		if !there && rule != masqTarget {
+			list = append(list, "base "+rule)
+		}
+	}
+
+	for _, line := range st.wrong {
+		list = append(list, "wrong "+line)
+	}
+
+	if f == IPv4 {
+		save := n.command("iptables-"+string(n.variant)+"-save", "-t", rawTable)
+		for _, rule := range guardRules(IPv4) {
+			if strings.Count(save, cmdAppend+rule.String()) != 1 {
+				list = append(list, "guard "+rule.String())
+			}
+		}
+	}
+
+	return list
+}
+
+func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
+	n.t.Helper()
+
+	var (
+		list   []string
+		conn   = n.nfnetlink()
+		b      = newNFTBackend(&nftRuleset{conn: conn}, f, newConfig(nil))
+		wanted = map[nftKey]nftElement{}
+	)
+
+	for _, r := range rows {
+		e := rowElement(r)
+		wanted[e.nftKey] = e
+	}
+
+	have, err := b.dump(n.t.Context())
+	require.NoError(n.t, err)
+
+	for _, r := range rows { // the comment is of one of the rows there
+		e := hairpinElement(r.pod.Addr(), r.ownerHash)
+		if have[e.nftKey] == e || wanted[e.nftKey].set == "" {
+			wanted[e.nftKey] = e
+		}
+	}
+
+	for key, e := range wanted {
+		if have[key] != e {
+			list = append(list, "missing "+b.describe(e))
+		}
+	}
+
+	for key, e := range have {
+		if !wanted[key].there() {
+			list = append(list, "left over "+b.describe(e))
+		}
+	}
+
+	if len(rows) > 0 {
+		missing, err := b.missingRules(n.t.Context())
+		require.NoError(n.t, err)
+
+		list = append(list, missing...)
+	}
+
+	return list
+}
+
+func rowsOfAll(t *testing.T, f ipFamily, pods map[string][]*PodPortMapping) []*row {
+	t.Helper()
+
+	var rows []*row
+
+	for id, mappings := range pods {
+		some, _, err := rowsOfPod(id, mappings)
+		require.NoError(t, err)
+
+		rows = append(rows, some[f]...)
+	}
+
+	return rows
+}
+
+// exactly asserts that the kernel, the table and the sockets are what pods say.
+func (n *node) exactly(m *Manager, pods map[string][]*PodPortMapping) {
+	n.t.Helper()
+
+	want := map[string]bool{}
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		t, ok := n.t.(*testing.T)
+		require.True(n.t, ok)
+
+		rows := rowsOfAll(t, f, pods)
+		assert.Empty(n.t, n.deviations(f, rows))
+
+		for _, r := range rows {
+			want[r.owner.id+" "+r.String()] = true
+		}
+	}
+
+	have := map[string]bool{}
+
+	for _, mapping := range m.Mappings() {
+		host := net.JoinHostPort(mapping.HostIP, strconv.Itoa(int(mapping.HostPort)))
+		pod := net.JoinHostPort(mapping.PodIP.String(), strconv.Itoa(int(mapping.ContainerPort)))
+		have[fmt.Sprintf("%s %s %s -> %s", mapping.PodID, mapping.Protocol, host, pod)] = true
+
+		assert.Equal(n.t, n.backend(), mapping.Backend)
+		assert.Equal(n.t, mapping.Protocol != "SCTP", mapping.Held, mapping)
+	}
+
+	assert.Equal(n.t, want, have)
+}
+
+func (n *node) sync(m *Manager, pods map[string][]*PodPortMapping) error {
+	n.t.Helper()
+
+	var err error
+
+	n.do(func() { err = m.Sync(n.t.Context(), pods) })
+
+	return err
+}
+
+// leak leaves in the kernel what bears our names and no row accounts for.
+func (n *node) leak(f ipFamily) {
+	n.t.Helper()
+
+	if n.variant == viaNFTables {
+		l := newNFTLayout(f)
+		ip := n.Pods[1].IP(f == IPv6)
+		stale := elementKey(l, nftHostPorts, 9999)
+		stale.Data = append(ip.AsSlice(), 0, 80, 0, 0)
+		odd := elementKey(l, nftHostPorts, 9998)
+		odd.Key[0] = 99 // no protocol of ours
+		odd.Data = stale.Data
+		n.commit(l.table.AddElement(nftHostPorts, stale), l.table.AddElement(nftHostPorts, odd),
+			l.table.AddElement(nftHairpins, nfnetlink.Element{Key: slices.Concat(n.otherNodeIP(f).AsSlice(), ip.AsSlice()), Comment: "?"}))
+
+		return
+	}
+
+	n.commandWith(strings.Join([]string{
+		"*nat",
+		":KUBE-HP-LEAKEDLEAKEDLEAK - [0:0]", ":CRIO-MASQ-LEAKEDLEAKEDLEAK - [0:0]", ":KUBE-HP-TCP-1-2 - [0:0]", ":KUBE-HP-odd - [0:0]",
+		"-A KUBE-HOSTPORTS -p tcp -m tcp --dport 9999 -j KUBE-HP-LEAKEDLEAKEDLEAK",
+		"-A CRIO-HOSTPORTS-MASQ -j CRIO-MASQ-LEAKEDLEAKEDLEAK",
+		"-A KUBE-HOSTPORTS -j KUBE-HP-odd",
+		"-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j RETURN",
+		"COMMIT\n",
+	}, "\n"), command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+}
+
+func elementKey(_ nftLayout, _ string, port uint16) nfnetlink.Element {
+	return nfnetlink.Element{Key: appendPort([]byte{6, 0, 0, 0}, port), Comment: "?"}
+}
+
+func TestSync(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		mappings := func(port int32) []*PortMapping {
+			return []*PortMapping{
+				{HostPort: port, ContainerPort: 80},
+				{HostPort: port, ContainerPort: 80, Protocol: "UDP"},
+				{HostPort: port, ContainerPort: 80, Protocol: "sctp"},
+				{HostPort: port + 1, ContainerPort: 80, HostIP: "192.0.2.11"},
+				{HostPort: port + 1, ContainerPort: 80, HostIP: "2001:db8:1::11"},
+			}
+		}
+		both := func(i int, port int32) []*PodPortMapping {
+			return []*PodPortMapping{n.pod(i, IPv4, mappings(port)...), n.pod(i, IPv6, mappings(port)...)}
+		}
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			n.serve(0, "tcp", f, 80)
+			n.serve(1, "tcp", f, 80)
+		}
+
+		pods := map[string][]*PodPortMapping{
+			"stays": both(0, 8000), "moves": both(0, 8010), "goes": both(1, 8020), "comes": both(1, 8030), "none": {nil, {HostNetwork: true}},
+		}
+
+		gone := n.manager()
+
+		for _, id := range []string{"stays", "moves", "goes"} {
+			for _, pod := range pods[id] {
+				require.NoError(t, n.add(gone, id, pod))
+			}
+		}
+
+		require.NoError(t, gone.Close())
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			n.leak(f)
+		}
+
+		delete(pods, "goes")
+		pods["moves"] = both(1, 8010)
+
+		m := n.manager()
+		require.NoError(t, n.sync(m, pods))
+		n.exactly(m, pods)
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8000), "web")
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv6), 8010), "other")
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.otherNodeIP(IPv6), 8031), "other")
+		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8020))
+
+		// Again it does nothing.
+		worked := n.countWork()
+		before := n.dump(m)
+		require.NoError(t, n.sync(m, pods))
+		assert.Equal(t, before, n.dump(m))
+
+		if n.variant == viaNFTables {
+			assert.Zero(t, worked())
+		}
+
+		// Whatever others do to it.
+		n.leak(IPv4)
+		n.wipe(IPv6)
+		require.NoError(t, n.sync(m, pods))
+		n.exactly(m, pods)
+
+		require.NoError(t, n.sync(m, nil))
+		n.exactly(m, nil)
+	})
+}
+
+// A pod that cannot be had does not keep the others from it.
+func TestSyncReports(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		named := func(name string, mappings ...*PortMapping) []*PodPortMapping {
+			return []*PodPortMapping{{Name: name, IP: n.Pods[0].IPv4.AsSlice(), PortMappings: mappings}}
+		}
+		port := func(p int32) *PortMapping { return &PortMapping{HostPort: p, ContainerPort: 80} }
+
+		require.NoError(t, n.add(m, "z", named("z", port(8001), port(8002))[0]))
+		require.NoError(t, n.add(m, "bad", named("bad", port(8003))[0]))
+
+		s := n.hostService("tcp", "192.0.2.1:8005")
+		err := n.sync(m, map[string][]*PodPortMapping{
+			"a":      named("a", port(8000), port(8001)), // z has it
+			"b":      named("b", port(8004)),
+			"c":      named("c", port(8004)), // b comes first
+			"z":      named("z", port(8001)),
+			"bad":    named("bad", port(8003), port(70000)),
+			"double": append(named("double", port(8006)), &PodPortMapping{IP: n.Pods[1].IPv4.AsSlice(), PortMappings: []*PortMapping{port(8006)}}),
+			"taken":  named("taken", port(8007), port(8005)),
+		})
+		conflict := (*ConflictError)(nil)
+		require.ErrorAs(t, err, &conflict)
+		require.ErrorIs(t, err, ErrInvalidMapping)
+		require.ErrorIs(t, err, syscall.EADDRINUSE)
+
+		for _, text := range []string{"pod a:", "pod c:", "pod bad", "pod double", "pod taken"} {
+			assert.ErrorContains(t, err, text)
+		}
+
+		assert.NotContains(t, err.Error(), "pod b:")
+		n.exactly(m, map[string][]*PodPortMapping{
+			"b": named("b", port(8004)), "z": named("z", port(8001)), "bad": named("bad", port(8003)),
+		})
+		require.NoError(t, s.Close())
+	})
+}
+
+// Connections to rows that stay do not fail, however often it is called and
+// whatever comes and goes beside.
+func TestSyncIsNotNoticed(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.serve(1, "tcp", f, 80)
+
+		pods := map[string][]*PodPortMapping{"stays": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+		other := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})
+		n.leftBehind("stays", pods["stays"][0])
+
+		var connects, failures atomic.Int32
+
+		stop, done := make(chan struct{}), make(chan error, 1)
+
+		go func() {
+			done <- n.Client.Do(func() error { return keepAsking(t.Context(), n, f, stop, &connects, &failures) })
+		}()
+
+		m := n.manager()
+
+		for i := range 20 {
+			delete(pods, "other")
+
+			if i%2 == 0 {
+				pods["other"] = []*PodPortMapping{other}
+			}
+
+			require.NoError(t, n.sync(m, pods))
+		}
+
+		close(stop)
+		require.NoError(t, <-done)
+		assert.NotZero(t, connects.Load())
+		assert.Zero(t, failures.Load())
+	})
+}
+
+// Rows that another backend carries from before move over, and nothing of ours
+// stays behind there.
+func TestSyncMovesOver(t *testing.T) {
+	for _, from := range backends() {
+		for _, to := range backends() {
+			if from == to {
+				continue
+			}
+
+			t.Run(string(from)+" to "+string(to), func(t *testing.T) {
+				n := newNode(t, from)
+				pods := map[string][]*PodPortMapping{}
+
+				for i, f := range []ipFamily{IPv4, IPv6} {
+					pods["id"] = append(pods["id"], n.pod(i, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+				}
+
+				for _, pod := range pods["id"] {
+					n.leftBehind("id", pod)
+				}
+
+				n.leftBehind("goes", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80}))
+
+				old := *n
+				n.change(to)
+
+				m := n.manager()
+				assert.Len(t, m.Mappings(), 3)
+				require.NoError(t, n.sync(m, pods))
+				n.exactly(m, pods)
+
+				for _, f := range []ipFamily{IPv4, IPv6} {
+					assert.Empty(t, old.ours(f))
+				}
+
+				require.NoError(t, n.sync(m, pods))
+				n.exactly(m, pods)
+			})
+		}
+	}
+}
+
+// change has the node use another backend from now on.
+func (n *node) change(to variant) {
+	n.t.Helper()
+
+	if n.variant != viaNFTables {
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			n.command(command(f)+"-"+string(n.variant), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
+		}
+	}
+
+	if n.variant = to; to != viaNFTables {
+		n.hint(to)
+	}
+}
+
+// A Sync that fails as a whole changes nothing.
+func TestSyncFails(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m, fake := n.viaFake()
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "id", pod))
+
+	before := n.dump(m)
+	fake.dump = func() error { return errInjected }
+
+	other := map[string][]*PodPortMapping{"other": {n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
+	require.ErrorIs(t, n.sync(m, other), errInjected)
+
+	fake.dump = nil
+	assert.Equal(t, before, n.dump(m))
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	n.do(func() { require.ErrorIs(t, m.Sync(ctx, other), context.Canceled) })
+	assert.Equal(t, before, n.dump(m))
+
+	require.NoError(t, n.sync(m, other))
+	n.exactly(m, other)
+}
+
+// What is missing is named.
+func TestCheck(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "192.0.2.11", Protocol: "SCTP"})
+		check := func(pod *PodPortMapping) (err error) {
+			n.do(func() { err = m.Check(t.Context(), "id", pod) })
+
+			return err
+		}
+		require.NoError(t, check(nil))
+		require.NoError(t, check(n.pod(0, IPv4)))
+		require.ErrorIs(t, check(n.pod(0, IPv4, &PortMapping{HostPort: -1, ContainerPort: 80})), ErrInvalidMapping)
+		require.ErrorContains(t, check(pod), "row TCP 0.0.0.0:8080")
+
+		broken := func(want string, how func()) {
+			t.Helper()
+			require.NoError(t, n.add(m, "id", pod))
+			require.NoError(t, check(pod))
+			how()
+			assert.ErrorContains(t, check(pod), want)
+			assert.ErrorContains(t, check(pod), "pod ns/web")
+			require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}))
+			require.NoError(t, check(pod))
+		}
+
+		broken("socket of TCP 0.0.0.0:8080", func() {
+			s := &m.families[0].sockets
+			for _, h := range s.held[portKey{tcp, 8080}] {
+				require.NoError(t, syscall.Close(h.fd))
+				h.fd = -1
+				s.waiting[h] = true
+			}
+		})
+
+		rows, err := rowsOf("id", pod)
+		require.NoError(t, err)
+
+		if n.variant == viaNFTables {
+			table := newNFTLayout(IPv4).table
+			for _, r := range rows {
+				e := rowElement(r)
+				broken("host port "+r.String(), func() { n.commit(table.DeleteElement(e.set, e.element())) })
+			}
+
+			broken("hairpin of "+n.Pods[0].IPv4.String(), func() {
+				n.commit(table.DeleteElement(nftHairpins, hairpinElement(n.Pods[0].IPv4, "").element()))
+			})
+
+			for _, chain := range []string{nftHostPorts, nftPrerouting, nftOutput, nftMasquerade, nftGuard} {
+				broken("rule of chain "+chain, func() { n.commit(table.FlushChain(chain)) })
+			}
+
+			broken("host port "+rows[0].String(), func() { n.commit(table.Delete()) })
+
+			return
+		}
+
+		for _, r := range rows {
+			broken("rule "+r.dnatChain(), func() { n.iptables(IPv4, "-F", r.dnatChain()) })
+			broken("rule "+r.masqChain(), func() { n.iptables(IPv4, "-F", r.masqChain()) })
+			broken(" -j "+r.rangeChain(dnatPrefix, 0), func() { n.iptables(IPv4, "-F", dnatDispatch) })
+		}
+
+		broken("rule "+preRouting, func() { n.iptables(IPv4, "-F", preRouting) })
+		broken("chain "+rows[0].dnatChain(), func() { n.wipeAll() })
+		broken(guardComment, func() { n.command("iptables-"+string(n.variant), "-t", rawTable, "-F") })
+	})
+}
+
+// run has a manager look after its rows until the test ends.
+func (n *node) run(m *Manager) {
+	n.t.Helper()
+
+	ctx, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+
+	go func() {
+		_ = n.Host.Do(func() error {
+			ended <- m.Run(ctx)
+
+			return nil
+		})
+	}()
+	n.t.Cleanup(func() {
+		stop()
+		assert.ErrorIs(n.t, <-ended, context.Canceled)
+	})
+}
+
+// soon asserts that a state comes by itself.
+func (n *node) soon(condition func() bool) {
+	n.t.Helper()
+	assert.Eventually(n.t, condition, patience, 10*time.Millisecond)
+}
+
+// ways are those in which others break what is there for IPv4.
+func (n *node) ways() map[string]func() {
+	if n.variant == viaNFTables {
+		table := newNFTLayout(IPv4).table
+
+		return map[string]func(){
+			"table deleted":   func() { n.commit(table.Delete()) },
+			"rules flushed":   func() { n.wipe(IPv4) },
+			"element deleted": func() { n.commit(table.DeleteElement(nftHostPorts, elementKey(nftLayout{}, "", 8080))) },
+		}
+	}
+
+	tool := "iptables-" + string(n.variant)
+
+	return map[string]func(){
+		"all flushed":   func() { n.wipeAll() },
+		"chain flushed": func() { n.iptables(IPv4, "-F", dnatDispatch) },
+		"raw flushed":   func() { n.command(tool, "-t", rawTable, "-F") },
+	}
+}
+
+func TestRunRepairs(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		log, logged := n.logs()
+		m := n.manager(log)
+		pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+		require.NoError(t, n.add(m, "id", pods["id"][0]))
+		n.run(m)
+
+		rows := rowsOfAll(t, IPv4, pods)
+
+		for name, breakIt := range n.ways() {
+			repairs := strings.Count(logged(), "Repaired host ports")
+
+			breakIt()
+			n.soon(func() bool {
+				return len(n.deviations(IPv4, rows)) == 0 && strings.Count(logged(), "Repaired host ports") > repairs
+			})
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+			assert.Empty(t, n.deviations(IPv4, rows), name)
+		}
+
+		require.NoError(t, n.remove(m, "id", nil))
+		n.exactly(m, nil)
+	})
+}
+
+// What others do to their own tables is none of its business, nor are its own
+// operations.
+func TestRunLeavesOthersAlone(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		worked := n.countWork()
+		log, logged := n.logs()
+		m := n.manager(log)
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		n.run(m)
+		n.wipe(IPv4)
+		n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+		<-time.After(2 * lookInterval) // of what is still under way
+		worked()
+
+		foreign := nfnetlink.Table{Family: newNFTLayout(IPv4).table.Family, Name: "foreign"}
+
+		for range 5 {
+			n.commit(foreign.Create())
+			n.commit(foreign.Delete())
+			require.NoError(t, n.add(m, "again", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+			require.NoError(t, n.remove(m, "again", nil))
+		}
+
+		<-time.After(2 * lookInterval)
+
+		if n.variant == viaNFTables {
+			assert.Equal(t, 20, worked(), "as many transactions as have been made here")
+		} else {
+			assert.Equal(t, 10, worked(), "as many processes as there were operations")
+		}
+	})
+}
+
+// A port that the source of a connection kept from being held is held when that
+// has gone, without any operation.
+func TestRunHoldsPorts(t *testing.T) {
+	n := anyNode(t)
+	n.serve(0, "tcp", IPv4, 80)
+
+	var conn net.Conn
+
+	require.NoError(t, n.Host.Do(func() (err error) {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: n.nodeIP(IPv4).AsSlice(), Port: 8080}}
+		conn, err = dialer.DialContext(t.Context(), "tcp", netip.AddrPortFrom(n.Pods[0].IPv4, 80).String())
+
+		return err
+	}))
+
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	n.run(m)
+
+	held := func() bool { return m.Mappings()[0].Held }
+	assert.False(t, held())
+
+	tcpConn, ok := conn.(*net.TCPConn)
+	require.True(t, ok)
+	require.NoError(t, tcpConn.SetLinger(0)) // no TIME_WAIT
+	require.NoError(t, conn.Close())
+	n.soon(held)
+}
+
+var errNotYet = errors.New("not yet")
+
+// A family that comes later is taken over then.
+func TestRunWaitsForFamily(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.leftBehind("id", n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+	m := n.manager()
+	late := m.families[1]
+	open := late.open
+
+	var there atomic.Bool
+
+	late = newHostportManager(IPv6, late.cfg, func(ctx context.Context) (backend, error) {
+		if !there.Load() {
+			return nil, errNotYet
+		}
+
+		return open(ctx)
+	})
+	require.NoError(t, m.families[1].Close())
+
+	m.families[1] = late
+	n.run(m)
+	assert.Empty(t, m.Mappings())
+	there.Store(true)
+	n.soon(func() bool { return len(m.Mappings()) == 1 && m.Mappings()[0].Held })
+}
