@@ -3,7 +3,8 @@
 GOLANGCI_LINT_VERSION ?= v2.15.0
 GOLANGCI_LINT := bin/golangci-lint
 
-# For the command line: make test RUN=TestAdd PKG=. V=-v, make bench BENCH=Add COUNT=5, make fuzz FUZZTIME=2m
+# For the command line: make test RUN=TestAdd PKG=. V=-v, make bench BENCH=Add COUNT=5, make fuzz FUZZTIME=2m,
+# make chaos CHAOSTIME=1h BACKEND=nft SEED=7
 PKG ?= ./...
 RUN ?= .
 V ?=
@@ -11,6 +12,10 @@ BENCH ?= .
 BENCHTIME ?= 61x
 COUNT ?= 1
 FUZZTIME ?= 20s
+CHAOSTIME ?= 10m
+BACKEND ?= .*
+KILLS ?= 300
+SEED ?=
 
 # A plain user's PATH lacks the sbin folders, a fresh root's the place where Go's own archive goes.
 export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
@@ -19,7 +24,7 @@ DEPS := hack/install-deps.sh
 INSIDE := hack/in-namespace.sh
 
 .NOTPARALLEL:
-.PHONY: help demo test lint fmt cross bench fuzz verify tidy-check clean lint-tool
+.PHONY: help demo test lint fmt cross bench fuzz chaos verify tidy-check clean lint-tool
 
 help:
 	@echo "hostport: host ports for container runtimes. None of this needs root or touches the host's network."
@@ -53,6 +58,11 @@ bench: ## benchmarks of the root package (BENCH=, BENCHTIME=, COUNT=)
 fuzz: ## every fuzz target, one after the other (FUZZTIME=)
 	@$(DEPS) go unshare
 	@$(INSIDE) hack/fuzz.sh '$(FUZZTIME)'
+
+chaos: ## the fault suite for long, on nftables, nft and legacy (CHAOSTIME=, BACKEND=, KILLS=, SEED=)
+	@$(DEPS) go iptables nft unshare
+	@HOSTPORT_CHAOS='$(CHAOSTIME)' HOSTPORT_KILLS='$(KILLS)' HOSTPORT_CHAOS_SEED='$(SEED)' \
+		$(INSIDE) hack/test.sh -timeout=0 -v -run '^Test(Chaos|Kills)$$/^$(BACKEND)$$' .
 
 verify: ## everything that CI runs
 	@.ci/run

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -249,13 +250,18 @@ func (e *commandError) Unwrap() error { return e.err }
 // Line is the line of input at fault, the first being 1, or 0 if not known.
 func (e *commandError) Line() int { return e.line }
 
-// run runs a command to its end, or kills it with its children when ctx ends.
+// run runs a command to its end, or kills it with its children when ctx ends. It
+// does not outlive this process either: it would commit when the next manager has
+// looked already.
 func run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte, error) {
+	runtime.LockOSThread() // whose end is what Pdeathsig takes for ours
+	defer runtime.UnlockOSThread()
+
 	var stdout, stderr bytes.Buffer
 
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
 

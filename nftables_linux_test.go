@@ -946,6 +946,10 @@ func TestWithoutPrograms(t *testing.T) {
 }
 
 func TestMain(m *testing.M) {
+	if backend := os.Getenv(runtimeVariable); backend != "" {
+		os.Exit(runRuntime(Backend(backend)))
+	}
+
 	if os.Getenv(onlyVariable) == "" {
 		m.Run()
 

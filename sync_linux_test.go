@@ -66,8 +66,17 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 		}
 	}
 
-	if len(rows) == 0 && t.chains[dnatDispatch] == nil {
-		return list // nothing has been made yet
+	if f == IPv4 && len(n.localnet()) > 0 {
+		save := n.command("iptables-"+string(n.variant)+"-save", "-t", rawTable)
+		for _, rule := range guardRules(IPv4) {
+			if strings.Count(save, cmdAppend+rule.String()) != 1 {
+				list = append(list, "guard "+rule.String())
+			}
+		}
+	}
+
+	if len(rows) == 0 {
+		return list // nothing need be there
 	}
 
 	st := t.state(natRules(f, f == IPv4))
@@ -79,15 +88,6 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 
 	for _, line := range st.wrong {
 		list = append(list, "wrong "+line)
-	}
-
-	if f == IPv4 {
-		save := n.command("iptables-"+string(n.variant)+"-save", "-t", rawTable)
-		for _, rule := range guardRules(IPv4) {
-			if strings.Count(save, cmdAppend+rule.String()) != 1 {
-				list = append(list, "guard "+rule.String())
-			}
-		}
 	}
 
 	return list
@@ -111,11 +111,13 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 	have, err := b.dump(n.t.Context())
 	require.NoError(n.t, err)
 
-	for _, r := range rows { // the comment is of one of the rows there
+	for _, r := range rows { // in the name of one of the pods that have had the address
 		e := hairpinElement(r.pod.Addr(), r.ownerHash)
-		if have[e.nftKey] == e || wanted[e.nftKey].set == "" {
-			wanted[e.nftKey] = e
+		if e.comment = have[e.nftKey].comment; e.comment == "" {
+			e.comment = r.ownerHash
 		}
+
+		wanted[e.nftKey] = e
 	}
 
 	for key, e := range wanted {

@@ -1,0 +1,931 @@
+package hostport
+
+import (
+	"cmp"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// The suite of faults. A runtime in a process of its own is told what to do, while
+// others break what it has made, or kill it. A model tells what ought to be, and
+// after each step the kernel, the sockets and a sample of connections are compared
+// with it.
+
+const (
+	// runtimeVariable makes the test binary such a runtime, with that backend.
+	runtimeVariable = "HOSTPORT_TEST_RUNTIME"
+	// chaosVariable is how long TestChaos goes on; by default it is short.
+	chaosVariable = "HOSTPORT_CHAOS"
+	// killsVariable is how often TestKills kills.
+	killsVariable = "HOSTPORT_KILLS"
+	// seedVariable repeats a run.
+	seedVariable = "HOSTPORT_CHAOS_SEED"
+)
+
+// order is what a runtime is told to do.
+type order struct {
+	Op   string // add, remove, sync, mappings
+	ID   string
+	Pod  *PodPortMapping
+	Pods map[string][]*PodPortMapping
+}
+
+type reply struct {
+	Err      string
+	Mappings []Mapping
+}
+
+// runRuntime obeys the orders that come on standard input. Those that come
+// together are carried out at the same time.
+func runRuntime(backend Backend) int {
+	m, err := New(WithBackend(backend), WithTimeout(10*time.Second))
+	if err != nil {
+		return complain("runtime: ", err)
+	}
+
+	if os.Getenv(runtimeVariable+"_RUN") != "" {
+		go func() { _ = m.Run(context.Background()) }()
+	}
+
+	in, out := gob.NewDecoder(os.Stdin), gob.NewEncoder(os.Stdout)
+	replies := []reply{{Mappings: m.Mappings()}}
+
+	for {
+		if err := out.Encode(replies); err != nil {
+			return complain("runtime: ", err)
+		}
+
+		var orders []order
+		if err := in.Decode(&orders); err != nil {
+			return complain("runtime: ", err)
+		}
+
+		replies = obeyAll(m, orders)
+	}
+}
+
+func obeyAll(m *Manager, orders []order) []reply {
+	var wg sync.WaitGroup
+
+	replies := make([]reply, len(orders))
+
+	for i, o := range orders {
+		wg.Go(func() {
+			var err error
+
+			switch o.Op {
+			case "add":
+				err = m.Add(o.ID, o.Pod, "")
+			case "remove":
+				err = m.Remove(o.ID, o.Pod)
+			case "sync":
+				err = m.Sync(context.Background(), o.Pods)
+			case "mappings":
+				replies[i].Mappings = m.Mappings()
+			}
+
+			if err != nil {
+				replies[i].Err = err.Error()
+			}
+		})
+	}
+
+	wg.Wait()
+
+	return replies
+}
+
+// runtimeProcess is a runtime as its test sees it.
+type runtimeProcess struct {
+	n      *node
+	cmd    *exec.Cmd
+	in     *gob.Encoder
+	out    *gob.Decoder
+	begun  []Mapping // what it has adopted
+	stderr strings.Builder
+}
+
+// start starts a runtime on the node, which looks after its rows if run is set.
+func (n *node) start(run bool) *runtimeProcess {
+	n.t.Helper()
+
+	self, err := os.Executable()
+	require.NoError(n.t, err)
+
+	p := &runtimeProcess{n: n, cmd: exec.Command(self)}
+	p.cmd.Env = append(os.Environ(), runtimeVariable+"="+string(n.backend()))
+	p.cmd.Stderr = &p.stderr
+
+	if run {
+		p.cmd.Env = append(p.cmd.Env, runtimeVariable+"_RUN=yes")
+	}
+
+	in, err := p.cmd.StdinPipe()
+	require.NoError(n.t, err)
+	out, err := p.cmd.StdoutPipe()
+	require.NoError(n.t, err)
+	n.do(func() { require.NoError(n.t, p.cmd.Start()) })
+	n.t.Cleanup(p.kill)
+
+	p.in, p.out = gob.NewEncoder(in), gob.NewDecoder(out)
+
+	replies, err := p.replies(1)
+	require.NoError(n.t, err, "%s", &p.stderr)
+
+	p.begun = replies[0].Mappings
+
+	return p
+}
+
+// kill ends the runtime at once, whatever it is doing.
+func (p *runtimeProcess) kill() {
+	if p.cmd.ProcessState == nil {
+		_ = p.cmd.Process.Kill()
+		_ = p.cmd.Wait()
+	}
+}
+
+func (p *runtimeProcess) replies(count int) ([]reply, error) {
+	var replies []reply
+
+	watchdog := time.AfterFunc(time.Minute, func() { _ = p.cmd.Process.Signal(syscall.SIGQUIT) }) // which shows where it hangs
+	defer watchdog.Stop()
+
+	err := p.out.Decode(&replies)
+	if err == nil && len(replies) != count {
+		err = fmt.Errorf("%d replies", len(replies)) //nolint:err113 // of a test
+	}
+
+	return replies, err
+}
+
+// obey has the runtime carry out orders at the same time.
+func (p *runtimeProcess) obey(orders ...order) []reply {
+	p.n.t.Helper()
+	require.NoError(p.n.t, p.in.Encode(orders))
+
+	replies, err := p.replies(len(orders))
+	if err != nil {
+		_ = p.cmd.Wait()
+	}
+
+	require.NoError(p.n.t, err, "%s", &p.stderr)
+
+	return replies
+}
+
+// chaos is one run of the suite.
+type chaos struct {
+	*node
+
+	t       *testing.T
+	random  *rand.Rand
+	runtime *runtimeProcess
+	model   map[string][]*row        // by pod
+	taken   map[portKey]net.Listener // by a process of others
+	faults  map[string]int
+	ops     map[string]int
+}
+
+// Ports that pods compete for.
+const (
+	firstPort = 8000
+	somePorts = 24
+	somePods  = 8
+)
+
+func TestChaos(t *testing.T) {
+	steps, duration := 40, time.Duration(0)
+
+	if v := os.Getenv(chaosVariable); v != "" {
+		var err error
+		duration, err = time.ParseDuration(v)
+		require.NoError(t, err)
+
+		steps = 1 << 30
+	}
+
+	eachBackend(t, func(t *testing.T, n *node) {
+		c := newChaos(t, n)
+		c.serveAll(0)
+		c.serveAll(1)
+		c.runtime = n.start(true)
+
+		begun := time.Now()
+
+		for i := range steps {
+			if duration > 0 && time.Since(begun) > duration {
+				break
+			}
+
+			c.step(i)
+
+			if t.Failed() {
+				t.Logf("step %d, %s", i, &c.runtime.stderr)
+
+				break
+			}
+		}
+
+		t.Logf("%s: operations %v, faults %v, in %v", n.variant, c.ops, c.faults, time.Since(begun))
+	})
+}
+
+func newChaos(t *testing.T, n *node) *chaos {
+	t.Helper()
+
+	seed := uint64(time.Now().UnixNano())
+	if v := os.Getenv(seedVariable); v != "" {
+		var err error
+		seed, err = strconv.ParseUint(v, 10, 64)
+		require.NoError(t, err)
+	}
+
+	t.Logf("%s=%d repeats it", seedVariable, seed)
+
+	return &chaos{
+		node: n, t: t, random: rand.New(rand.NewPCG(seed, 0)),
+		model: map[string][]*row{}, taken: map[portKey]net.Listener{}, faults: map[string]int{}, ops: map[string]int{},
+	}
+}
+
+func (c *chaos) serveAll(i int) {
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		c.serve(i, "tcp", f, 80)
+		c.serve(i, "udp", f, 80)
+	}
+}
+
+// step does something, perhaps breaks something, and looks.
+func (c *chaos) step(i int) {
+	fault, name := func() {}, ""
+
+	if c.random.IntN(2) == 0 {
+		all := c.allFaults()
+		names := slices.Sorted(maps.Keys(all))
+		name = names[c.random.IntN(len(names))]
+		fault = all[name]
+		c.faults[name]++
+	}
+
+	switch c.random.IntN(8) {
+	case 0:
+		c.killed()
+		fault()
+	case 1:
+		fault()
+		c.syncs()
+	default:
+		c.operations(fault)
+	}
+
+	c.check(fmt.Sprintf("step %d, fault %q", i, name))
+}
+
+// podAt is a pod with random rows, in one family.
+func (c *chaos) randomPod() *PodPortMapping {
+	f := []ipFamily{IPv4, IPv6}[c.random.IntN(2)]
+
+	var mappings []*PortMapping
+
+	for range 1 + c.random.IntN(3) {
+		pm := &PortMapping{
+			HostPort:      int32(firstPort + c.random.IntN(somePorts)),
+			ContainerPort: 80,
+			Protocol:      []v1.Protocol{"TCP", "UDP", "SCTP"}[min(c.random.IntN(5)/2, 2)],
+		}
+		if c.random.IntN(3) == 0 {
+			pm.HostIP = c.otherNodeIP(f).String()
+		}
+
+		mappings = append(mappings, pm)
+	}
+
+	return c.pod(c.random.IntN(2), f, mappings...)
+}
+
+func podID(i int) string { return "pod" + strconv.Itoa(i) }
+
+// operations has the runtime do one or several things at once, to different pods,
+// and tells the model, which knows what comes of it only where they do not
+// compete.
+func (c *chaos) operations(fault func()) {
+	fault()
+
+	var (
+		orders   []order
+		expected []string
+	)
+
+	for range 1 + c.random.IntN(3) {
+		id := podID(c.random.IntN(somePods))
+		if slices.ContainsFunc(orders, func(o order) bool { return o.ID == id }) {
+			continue
+		}
+
+		if c.random.IntN(3) == 0 {
+			orders, expected = append(orders, order{Op: "remove", ID: id}), append(expected, "")
+
+			continue
+		}
+
+		pod := c.randomPod()
+
+		rows, err := rowsOf(id, pod)
+		if err != nil || c.competes(rows, orders) {
+			continue
+		}
+
+		orders, expected = append(orders, order{Op: "add", ID: id, Pod: pod}), append(expected, c.outcome(id, rows))
+	}
+
+	for i, r := range c.runtime.obey(orders...) {
+		c.ops[orders[i].Op]++
+
+		if expected[i] != "" {
+			c.ops["refused"]++
+
+			assert.Contains(c.t, r.Err, expected[i], "%s %s", orders[i].Op, orders[i].ID)
+
+			continue
+		}
+
+		assert.Empty(c.t, r.Err, "%s %s %v", orders[i].Op, orders[i].ID, orders[i].Pod)
+		c.apply(orders[i])
+	}
+}
+
+// competes tells whether rows are about what some other command of the same time
+// is about.
+func (c *chaos) competes(rows []*row, orders []order) bool {
+	for _, o := range orders {
+		others := c.model[o.ID]
+
+		if o.Pod != nil {
+			more, _ := rowsOf(o.ID, o.Pod)
+			others = slices.Concat(others, more)
+		}
+
+		for _, r := range rows {
+			if slices.ContainsFunc(others, func(o *row) bool { return o.portKey == r.portKey && o.family() == r.family() }) {
+				return true
+			}
+		}
+	}
+
+	return false
+}
+
+// outcome is what the error of an Add has to say, in the order in which Add looks.
+func (c *chaos) outcome(id string, rows []*row) string {
+	for _, r := range rows {
+		for other, theirs := range c.model {
+			if other != id && slices.ContainsFunc(theirs, r.competesWith) {
+				return "is taken by"
+			}
+		}
+	}
+
+	for _, r := range rows {
+		stands := slices.ContainsFunc(c.model[id], func(o *row) bool { return o.endpoint == r.endpoint && o.family() == r.family() })
+		if c.taken[r.portKey] != nil && r.family() == IPv4 && !stands {
+			return "address already in use"
+		}
+	}
+
+	return ""
+}
+
+func (r *row) competesWith(o *row) bool {
+	return r.portKey == o.portKey && r.family() == o.family() && r.overlaps(o.endpoint)
+}
+
+// apply tells the model.
+func (c *chaos) apply(cmd order) {
+	if cmd.Op == "remove" {
+		delete(c.model, cmd.ID)
+
+		return
+	}
+
+	rows, err := rowsOf(cmd.ID, cmd.Pod)
+	require.NoError(c.t, err)
+
+	rest := slices.DeleteFunc(slices.Clone(c.model[cmd.ID]), func(o *row) bool {
+		return slices.ContainsFunc(rows, func(r *row) bool { return r.endpoint == o.endpoint && r.family() == o.family() })
+	})
+
+	c.model[cmd.ID] = append(rest, rows...)
+}
+
+// desired is the model as Sync takes it.
+func (c *chaos) desired() map[string][]*PodPortMapping {
+	pods := map[string][]*PodPortMapping{}
+
+	for id, rows := range c.model {
+		for _, r := range rows {
+			pm := &PortMapping{HostPort: int32(r.port), ContainerPort: int32(r.pod.Port()), Protocol: r.proto.api()}
+			if r.ip.IsValid() {
+				pm.HostIP = r.ip.String()
+			}
+
+			pods[id] = append(pods[id], &PodPortMapping{
+				Namespace: r.owner.namespace, Name: r.owner.name, IP: r.pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm},
+			})
+		}
+	}
+
+	return pods
+}
+
+// syncs has a few pods go and come, and tells the runtime.
+func (c *chaos) syncs() {
+	c.choosePods()
+	c.sync()
+}
+
+func (c *chaos) choosePods() {
+	for i := range somePods {
+		if id := podID(i); c.random.IntN(3) == 0 {
+			delete(c.model, id)
+
+			pod := c.randomPod()
+
+			rows, err := rowsOf(id, pod)
+			if err == nil && c.outcome(id, rows) == "" {
+				c.apply(order{Op: "add", ID: id, Pod: pod})
+			}
+		}
+	}
+}
+
+func (c *chaos) sync() {
+	c.ops["sync"]++
+	assert.Empty(c.t, c.runtime.obey(order{Op: "sync", Pods: c.desired()})[0].Err)
+}
+
+// killed kills the runtime in the middle of something. Another takes its place.
+func (c *chaos) killed() {
+	c.ops["kill"]++
+
+	orders := []order{{Op: "add", ID: podID(c.random.IntN(somePods)), Pod: c.randomPod()}, {Op: "remove", ID: podID(c.random.IntN(somePods))}}
+	require.NoError(c.t, c.runtime.in.Encode(orders))
+	time.Sleep(time.Duration(c.random.IntN(15)) * time.Millisecond) //nolint:forbidigo // at any moment
+	c.runtime.kill()
+	c.hintAgain()
+
+	c.runtime = c.start(true)
+	c.sync()
+}
+
+// hintAgain says which iptables the node uses, if that has been wiped.
+func (c *chaos) hintAgain() {
+	if c.variant == viaNFTables {
+		return
+	}
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		tool := command(f) + "-" + string(c.variant)
+		if !strings.Contains(c.command(tool+"-save", "-t", "mangle"), "KUBE-IPTABLES-HINT") {
+			c.command(tool, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+		}
+	}
+}
+
+// allFaults are the ways to break something.
+func (c *chaos) allFaults() map[string]func() {
+	f := []ipFamily{IPv4, IPv6}[c.random.IntN(2)]
+	faults := map[string]func(){
+		"foreign process takes a port": func() { c.take() },
+		"IPv6 goes and comes back":     func() { c.withoutIPv6() },
+		"pod's interface is removed": func() {
+			require.NoError(c.t, c.ReplacePod(1, "other"))
+			c.serveAll(1)
+		},
+		"signals": func() {
+			for range 20 {
+				_ = c.runtime.cmd.Process.Signal(syscall.SIGWINCH)
+			}
+		},
+		"storm of transactions": func() { c.storms(f) },
+	}
+
+	if c.variant == viaNFTables || c.variant == variantNFT {
+		faults["nft flush ruleset"] = func() {
+			c.command("nft", "flush", "ruleset")
+			c.hintAgain()
+		}
+	}
+
+	if c.variant == viaNFTables {
+		table := newNFTLayout(f).table
+		faults["table deleted"] = func() { c.tryCommit(table.Delete()) }
+		faults["chain flushed"] = func() {
+			c.tryCommit(table.FlushChain([]string{nftHostPorts, nftPrerouting, nftMasquerade}[c.random.IntN(3)]))
+		}
+		faults["element deleted"] = func() {
+			if r := c.anyRow(f); r != nil {
+				e := rowElement(r)
+				c.tryCommit(table.DeleteElement(e.set, e.element()))
+			}
+		}
+		faults["element replaced"] = func() {
+			if r := c.anyRow(f); r != nil {
+				e := rowElement(r)
+				other := e.element()
+				other.Data = slices.Clone(other.Data)
+				other.Data[len(other.Data)-3]++ // another port
+				c.tryCommit(table.DeleteElement(e.set, e.element()), table.AddElement(e.set, other))
+			}
+		}
+
+		return faults
+	}
+
+	tool := command(f) + "-" + string(c.variant)
+	try := func(args ...string) { c.do(func() { _ = exec.CommandContext(c.t.Context(), tool, args...).Run() }) } // it may not be there
+
+	faults["iptables -F"] = func() { try("-w", "-t", natTable, "-F") }
+	faults["iptables -F -X"] = func() {
+		try("-w", "-t", natTable, "-F")
+		try("-w", "-t", natTable, "-X")
+	}
+	faults["raw flushed"] = func() { try("-w", "-t", rawTable, "-F") }
+	faults["chain flushed"] = func() {
+		if r := c.anyRow(f); r != nil {
+			try("-w", "-t", natTable, "-F", r.dnatChain())
+		}
+	}
+
+	if c.variant == variantLegacy {
+		faults["lock held"] = func() { c.holdLock() }
+	}
+
+	return faults
+}
+
+func (c *chaos) tryCommit(msgs ...netlink.Message) {
+	_ = c.nfnetlink().Commit(c.t.Context(), 0, msgs) // it may not be there
+}
+
+func (c *chaos) anyRow(f ipFamily) *row {
+	var rows []*row
+
+	for _, id := range slices.Sorted(maps.Keys(c.model)) {
+		for _, r := range c.model[id] {
+			if r.family() == f {
+				rows = append(rows, r)
+			}
+		}
+	}
+
+	if len(rows) == 0 {
+		return nil
+	}
+
+	return rows[c.random.IntN(len(rows))]
+}
+
+// A runtime that is killed at any moment leaves what New and Sync make exactly what
+// it is to be.
+func TestKills(t *testing.T) {
+	kills := 8
+
+	if v := os.Getenv(killsVariable); v != "" {
+		var err error
+		kills, err = strconv.Atoi(v)
+		require.NoError(t, err)
+	}
+
+	eachBackend(t, func(t *testing.T, n *node) {
+		c := newChaos(t, n)
+
+		for i := range kills {
+			p := n.start(false)
+
+			orders := []order{{Op: "sync", Pods: c.desired()}}
+			for j := range somePods {
+				orders = append(orders, order{Op: "add", ID: podID(j), Pod: c.randomPod()}, order{Op: "remove", ID: podID(c.random.IntN(somePods))})
+			}
+
+			require.NoError(t, p.in.Encode(orders))
+			time.Sleep(time.Duration(c.random.IntN(30_000)) * time.Microsecond) //nolint:forbidigo // at any moment
+			p.kill()
+			c.choosePods()
+
+			m := n.manager()
+			require.NoError(t, n.sync(m, c.desired()))
+			n.exactly(m, c.desired())
+			require.NoError(t, m.Close())
+
+			if t.Failed() {
+				t.Fatalf("kill %d", i)
+			}
+		}
+
+		t.Logf("%s: %d kills", n.variant, kills)
+	})
+}
+
+// What a restart is like for a node with a thousand rows, and a firewall's reload
+// under Run.
+func TestThousandRows(t *testing.T) {
+	const rows = 1000
+
+	eachBackend(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		first := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		pods := map[string][]*PodPortMapping{"first": {first}}
+
+		for i := 1; i < rows; i++ {
+			id := podID(i / 25)
+			if pods[id] == nil {
+				pods[id] = []*PodPortMapping{{Name: id, IP: net.IPv4(10, 88, 9, byte(i/25))}}
+			}
+
+			pods[id][0].PortMappings = append(pods[id][0].PortMappings, &PortMapping{HostPort: int32(10_000 + 7*i), ContainerPort: 80})
+		}
+
+		p := n.start(true)
+		require.Empty(t, p.obey(order{Op: "sync", Pods: pods})[0].Err)
+
+		var connects, failures atomic.Int32
+
+		stop, done := make(chan struct{}), make(chan error, 1)
+
+		go func() {
+			done <- n.Client.Do(func() error { return keepAsking(t.Context(), n, IPv4, stop, &connects, &failures) })
+		}()
+
+		p.kill()
+
+		begun := time.Now()
+		p = n.start(true)
+		took := time.Since(begun)
+
+		held := slices.DeleteFunc(p.begun, func(m Mapping) bool { return !m.Held })
+		assert.Len(t, held, rows)
+		require.Empty(t, p.obey(order{Op: "sync", Pods: pods})[0].Err)
+		close(stop)
+		require.NoError(t, <-done)
+		assert.NotZero(t, connects.Load())
+		assert.Zero(t, failures.Load())
+		t.Logf("%s: %d ports held again %v after the start of a process; %d connections meanwhile, %d failed",
+			n.variant, len(held), took, connects.Load(), failures.Load())
+
+		// Whatever it takes for all to carry connections again.
+		all := rowsOfAll(t, IPv4, pods)
+		reload := map[string]func(){"all flushed": n.wipeAll}
+
+		if n.variant != variantLegacy {
+			reload["nft flush ruleset"] = func() { n.command("nft", "flush", "ruleset") }
+		}
+
+		for name, wipe := range reload {
+			wipe()
+
+			begun := time.Now()
+			n.answered(netip.AddrPortFrom(n.nodeIP(IPv4), 8080))
+			took := time.Since(begun) // in one transaction: with one row, all are there
+			assert.Empty(t, n.deviations(IPv4, all), name)
+			t.Logf("%s: %s: repaired after %v", n.variant, name, took)
+		}
+	})
+}
+
+// answered waits until a request is answered.
+func (n *node) answered(to netip.AddrPort) {
+	n.t.Helper()
+	require.Eventually(n.t, func() bool {
+		ctx, cancel := context.WithTimeout(n.t.Context(), 100*time.Millisecond)
+		defer cancel()
+
+		_, err := n.Client.Ask(ctx, "tcp", to)
+
+		return err == nil
+	}, patience, time.Millisecond)
+}
+
+// take has a process of others take a port that no pod has, or give back those
+// that it has.
+func (c *chaos) take() {
+	if len(c.taken) > 1 {
+		for k, l := range c.taken {
+			assert.NoError(c.t, l.Close())
+			delete(c.taken, k)
+		}
+
+		return
+	}
+
+	k := portKey{tcp, uint16(firstPort + c.random.IntN(somePorts))}
+
+	for _, rows := range c.model {
+		if slices.ContainsFunc(rows, func(r *row) bool { return r.portKey == k }) {
+			return
+		}
+	}
+
+	if c.taken[k] != nil {
+		return
+	}
+
+	c.do(func() {
+		l, err := net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", k.port))
+		if err == nil { // else the operation of this step has it by now
+			c.taken[k] = l
+			c.t.Cleanup(func() { _ = l.Close() })
+		}
+	})
+}
+
+// withoutIPv6 has the node lose all its IPv6 addresses, and get them again.
+func (c *chaos) withoutIPv6() {
+	c.sysctl("net/ipv6/conf/all/disable_ipv6", "1")
+	c.sysctl("net/ipv6/conf/all/disable_ipv6", "0")
+
+	for device, addrs := range map[string][]netip.Addr{
+		"eth0": {c.NodeIP(true), c.OtherNodeIP(true)}, "cni0": {netip.MustParseAddr("fd00:10:88::1")},
+	} {
+		for _, ip := range addrs {
+			require.NoError(c.t, c.Host.AddAddress(device, netip.PrefixFrom(ip, 64)))
+		}
+	}
+}
+
+// storms has more news than the runtime has room for while it cannot listen, and
+// among them that something of its own has gone.
+func (c *chaos) storms(f ipFamily) {
+	conn := c.nfnetlink()
+	table := nfnetlink.Table{Family: newNFTLayout(f).table.Family, Name: "storm"}
+	set := nfnetlink.Set{Name: "many", Key: []nfnetlink.DataType{nfnetlink.InetService}}
+
+	require.NoError(c.t, c.runtime.cmd.Process.Signal(syscall.SIGSTOP))
+	defer func() { require.NoError(c.t, c.runtime.cmd.Process.Signal(syscall.SIGCONT)) }()
+
+	for range 4 {
+		msgs := []netlink.Message{table.Create(), table.CreateSet(set)}
+		for port := range 2000 {
+			msgs = append(msgs, table.AddElement(set.Name, nfnetlink.Element{Key: appendPort(nil, uint16(port))}))
+		}
+
+		require.NoError(c.t, conn.Commit(c.t.Context(), 0, msgs))
+		require.NoError(c.t, conn.Commit(c.t.Context(), 0, []netlink.Message{table.Delete()}))
+	}
+
+	if c.variant == viaNFTables {
+		c.tryCommit(newNFTLayout(f).table.Delete())
+	}
+}
+
+// holdLock has somebody hold the xtables lock for a while.
+func (c *chaos) holdLock() {
+	path := cmp.Or(os.Getenv("XTABLES_LOCKFILE"), "/run/xtables.lock")
+
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	require.NoError(c.t, err)
+	require.NoError(c.t, unix.Flock(int(file.Fd()), unix.LOCK_EX))
+	time.AfterFunc(time.Duration(100+c.random.IntN(400))*time.Millisecond, func() { _ = file.Close() })
+}
+
+// check compares everything with the model. What others have broken is repaired
+// within a while.
+func (c *chaos) check(what string) {
+	rows := map[ipFamily][]*row{}
+
+	for _, some := range c.model {
+		for _, r := range some {
+			rows[r.family()] = append(rows[r.family()], r)
+		}
+	}
+
+	var list []string
+
+	if !assert.Eventually(c.t, func() bool {
+		list = slices.Concat(c.deviations(IPv4, rows[IPv4]), c.deviations(IPv6, rows[IPv6]))
+
+		return len(list) == 0
+	}, patience, 20*time.Millisecond, what) {
+		assert.Empty(c.t, list, what)
+	}
+
+	c.checkTable(what, rows)
+	c.checkSockets(what, rows)
+	c.checkTraffic(what, rows)
+}
+
+func (c *chaos) checkTable(what string, rows map[ipFamily][]*row) {
+	want, have := map[string]bool{}, map[string]bool{}
+
+	for _, r := range slices.Concat(rows[IPv4], rows[IPv6]) {
+		want[r.owner.id+" "+r.String()] = true
+	}
+
+	for _, mapping := range c.runtime.obey(order{Op: "mappings"})[0].Mappings {
+		have[mapping.text()] = true
+	}
+
+	assert.Equal(c.t, want, have, what)
+}
+
+// text is as the row's, with its owner.
+func (m Mapping) text() string {
+	return fmt.Sprintf("%s %s %s -> %s", m.PodID, m.Protocol,
+		net.JoinHostPort(m.HostIP, strconv.Itoa(int(m.HostPort))),
+		net.JoinHostPort(m.PodIP.String(), strconv.Itoa(int(m.ContainerPort))))
+}
+
+// checkSockets tries to bind every port, as any other process would.
+func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row) {
+	c.do(func() {
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			for port := firstPort; port < firstPort+somePorts; port++ {
+				addr := net.JoinHostPort(f.anyAddr().String(), strconv.Itoa(port))
+				is := func(p protocol) bool {
+					k := portKey{p, uint16(port)}
+					mine := func(r *row) bool { return r.portKey == k }
+
+					return slices.ContainsFunc(rows[f], mine) || f == IPv4 && c.taken[k] != nil
+				}
+
+				l, err := net.Listen("tcp"+string(f), addr)
+				assert.Equal(c.t, is(tcp), errors.Is(err, syscall.EADDRINUSE), "%s: tcp %s: %v", what, addr, err)
+
+				if err == nil {
+					_ = l.Close()
+				}
+
+				p, err := net.ListenPacket("udp"+string(f), addr)
+				assert.Equal(c.t, is(udp), errors.Is(err, syscall.EADDRINUSE), "%s: udp %s: %v", what, addr, err)
+
+				if err == nil {
+					_ = p.Close()
+				}
+			}
+		}
+	})
+}
+
+// checkTraffic asks at a sample of ports, with rows and without.
+func (c *chaos) checkTraffic(what string, rows map[ipFamily][]*row) {
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		for range 2 {
+			to := endpoint{portKey{tcp, uint16(firstPort + c.random.IntN(somePorts))}, c.nodeIP(f)}
+			if c.random.IntN(2) == 0 {
+				to.ip = c.otherNodeIP(f)
+			}
+
+			if r := c.anyRow(f); r != nil && r.proto != sctp && c.random.IntN(2) == 0 {
+				to.portKey = r.portKey
+			}
+
+			var by *row
+
+			for _, r := range rows[f] {
+				if r.portKey == to.portKey && r.overlaps(to) && (by == nil || r.ip.IsValid()) {
+					by = r
+				}
+			}
+
+			at := netip.AddrPortFrom(to.ip, to.port)
+
+			switch {
+			case by != nil && by.pod.Addr() == c.Pods[0].IP(f == IPv6):
+				c.answers(c.Client, string(to.proto), at, "web")
+			case by != nil:
+				c.answers(c.Client, string(to.proto), at, "other")
+			case c.taken[to.portKey] == nil && to.proto == tcp:
+				c.refused(c.Client, "tcp", at)
+			}
+
+			if c.t.Failed() {
+				c.t.Log(what)
+			}
+		}
+	}
+}
