@@ -26,8 +26,9 @@ type backend interface {
 	// endpoints may come to have the same; else it is "".
 	name(r *row) string
 
-	// list returns the rows that the kernel holds, whoever made them.
-	list(ctx context.Context) ([]*row, error)
+	// list returns the rows that the kernel holds, whoever made them. intact is
+	// set if repair would have nothing to do for them.
+	list(ctx context.Context) (rows []*row, intact bool, err error)
 
 	// apply commits the deltas, in their order, in one transaction. table
 	// yields every row that stands when they are committed: where the kernel
@@ -82,17 +83,19 @@ func newLayers(inUse backend, log klog.Logger, before ...backend) *layers {
 	return &layers{backend: inUse, before: before, at: map[*row]backend{}, log: log}
 }
 
-func (l *layers) list(ctx context.Context) ([]*row, error) {
-	rows, err := l.backend.list(ctx)
+func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error) {
+	rows, intact, err = l.backend.list(ctx)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 
 	for _, b := range l.before {
-		old, err := b.list(ctx)
+		old, oldIntact, err := b.list(ctx)
 		if err != nil {
 			l.log.Error(err, "Cannot look for host ports from before")
 		}
+
+		intact = intact && oldIntact
 
 		for _, r := range old {
 			r.astray = true
@@ -102,7 +105,7 @@ func (l *layers) list(ctx context.Context) ([]*row, error) {
 		rows = append(rows, old...)
 	}
 
-	return rows, ctx.Err() // what had no time to answer is asked again
+	return rows, intact, ctx.Err() // what had no time to answer is asked again
 }
 
 // of is the backend that carries r.

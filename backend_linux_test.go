@@ -143,10 +143,10 @@ type memory struct {
 	fail error
 }
 
-func (b *memory) kind(*row) Backend                    { return "memory" }
-func (b *memory) name(*row) string                     { return "" }
-func (b *memory) owns(string, *row) bool               { return true }
-func (b *memory) list(context.Context) ([]*row, error) { return slices.Clone(b.rows), nil }
+func (b *memory) kind(*row) Backend                          { return "memory" }
+func (b *memory) name(*row) string                           { return "" }
+func (b *memory) owns(string, *row) bool                     { return true }
+func (b *memory) list(context.Context) ([]*row, bool, error) { return slices.Clone(b.rows), true, nil }
 
 func (b *memory) apply(_ context.Context, deltas []delta, _ iter.Seq[*row]) error {
 	if b.fail != nil {
@@ -175,7 +175,7 @@ func TestLayersTakeBack(t *testing.T) {
 
 	inUse, a, b := &memory{}, &memory{rows: rows[:1:1]}, &memory{rows: rows[1:2:2], fail: errInjected}
 	l := newLayers(inUse, testLogger(t), a, b)
-	_, err := l.list(t.Context())
+	_, _, err := l.list(t.Context())
 	require.NoError(t, err)
 
 	deltas := []delta{{del: rows[:2], add: rows[2:]}}

@@ -347,20 +347,22 @@ func (c *chaos) operations(fault func()) {
 			continue
 		}
 
-		if c.random.IntN(3) == 0 {
-			orders, expected = append(orders, order{Op: "remove", ID: id}), append(expected, "")
+		o, rows, outcome := order{Op: "remove", ID: id}, c.model[id], ""
 
-			continue
+		if c.random.IntN(3) > 0 {
+			o = order{Op: "add", ID: id, Pod: c.randomPod()}
+
+			var err error
+			if rows, err = rowsOf(id, o.Pod); err != nil {
+				continue
+			}
+
+			outcome = c.outcome(id, rows)
 		}
 
-		pod := c.randomPod()
-
-		rows, err := rowsOf(id, pod)
-		if err != nil || c.competes(rows, orders) {
-			continue
+		if !c.competes(rows, orders) {
+			orders, expected = append(orders, o), append(expected, outcome)
 		}
-
-		orders, expected = append(orders, order{Op: "add", ID: id, Pod: pod}), append(expected, c.outcome(id, rows))
 	}
 
 	for i, r := range c.runtime.obey(orders...) {

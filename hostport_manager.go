@@ -266,7 +266,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		return err
 	}
 
-	rows, err := b.list(ctx)
+	rows, intact, err := b.list(ctx)
 	if err != nil {
 		return err
 	}
@@ -285,7 +285,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
 
 	// The rules may be of an earlier version, or nobody may have watched.
-	if m.ought() {
+	if !intact && m.ought() {
 		if _, err := b.repair(ctx, m.table(), false); err != nil {
 			m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
 

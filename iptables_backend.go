@@ -74,13 +74,13 @@ func (b *iptablesBackend) name(r *row) string { return r.hash }
 
 func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
 
-func (b *iptablesBackend) list(ctx context.Context) ([]*row, error) {
+func (b *iptablesBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
 	t, state, err := b.read(ctx)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 
-	rows := t.rows(familyOfIPTables(b.ipt))
+	rows = t.rows(familyOfIPTables(b.ipt))
 	whole := true
 
 	for _, r := range rows {
@@ -99,7 +99,25 @@ func (b *iptablesBackend) list(ctx context.Context) ([]*row, error) {
 		b.state = state
 	}
 
-	return rows, nil
+	return rows, whole && state.intact(), nil
+}
+
+// intact tells whether all base chains and rules are in place, and nothing that
+// is to be taken out.
+func (st *natState) intact() bool {
+	for _, there := range st.base {
+		if !there {
+			return false
+		}
+	}
+
+	for _, uses := range st.shared {
+		if uses == 0 {
+			return false
+		}
+	}
+
+	return len(st.wrong) == 0
 }
 
 // use counts r as a user of the range chains that lead to it. It tells whether

@@ -115,31 +115,32 @@ func (b *nftBackend) name(*row) string { return "" }
 
 func (b *nftBackend) owns(id string, r *row) bool { return shortHash(id) == r.ownerHash }
 
-func (b *nftBackend) list(ctx context.Context) ([]*row, error) {
+// list does not know whether the rules are this version's: they are made anew.
+func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
 
 	for {
 		before, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 
 		elements, err := b.dump(ctx)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 
 		after, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 
 		if before == after { // else some elements may be missing
 			b.ruleset.saw(after)
 			b.epoch = b.ruleset.epoch
 
-			return b.adopt(elements), nil
+			return b.adopt(elements), false, nil
 		}
 	}
 }

@@ -488,7 +488,7 @@ func TestListIsOfOneMoment(t *testing.T) {
 		}}
 		b := newNFTBackend(&nftRuleset{conn: fake}, f, newConfig(nil))
 
-		list, err := b.list(t.Context())
+		list, _, err := b.list(t.Context())
 		require.NoError(t, err)
 		require.Len(t, list, 1)
 		assert.Equal(t, uint16(8081), list[0].port)
@@ -497,7 +497,7 @@ func TestListIsOfOneMoment(t *testing.T) {
 		calm := n.storm()
 
 		for range 50 {
-			list, err := b.list(t.Context())
+			list, _, err := b.list(t.Context())
 			require.NoError(t, err)
 			require.Len(t, list, 1)
 		}
