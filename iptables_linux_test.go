@@ -481,11 +481,15 @@ func running(pid string) bool {
 	return err == nil && !strings.Contains(string(stat), ") Z ")
 }
 
-// The xtables lock of iptables-legacy can be held by others for long.
+// The xtables lock of iptables-legacy can be held by others for long. Nothing has
+// changed then, and no process waits for it any more.
 func TestXtablesLock(t *testing.T) {
 	n := newNode(t, variantLegacy)
+	stays, comes := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}), n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})
 	m := n.manager(WithTimeout(500 * time.Millisecond))
-	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "stays", stays))
+
+	before := n.dump(m)
 
 	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
 	require.NoError(t, err)
@@ -493,15 +497,41 @@ func TestXtablesLock(t *testing.T) {
 	defer lock.Close()
 
 	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
-	require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
-	assert.Empty(t, m.Mappings())
+
+	ops := []func() error{
+		func() error { return n.add(m, "comes", comes) },
+		func() error { return n.remove(m, "stays", nil) },
+		func() error { return n.sync(m, map[string][]*PodPortMapping{"comes": {comes}}) },
+	}
+	for i, op := range ops {
+		require.ErrorIs(t, op(), context.DeadlineExceeded, i)
+		assert.Empty(t, children(t), i)
+	}
 
 	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_UN))
+	assert.Equal(t, before, n.dump(m))
 
 	m.families[0].cfg.timeout = defaultTimeout
 
-	require.NoError(t, n.add(m, "id", pod))
-	assert.Len(t, parsedRows(t, n), 1)
+	for i, op := range ops {
+		require.NoError(t, op(), i)
+	}
+
+	n.exactly(m, map[string][]*PodPortMapping{"comes": {comes}})
+}
+
+// children are the processes that this one has started and that have not ended.
+func children(t *testing.T) []string {
+	t.Helper()
+
+	paths, err := filepath.Glob("/proc/[0-9]*/stat")
+	require.NoError(t, err)
+
+	return slices.DeleteFunc(paths, func(path string) bool {
+		stat, err := os.ReadFile(path)
+
+		return err != nil || !regexp.MustCompile(fmt.Sprintf(`\) [^Z] %d `, os.Getpid())).Match(stat)
+	})
 }
 
 // Two time-outs with one row, before the commit and after, leave a row in

@@ -379,6 +379,44 @@ func TestSyncIsNotNoticed(t *testing.T) {
 	})
 }
 
+// A process that has not added a pod removes it, by its mappings or without them.
+func TestRemoveByAnotherProcess(t *testing.T) {
+	mappings := []*PortMapping{
+		{HostPort: 8080, ContainerPort: 80},
+		{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"},
+		{HostPort: 8081, ContainerPort: 80, Protocol: "SCTP", HostIP: "192.0.2.11"},
+		{HostPort: 8081, ContainerPort: 80, Protocol: "SCTP", HostIP: "2001:db8:1::11"},
+	}
+
+	eachBackend(t, func(t *testing.T, n *node) {
+		for name, named := range map[string]*PodPortMapping{"all": nil, "by mappings": {PortMappings: mappings}} {
+			stays := map[string][]*PodPortMapping{}
+
+			for _, f := range []ipFamily{IPv4, IPv6} {
+				stays["stays"] = append(stays["stays"], n.pod(1, f, &PortMapping{HostPort: 8082, ContainerPort: 80}))
+				n.leftBehind("stays", stays["stays"][len(stays["stays"])-1])
+				n.leftBehind("id", n.pod(0, f, mappings...))
+			}
+
+			m := n.manager()
+			require.Len(t, m.Mappings(), 8, name)
+			require.NoError(t, n.remove(m, "id", named))
+			assert.Len(t, m.Mappings(), 2, name)
+
+			for _, f := range []ipFamily{IPv4, IPv6} {
+				assert.Empty(t, n.deviations(f, rowsOfAll(t, f, stays)), name)
+			}
+
+			n.do(func() {
+				l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp4", "0.0.0.0:8080")
+				require.NoError(t, err, name)
+				require.NoError(t, l.Close())
+			})
+			require.NoError(t, m.Close())
+		}
+	})
+}
+
 // Rows that another backend carries from before move over, and nothing of ours
 // stays behind there.
 func TestSyncMovesOver(t *testing.T) {
