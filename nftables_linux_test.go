@@ -935,6 +935,8 @@ func TestWithoutPrograms(t *testing.T) {
 		"CritestHostPortAndContainerPort", "CritestOnlyContainerPort", "KubernetesSamePortOtherAddressAndProtocol",
 		"KubernetesConflictWithAnyAddress", "KubernetesSCTPHostPort", "CRIOHostPortAtNodeAddress",
 		"TwoNetworks", "AddressMoves", "PodIPIsReused", "NodeDoesNotForward",
+		"Sync", "SyncReports", "SyncIsNotNoticed", "SyncFails", "Check", "RemoveByAnotherProcess",
+		"RunRepairs", "RunLeavesOthersAlone", "RunHoldsPorts", "RunWaitsForFamily",
 	}, "|") + ")$"
 
 	cmd := exec.CommandContext(t.Context(), self, "-test.run", suite, "-test.v")
