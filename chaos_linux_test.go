@@ -129,8 +129,22 @@ type runtimeProcess struct {
 	stderr strings.Builder
 }
 
-// start starts a runtime on the node, which looks after its rows if run is set.
+// start starts a runtime on the node, which looks after its rows if run is set, and
+// waits for it to be ready.
 func (n *node) start(run bool) *runtimeProcess {
+	n.t.Helper()
+
+	p := n.launch(run)
+
+	replies, err := p.replies(1)
+	require.NoError(n.t, err, "%s", &p.stderr)
+
+	p.begun = replies[0].Mappings
+
+	return p
+}
+
+func (n *node) launch(run bool) *runtimeProcess {
 	n.t.Helper()
 
 	self, err := os.Executable()
@@ -152,11 +166,6 @@ func (n *node) start(run bool) *runtimeProcess {
 	n.t.Cleanup(p.kill)
 
 	p.in, p.out = gob.NewEncoder(in), gob.NewDecoder(out)
-
-	replies, err := p.replies(1)
-	require.NoError(n.t, err, "%s", &p.stderr)
-
-	p.begun = replies[0].Mappings
 
 	return p
 }
@@ -496,7 +505,7 @@ func (c *chaos) killed() {
 
 	orders := []order{{Op: "add", ID: podID(c.random.IntN(somePods)), Pod: c.randomPod()}, {Op: "remove", ID: podID(c.random.IntN(somePods))}}
 	require.NoError(c.t, c.runtime.in.Encode(orders))
-	time.Sleep(time.Duration(c.random.IntN(15)) * time.Millisecond) //nolint:forbidigo // at any moment
+	time.Sleep(time.Duration(c.random.IntN(100)) * time.Millisecond) //nolint:forbidigo // at any moment
 	c.runtime.kill()
 	c.hintAgain()
 
@@ -625,17 +634,17 @@ func TestKills(t *testing.T) {
 
 	eachBackend(t, func(t *testing.T, n *node) {
 		c := newChaos(t, n)
+		begun := time.Now()
+		p := n.start(false)
+		p.obey(c.manyOrders()...)
+		p.kill()
+
+		whole := time.Since(begun)
 
 		for i := range kills {
-			p := n.start(false)
-
-			orders := []order{{Op: "sync", Pods: c.desired()}}
-			for j := range somePods {
-				orders = append(orders, order{Op: "add", ID: podID(j), Pod: c.randomPod()}, order{Op: "remove", ID: podID(c.random.IntN(somePods))})
-			}
-
-			require.NoError(t, p.in.Encode(orders))
-			time.Sleep(time.Duration(c.random.IntN(30_000)) * time.Microsecond) //nolint:forbidigo // at any moment
+			p := n.launch(false)
+			require.NoError(t, p.in.Encode(c.manyOrders()))
+			time.Sleep(time.Duration(c.random.Int64N(int64(whole)))) //nolint:forbidigo // at any moment
 			p.kill()
 			c.choosePods()
 
@@ -649,8 +658,19 @@ func TestKills(t *testing.T) {
 			}
 		}
 
-		t.Logf("%s: %d kills", n.variant, kills)
+		t.Logf("%s: %d kills within %v of the start of a process", n.variant, kills, whole)
 	})
+}
+
+// manyOrders take a runtime some time.
+func (c *chaos) manyOrders() []order {
+	orders := []order{{Op: "sync", Pods: c.desired()}}
+
+	for i := range somePods {
+		orders = append(orders, order{Op: "add", ID: podID(i), Pod: c.randomPod()}, order{Op: "remove", ID: podID(c.random.IntN(somePods))})
+	}
+
+	return orders
 }
 
 // What a restart is like for a node with a thousand rows, and a firewall's reload
@@ -812,7 +832,7 @@ func (c *chaos) holdLock() {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	require.NoError(c.t, err)
 	require.NoError(c.t, unix.Flock(int(file.Fd()), unix.LOCK_EX))
-	time.AfterFunc(time.Duration(100+c.random.IntN(400))*time.Millisecond, func() { _ = file.Close() })
+	time.AfterFunc(time.Duration(100+c.random.IntN(2000))*time.Millisecond, func() { _ = file.Close() })
 }
 
 // check compares everything with the model. What others have broken is repaired
