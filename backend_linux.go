@@ -190,6 +190,10 @@ func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
 		for {
 			t, err := l.Next()
 			if err != nil {
+				if ctx.Err() == nil {
+					o.cfg.log.Error(err, "No more news of nf_tables: what others break is repaired by the next operation")
+				}
+
 				return
 			}
 

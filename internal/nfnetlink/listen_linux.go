@@ -57,13 +57,38 @@ func (l *Listener) Next() (Transaction, error) {
 		if errors.Is(err, unix.ENOBUFS) {
 			l.come = nil
 
-			return Transaction{}, nil
+			return Transaction{}, l.drain()
 		}
 
 		if err != nil {
 			return Transaction{}, fmt.Errorf("listen to nf_tables: %w", err)
 		}
 	}
+}
+
+// drain reads what there is. From when it tells that something has been lost until
+// all is read, the kernel drops whatever comes, and does not tell again
+// (NETLINK_S_CONGESTED, net/netlink/af_netlink.c).
+func (l *Listener) drain() error {
+	raw, err := l.nl.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("listen to nf_tables: %w", err)
+	}
+
+	buf := make([]byte, receiveBuffer)
+
+	err = raw.Read(func(fd uintptr) bool {
+		for err := error(unix.ENOBUFS); err == nil || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR); {
+			_, _, err = unix.Recvfrom(int(fd), buf, unix.MSG_DONTWAIT)
+		}
+
+		return true
+	})
+	if err != nil {
+		return fmt.Errorf("listen to nf_tables: %w", err)
+	}
+
+	return nil
 }
 
 // parseChange adds to changes what a message says, or returns the generation if

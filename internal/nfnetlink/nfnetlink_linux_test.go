@@ -22,7 +22,19 @@ import (
 func dial(t *testing.T) *Conn {
 	t.Helper()
 
-	var conn *Conn
+	c, l := dialAndListen(t)
+	require.NoError(t, l.Close())
+
+	return c
+}
+
+func dialAndListen(t *testing.T) (*Conn, *Listener) {
+	t.Helper()
+
+	var (
+		c *Conn
+		l *Listener
+	)
 
 	done := make(chan error)
 
@@ -31,14 +43,18 @@ func dial(t *testing.T) *Conn {
 
 		err := unix.Unshare(unix.CLONE_NEWNET)
 		if err == nil {
-			conn, err = Dial()
+			c, err = Dial()
+		}
+
+		if err == nil {
+			l, err = Listen()
 		}
 		done <- err
 	}()
 	require.NoError(t, <-done, "be root, or run under unshare -Urn")
-	t.Cleanup(func() { assert.NoError(t, conn.Close()) })
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
 
-	return conn
+	return c, l
 }
 
 //nolint:gochecknoglobals // constants in all but name
@@ -351,4 +367,46 @@ func FuzzParse(f *testing.F) {
 			assert.True(t, bytes.Equal(e.Data, again[0].Data))
 		}
 	})
+}
+
+// Whoever comes too late to hear it all is told so, and hears what comes then.
+func TestListener(t *testing.T) {
+	t.Parallel()
+
+	c, l := dialAndListen(t)
+	watchdog := time.AfterFunc(10*time.Second, func() { _ = l.Close() })
+
+	defer watchdog.Stop()
+
+	next := func() Transaction {
+		t.Helper()
+
+		heard, err := l.Next()
+		require.NoError(t, err)
+
+		return heard
+	}
+
+	commit(t, c, table.Create(), table.CreateChain(Chain{Name: "other"}))
+
+	heard := next()
+	assert.NotZero(t, heard.Generation)
+	assert.Equal(t, map[Change]bool{
+		{Family: table.Family, Table: table.Name}:                 true,
+		{Family: table.Family, Table: table.Name, Chain: "other"}: true,
+	}, heard.Changes)
+
+	require.NoError(t, l.nl.SetReadBuffer(1<<14))
+
+	for range 100 {
+		commit(t, c, table.CreateChain(Chain{Name: "another"}))
+		commit(t, c, table.DeleteChain("another"))
+	}
+
+	assert.Zero(t, next().Generation)
+	commit(t, c, table.Delete())
+
+	heard = next()
+	assert.NotZero(t, heard.Generation)
+	assert.Contains(t, heard.Changes, Change{Family: table.Family, Table: table.Name, Deleted: true})
 }
