@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"slices"
 	"time"
 
@@ -36,16 +37,21 @@ type backend interface {
 	// the same transaction, and the guard of loopback addresses at the latest
 	// with it.
 	//
-	// On an error nothing has changed, or the next apply takes back what has:
-	// a process that was killed may have committed before. A *refusedError
+	// restored is set if it has put back anything.
+	//
+	// On an error nothing has changed, or the next apply or repair takes back what
+	// has: a process that was killed may have committed before. A *refusedError
 	// tells which delta was at fault; after any other error of several deltas,
 	// each may be tried alone.
-	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error
+	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error)
 
 	// repair makes the kernel hold the table, which it reads all of. With purge,
 	// whatever else bears our names is taken out. It returns what was missing, or
 	// too much, in words.
 	repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error)
+
+	// demolish takes out everything that bears our names.
+	demolish(ctx context.Context) ([]string, error)
 
 	// missing returns what the kernel does not hold of what rows take, in words.
 	missing(ctx context.Context, rows []*row) ([]string, error)
@@ -124,7 +130,7 @@ func (l *layers) owns(id string, r *row) bool { return l.of(r).owns(id, r) }
 // apply commits to the backend in use first, so that a row that moves over
 // is at all times in one of the two, and takes back what is committed if
 // another fails.
-func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
 	var undo []func() error
 
 	for _, b := range append([]backend{nil}, l.before...) {
@@ -138,16 +144,18 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 			layer = l.backend
 		}
 
-		if err := layer.apply(ctx, part, rows); err != nil {
+		some, err := layer.apply(ctx, part, rows)
+		if err != nil {
 			for _, back := range slices.Backward(undo) {
 				if backErr := back(); backErr != nil {
 					err = fmt.Errorf("%w; what is done could not be taken back: %v", err, backErr) //nolint:errorlint // is not the cause
 				}
 			}
 
-			return err
+			return restored, err
 		}
 
+		restored = restored || some
 		undo = append(undo, func() error { return takeBack(ctx, layer, part, rows) })
 	}
 
@@ -157,23 +165,86 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 		}
 	}
 
-	return nil
+	return restored, nil
 }
 
+// leftBehindError says that the backend in use holds the table, but another one
+// still has what is not in it.
+type leftBehindError struct{ err error }
+
+func (e *leftBehindError) Error() string { return "take out what is from before: " + e.err.Error() }
+func (e *leftBehindError) Unwrap() error { return e.err }
+
 // repair takes the backend in use first, so that a row that has moved over is at
-// all times in one of the two.
+// all times in one of the two. If another fails after it, the error is a
+// *leftBehindError.
 func (l *layers) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
 	repairs, err := l.backend.repair(ctx, l.rows(table, nil), purge)
 	if err != nil {
 		return repairs, err
 	}
 
-	for _, b := range l.before {
-		more, beforeErr := b.repair(ctx, l.rows(table, b), purge)
-		repairs, err = append(repairs, more...), errors.Join(err, beforeErr)
+	more, err := l.repairBefore(ctx, table, purge)
+
+	return append(repairs, more...), err
+}
+
+func (l *layers) demolish(ctx context.Context) ([]string, error) {
+	repairs, err := l.backend.demolish(ctx)
+	if err != nil {
+		return repairs, err
 	}
 
-	return repairs, err
+	more, err := l.repairBefore(ctx, func(func(*row) bool) {}, true)
+
+	return append(repairs, more...), err
+}
+
+// repairBefore repairs what is from before. What has no rows any more and is
+// purged is done with.
+func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
+	var (
+		all  []string
+		errs []error
+		stay []backend
+	)
+
+	for _, b := range l.before {
+		var (
+			repairs []string
+			err     error
+		)
+
+		rows := slices.Collect(l.rows(table, b))
+
+		switch {
+		case len(rows) > 0:
+			repairs, err = b.repair(ctx, slices.Values(rows), purge)
+		case purge:
+			repairs, err = b.demolish(ctx)
+		}
+
+		if len(rows) > 0 || !purge || err != nil {
+			stay = append(stay, b)
+		}
+
+		all, errs = append(all, repairs...), append(errs, err)
+	}
+
+	l.before = stay
+
+	standing := map[*row]bool{}
+	for r := range table {
+		standing[r] = true
+	}
+
+	maps.DeleteFunc(l.at, func(r *row, _ backend) bool { return !standing[r] })
+
+	if err := errors.Join(errs...); err != nil {
+		return all, &leftBehindError{err}
+	}
+
+	return all, nil
 }
 
 func (l *layers) missing(ctx context.Context, rows []*row) ([]string, error) {
@@ -231,7 +302,9 @@ func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*ro
 		return nil
 	}
 
-	return b.apply(ctx, back, slices.Values(rows))
+	_, err := b.apply(ctx, back, slices.Values(rows))
+
+	return err
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

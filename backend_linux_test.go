@@ -148,16 +148,16 @@ func (b *memory) name(*row) string                           { return "" }
 func (b *memory) owns(string, *row) bool                     { return true }
 func (b *memory) list(context.Context) ([]*row, bool, error) { return slices.Clone(b.rows), true, nil }
 
-func (b *memory) apply(_ context.Context, deltas []delta, _ iter.Seq[*row]) error {
+func (b *memory) apply(_ context.Context, deltas []delta, _ iter.Seq[*row]) (restored bool, err error) {
 	if b.fail != nil {
-		return b.fail
+		return false, b.fail
 	}
 
 	for _, d := range deltas {
 		b.rows = append(slices.DeleteFunc(b.rows, func(r *row) bool { return slices.Contains(d.del, r) }), d.add...)
 	}
 
-	return nil
+	return false, nil
 }
 
 // Where one of several backends fails, all that went before is taken back.
@@ -179,14 +179,16 @@ func TestLayersTakeBack(t *testing.T) {
 	require.NoError(t, err)
 
 	deltas := []delta{{del: rows[:2], add: rows[2:]}}
-	require.ErrorIs(t, l.apply(t.Context(), deltas, slices.Values(rows[2:])), errInjected)
+	_, err = l.apply(t.Context(), deltas, slices.Values(rows[2:]))
+	require.ErrorIs(t, err, errInjected)
 	assert.Empty(t, inUse.rows)
 	assert.Len(t, a.rows, 1)
 	assert.Len(t, b.rows, 1)
 
 	b.fail = nil
 
-	require.NoError(t, l.apply(t.Context(), deltas, slices.Values(rows[2:])))
+	_, err = l.apply(t.Context(), deltas, slices.Values(rows[2:]))
+	require.NoError(t, err)
 	assert.Equal(t, rows[2:], inUse.rows)
 	assert.Empty(t, a.rows)
 	assert.Empty(t, b.rows)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"time"
 )
 
 // HostPortManager maps host ports to pods. It is safe for concurrent use.
@@ -59,7 +60,10 @@ type hostportManager struct {
 
 	localhost localhost
 	warned    bool // of a node that does not forward, or it does
-	damaged   bool // what is in the kernel, perhaps
+	// damaged is set when the kernel may not hold the table, and leaked when it may
+	// hold more besides. A repair that fails is not tried again before repairAt.
+	damaged, leaked bool
+	repairAt        time.Time
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -286,11 +290,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	// The rules may be of an earlier version, or nobody may have watched.
 	if !intact && m.ought() {
-		if _, err := b.repair(ctx, m.table(), false); err != nil {
-			m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
-
-			m.damaged = true
-		}
+		m.repair(ctx)
 	}
 
 	return nil

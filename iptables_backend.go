@@ -173,8 +173,8 @@ func (b *iptablesBackend) save(ctx context.Context, table string) (*savedTable, 
 	return parseSave(save, table)
 }
 
-func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
-	err := b.try(ctx, deltas, table)
+func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
+	restored, err = b.try(ctx, deltas, table)
 
 	switch {
 	case err == nil:
@@ -189,11 +189,11 @@ func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.
 		}
 	}
 
-	return err
+	return restored, err
 }
 
 // try is apply, but for what a failure leaves to be done.
-func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
 	if b.state != nil {
 		s := newScript(b.state)
 		s.base(b.guard, b.nat)
@@ -204,24 +204,25 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 
 		err := b.run(ctx, s)
 		if err == nil || ctx.Err() != nil || isRefused(err) {
-			return err
+			return false, err
 		}
 	}
 
 	t, state, err := b.read(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 
-	return b.run(ctx, b.restoration(t, state, deltas, table))
+	return true, b.run(ctx, b.restoration(t, state, deltas, table, false))
 }
 
 // run commits a script.
 func (b *iptablesBackend) run(ctx context.Context, s *script) error {
 	done := b.watch.operation(ctx)
-	defer done()
+	err := b.ipt.Restore(ctx, s.input())
+	done(s, err)
 
-	if err := b.ipt.Restore(ctx, s.input()); err != nil {
+	if err != nil {
 		// What comes first may have been put there.
 		if slices.ContainsFunc(b.guard, func(g iptRule) bool { return !s.state.base[g.String()] }) {
 			b.state = nil
@@ -242,8 +243,9 @@ func isRefused(err error) bool {
 	return errors.As(err, &refused)
 }
 
-// restoration writes what it takes from t to the table with deltas applied.
-func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []delta, table iter.Seq[*row]) *script {
+// restoration writes what it takes from t to the table with deltas applied, and
+// with purge to nothing else.
+func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []delta, table iter.Seq[*row], purge bool) *script {
 	s := newScript(state)
 	s.base(b.guard, b.nat)
 
@@ -293,6 +295,10 @@ func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []d
 	for _, r := range missing {
 		s.clear(index(r), r, t.stray(r))
 		s.put(index(r), r)
+	}
+
+	if purge {
+		s.purge(t, b.nat, slices.Collect(maps.Values(wanted)))
 	}
 
 	s.sweep(t)
@@ -381,8 +387,9 @@ func (t *savedTable) state(base []iptRule) *natState {
 		tooLate := at >= 0 && b.chain == postRouting && slices.ContainsFunc(chain[:at], mayAccept)
 		st.base[b.String()] = at >= 0 && !tooLate
 
-		for _, r := range chain {
-			if r.target == b.target && r.comment == b.comment && (r.iptRule != b || tooLate) {
+		for i, r := range chain {
+			again := i > at && r.iptRule == b
+			if r.target == b.target && r.comment == b.comment && (r.iptRule != b || tooLate || again) {
 				st.wrong = append(st.wrong, r.line)
 			}
 		}
@@ -535,6 +542,7 @@ func (s *script) base(guard, nat []iptRule) {
 
 	for _, line := range s.state.wrong {
 		s.emit(shared, nil, cmdDelete+line)
+		s.deleted[line] = true
 	}
 
 	for _, b := range nat {

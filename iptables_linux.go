@@ -317,7 +317,7 @@ const legacyGetInfo = 64
 
 // legacyState returns how many rules the legacy tables have, and where the
 // chains of the hooks begin and end, which takes the kernel no time.
-func (t *ipTables) legacyState() (string, error) {
+func (t *ipTables) legacyState() (tablesState, error) {
 	domain, level := unix.AF_INET, unix.SOL_IP
 	if t.family == IPv6 {
 		domain, level = unix.AF_INET6, unix.SOL_IPV6
@@ -325,11 +325,11 @@ func (t *ipTables) legacyState() (string, error) {
 
 	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
-		return "", fmt.Errorf("open raw socket: %w", err)
+		return tablesState{}, fmt.Errorf("open raw socket: %w", err)
 	}
 	defer func() { _ = unix.Close(fd) }()
 
-	var state strings.Builder
+	state := tablesState{}
 
 	for _, table := range []string{natTable, rawTable} {
 		if !tableThere(t.family, variantLegacy, table) { // else to ask would make it
@@ -344,11 +344,12 @@ func (t *ipTables) legacyState() (string, error) {
 		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), legacyGetInfo,
 			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0) //nolint:gosec // as x/sys cannot
 		if errno != 0 {
-			return "", fmt.Errorf("look at table %s: %w", table, errno)
+			return tablesState{}, fmt.Errorf("look at table %s: %w", table, errno)
 		}
 
-		fmt.Fprint(&state, info)
+		state.entries += int(info.NumEntries)
+		state.hooks += fmt.Sprint(info)
 	}
 
-	return state.String(), nil
+	return state, nil
 }

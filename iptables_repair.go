@@ -2,6 +2,7 @@ package hostport
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"slices"
 	"strings"
@@ -10,30 +11,23 @@ import (
 )
 
 func (b *iptablesBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
-	rows := slices.Collect(table)
-	table = slices.Values(rows)
+	for try := 0; ; try++ {
+		repairs, err := b.tryRepair(ctx, table, purge)
+		if err == nil || ctx.Err() != nil || try > 0 { // else somebody may have come between
+			return repairs, err
+		}
+	}
+}
 
+func (b *iptablesBackend) tryRepair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
 	t, state, err := b.read(ctx)
 	if err != nil {
 		return nil, err
 	}
 
-	var s *script
-
-	demolish := b.before && purge && len(rows) == 0
-	if demolish {
-		s, err = b.demolition(ctx, t, state)
-		if err != nil {
-			return nil, err
-		}
-	} else {
-		s = b.restoration(t, state, nil, table)
-		if purge {
-			s.purge(t, table)
-		}
-	}
-
+	s := b.restoration(t, state, nil, table, purge)
 	changes := s.changes()
+
 	if len(changes) > 0 {
 		err = b.run(ctx, s)
 	} else {
@@ -41,15 +35,13 @@ func (b *iptablesBackend) repair(ctx context.Context, table iter.Seq[*row], purg
 		b.state = s.state
 	}
 
-	if demolish || err != nil {
-		b.state = nil
-	}
-
 	if err == nil {
 		clear(b.doubtful)
 
 		return changes, nil
 	}
+
+	b.state = nil
 
 	// Nobody knows how far it came.
 	for _, l := range s.lines {
@@ -74,30 +66,96 @@ func (s *script) changes() []string {
 	return changes
 }
 
-// purge takes out the chains of rows that are not in the table, whatever leads
-// there and whatever is in them.
-func (s *script) purge(t *savedTable, table iter.Seq[*row]) {
-	wanted := map[string]bool{}
-	for r := range table {
-		wanted[r.dnatChain()], wanted[r.masqChain()] = true, true
+// ours is what purge leaves of the chains that bear our names.
+type ours struct {
+	chains map[string]bool // false for one to be left as it is
+	rules  map[iptRule]bool
+	lines  map[string]bool
+}
+
+// ours is what base and rows need, once the script is through.
+func (s *script) ours(base []iptRule, rows []*row) ours {
+	o := ours{chains: map[string]bool{dnatDispatch: true, masqDispatch: true}, rules: map[iptRule]bool{}, lines: map[string]bool{}}
+
+	for _, rule := range base {
+		o.rules[rule] = true
 	}
 
-	for chain := range t.chains {
-		hash, ok := rowOfChain(chain)
-		if !ok || wanted[chain] || s.gone[hash] {
+	for _, r := range rows {
+		if found := s.stray(r); found != nil {
+			for _, chain := range found.chains {
+				o.chains[chain] = false
+			}
+
+			for _, line := range found.jumps {
+				o.lines[line] = true
+			}
+
 			continue
 		}
 
-		for _, j := range t.jumps[chain] {
-			s.emit(shared, nil, cmdDelete+j.line)
-			s.deleted[j.line] = true
-		}
+		for _, side := range r.sides() {
+			o.chains[side.rule.chain] = !s.gone[r.hash] // which has made it anew
+			o.rules[side.rule], o.rules[side.jump] = true, true
 
-		s.emit(shared, nil, cmdFlushChain+chain)
-		s.emit(shared, nil, cmdDelChain+chain)
+			for _, j := range side.path {
+				o.chains[j.target], o.rules[j] = true, true
+			}
+		}
 	}
 
-	s.sweep(t)
+	return o
+}
+
+// alien tells whether a chain bears one of our names and is not needed.
+func (o *ours) alien(chain string) bool {
+	_, needed := o.chains[chain]
+
+	return ourChain(chain) && !needed
+}
+
+// purge takes out, of the chains that bear our names, those that rows have no use
+// for and whatever leads there, and of the others the rules that are not ours.
+func (s *script) purge(t *savedTable, base []iptRule, rows []*row) {
+	o := s.ours(base, rows)
+
+	for chain, rules := range t.chains {
+		seen := map[iptRule]bool{}
+
+		for _, r := range rules {
+			foreign := !ourChain(chain) && !o.alien(r.target)
+			known := o.rules[r.iptRule] && !seen[r.iptRule] || o.lines[r.line]
+			seen[r.iptRule] = true
+
+			if !foreign && !known && !s.deleted[r.line] && (o.chains[chain] || !ourChain(chain)) {
+				s.emit(shared, nil, cmdDelete+r.line)
+				s.deleted[r.line] = true
+			}
+		}
+	}
+
+	s.raze(t, o.alien)
+}
+
+// raze takes out chains to which nothing leads but from each other.
+func (s *script) raze(t *savedTable, which func(chain string) bool) {
+	var razed []string
+
+	for chain := range t.chains {
+		if hash, _ := rowOfChain(chain); which(chain) && !s.gone[hash] {
+			razed = append(razed, chain)
+			s.emit(shared, nil, cmdFlushChain+chain)
+		}
+	}
+
+	for _, chain := range razed {
+		s.emit(shared, nil, cmdDelChain+chain)
+		s.uses[chain] = -1
+
+		for _, j := range t.jumps[chain] {
+			s.uses[j.iptRule.String()] = -1
+		}
+	}
 }
 
 // rowOfChain is the hash in the name of a row's chain.
@@ -120,58 +178,52 @@ func ourChain(chain string) bool {
 		strings.HasPrefix(chain, dnatPrefix) || strings.HasPrefix(chain, masqPrefix)
 }
 
-// demolition takes out everything that is ours.
-func (b *iptablesBackend) demolition(ctx context.Context, t *savedTable, state *natState) (*script, error) {
-	s := newScript(state)
+func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
+	b.state = nil
 
 	raw, err := b.save(ctx, rawTable)
 	if err != nil {
 		return nil, err
 	}
 
-	var guard []iptRule
+	t, err := b.save(ctx, natTable)
+	if err != nil {
+		return nil, err
+	}
+
+	s := newScript(t.state(nil))
 
 	for _, g := range guardRules(familyOfIPTables(b.ipt)) {
 		if raw.index(g) >= 0 {
-			guard = append(guard, g)
-		}
-	}
-
-	if len(guard) > 0 {
-		s.emit(shared, nil, "*"+rawTable)
-
-		for _, g := range guard {
+			s.emit(shared, nil, "*"+rawTable)
 			s.emit(shared, nil, cmdDelete+g.String())
+			s.emit(shared, nil, cmdCommit)
 		}
-
-		s.emit(shared, nil, cmdCommit)
 	}
 
 	s.emit(shared, nil, "*"+natTable)
 
-	var gone []string
-
-	for chain := range t.chains {
-		if !ourChain(chain) {
-			continue
-		}
-
-		for _, j := range t.jumps[chain] {
-			if !ourChain(j.chain) {
-				s.emit(shared, nil, cmdDelete+j.line)
+	for chain, rules := range t.chains {
+		for _, r := range rules {
+			if ourChain(r.target) && !ourChain(chain) {
+				s.emit(shared, nil, cmdDelete+r.line)
 			}
 		}
-
-		s.emit(shared, nil, cmdFlushChain+chain)
-
-		gone = append(gone, chain)
 	}
 
-	for _, chain := range gone {
-		s.emit(shared, nil, cmdDelChain+chain)
+	s.raze(t, ourChain)
+
+	changes := s.changes()
+	if len(changes) > 0 {
+		err = b.run(ctx, s)
+		b.state = nil
 	}
 
-	return s, nil
+	if err == nil {
+		clear(b.doubtful)
+	}
+
+	return changes, err
 }
 
 func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, error) {
@@ -223,31 +275,61 @@ type tableWatch struct {
 	own        *generations
 
 	// state is for the legacy variant: something that changes with the tables.
-	state func() (string, error)
-	seen  string
+	state func() (tablesState, error)
+	seen  tablesState
 	moved bool
 }
 
-// operation begins an operation of ours, and returns what ends it.
-func (w *tableWatch) operation(ctx context.Context) (done func()) {
+// tablesState is how many entries tables have, chains being two, and how these
+// are spread over the hooks.
+type tablesState struct {
+	entries int
+	hooks   string
+}
+
+// operation begins an operation of ours. What it returns is called when that has
+// ended, and finds out whether others have come between: nobody tells of what they
+// did.
+func (w *tableWatch) operation(ctx context.Context) (done func(s *script, err error)) {
 	switch {
 	case w.generation != nil:
-		before, err := w.generation(ctx)
+		before, beforeErr := w.generation(ctx)
 
-		return func() {
-			// If it is two, who knows whose the other is.
-			if after, afterErr := w.generation(ctx); err == nil && afterErr == nil && after == nfnetlink.NextGeneration(before) {
+		return func(s *script, err error) {
+			// If it is two, or ours changed nothing, who knows whose it is.
+			after, afterErr := w.generation(ctx)
+			if errors.Join(err, beforeErr, afterErr) == nil && len(s.changes()) > 0 && after == nfnetlink.NextGeneration(before) {
 				w.own.add(after)
 			}
 		}
 	case w.state != nil:
 		w.look()
 
-		return func() { w.seen, _ = w.state() }
+		return func(s *script, err error) {
+			expected := w.seen.entries + s.entries()
+			after, afterErr := w.state()
+			w.moved = w.moved || errors.Join(err, afterErr) != nil || after.entries != expected
+			w.seen = after
+		}
 	default:
-		return func() {}
+		return func(*script, error) {}
 	}
 }
+
+// entries is by how many a script makes the tables larger.
+func (s *script) entries() int {
+	perCommand := map[byte]int{':': chainEntries, 'N': chainEntries, 'X': -chainEntries, 'A': 1, 'I': 1, 'D': -1, 'F': -1}
+	n := 0
+
+	for _, line := range s.changes() {
+		n += perCommand[strings.TrimPrefix(line, "-")[0]]
+	}
+
+	return n
+}
+
+// chainEntries are where a chain begins and where it ends.
+const chainEntries = 2
 
 // look finds out whether the legacy tables have changed.
 func (w *tableWatch) look() {

@@ -167,8 +167,8 @@ const (
 // held because an outgoing connection had them. It takes from no one: what it does
 // not know it leaves, for Sync. Each repair is logged.
 //
-// It returns ctx's error when that ends, and errors.ErrUnsupported on systems
-// other than Linux. It is to run once at a time, in the network namespace of the
+// It returns ctx's error when that ends, os.ErrClosed after Close, and
+// errors.ErrUnsupported on systems other than Linux. It is to run once at a time, in the network namespace of the
 // manager.
 func (m *Manager) Run(ctx context.Context) error {
 	if runtime.GOOS != "linux" {
@@ -184,7 +184,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	defer look.Stop()
 	defer settled.Stop()
 
-	for begun := false; ; begun = true {
+	for begun := false; ; {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -201,10 +201,12 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 
 		for _, fm := range m.families {
-			fm.mend(ctx, func(b backend) bool { return b.disturbed(heard) || !begun })
+			if err := fm.mend(ctx, func(b backend) bool { return b.disturbed(heard) || !begun }); err != nil {
+				return err
+			}
 		}
 
-		heard = nil
+		heard, begun = nil, true
 	}
 }
 

@@ -194,7 +194,7 @@ func (b *nftBackend) adopt(elements map[nftKey]nftElement) []*row {
 	return rows
 }
 
-func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) error {
+func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
 
@@ -204,21 +204,21 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 {
 		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "" && !b.before)
 		if !overtaken(err) {
-			return err
+			return false, err
 		}
 	}
 
 	for try := 0; ; try++ {
 		gen, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return err
+			return false, err
 		}
 
 		b.ruleset.saw(gen)
 
 		intact, err := b.look(ctx, p, table)
 		if err != nil {
-			return err
+			return false, err
 		}
 
 		if try >= maxOvertaken {
@@ -227,7 +227,7 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 
 		err = b.commit(ctx, gen, p, !intact)
 		if refused := (*nfnetlink.BatchError)(nil); !overtaken(err) || try > maxOvertaken && errors.As(err, &refused) {
-			return err
+			return !intact, err
 		}
 	}
 }

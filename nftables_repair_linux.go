@@ -17,9 +17,6 @@ func (b *nftBackend) repair(ctx context.Context, table iter.Seq[*row], purge boo
 	defer b.ruleset.mu.Unlock()
 
 	rows := slices.Collect(table)
-	if b.before && purge && len(rows) == 0 {
-		return b.demolish(ctx)
-	}
 
 	for try := 0; ; try++ {
 		repairs, err := b.tryRepair(ctx, rows, purge, try >= maxOvertaken)
@@ -136,8 +133,10 @@ func (b *nftBackend) describe(e nftElement) string {
 	return fmt.Sprintf("element %x of %s", e.key, e.set)
 }
 
-// demolish deletes our table.
 func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
+	b.ruleset.mu.Lock()
+	defer b.ruleset.mu.Unlock()
+
 	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
 	if err != nil || answers[0] == nil {
 		return nil, err

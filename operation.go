@@ -142,9 +142,13 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 			return
 		}
 
-		err := m.backend.apply(ctx, deltas, m.table())
+		restored, err := m.backend.apply(ctx, deltas, m.table())
 		if err == nil {
 			m.finishAll(ctx, batch)
+
+			if restored {
+				m.endMisled(ctx)
+			}
 
 			return
 		}
@@ -155,9 +159,10 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 		failed := batch
 
-		if refused := (*refusedError)(nil); errors.As(err, &refused) {
+		refused := (*refusedError)(nil)
+		if errors.As(err, &refused) {
 			failed = batch[refused.delta : refused.delta+1]
-		} else if len(batch) > 1 && ctx.Err() == nil { // nobody knows whose fault it is
+		} else if m.damaged = true; len(batch) > 1 && ctx.Err() == nil { // nobody knows whose fault it is
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
 			}
@@ -198,9 +203,7 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 		deltas[i] = c.delta
 	}
 
-	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
-		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
-	}
+	m.endStale(ctx, deltas)
 
 	for _, c := range changes {
 		c.finish()
@@ -209,6 +212,18 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 			m.warnOfForwarding()
 		}
 	}
+}
+
+// endStale ends the flows that deltas have made stale.
+func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
+	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
+		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
+	}
+}
+
+// endMisled ends the flows that have begun while rows of the table were missing.
+func (m *hostportManager) endMisled(ctx context.Context) {
+	m.endStale(ctx, []delta{{keep: slices.Collect(m.table())}})
 }
 
 // prepareNode sees to what it takes besides rules for loopback addresses to lead

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 )
@@ -52,11 +53,16 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		}
 	}
 
-	repairs, err := m.backend.repair(ctx, m.table(), true)
+	repairs, err := m.purge(ctx)
 	if err != nil {
-		c.undo()
+		errs = append(errs, err)
+		m.damaged, m.leaked = true, true // for Run, or the next Sync
 
-		return errors.Join(append(errs, err)...)
+		if leftBehind := (*leftBehindError)(nil); !errors.As(err, &leftBehind) {
+			c.undo()
+
+			return errors.Join(errs...)
+		}
 	}
 
 	m.finish(ctx, c)
@@ -147,45 +153,72 @@ func (m *hostportManager) settlePod(c *change, rows []*row) error {
 	return nil
 }
 
-// mend puts back what others have broken, if they may have, and holds ports that
-// could not be held.
-func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool) {
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
-	defer cancel()
+// purge makes the kernel hold the table and nothing else of ours, not even an empty
+// table where there is nothing to be had.
+func (m *hostportManager) purge(ctx context.Context) ([]string, error) {
+	if !m.ought() {
+		return m.backend.demolish(ctx)
+	}
 
-	if m.takeTurn(ctx) != nil {
-		return
+	return m.backend.repair(ctx, m.table(), true)
+}
+
+// mend puts back what others have broken, if they may have, and holds ports that
+// could not be held. It fails only where there will be nothing to mend any more.
+func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool) error {
+	if err := m.takeTurn(ctx); err != nil {
+		return err
 	}
 	defer func() { <-m.turn }()
 
-	if m.ready(ctx) != nil { // which Add tells
-		return
+	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
+	defer cancel()
+
+	if err := m.ready(ctx); errors.Is(err, os.ErrClosed) {
+		return err
+	} else if err != nil { // which Add tells
+		return nil
 	}
 
 	m.sockets.retry()
 
-	if m.damaged = disturbed(m.backend) || m.damaged; !m.damaged {
-		return
+	if m.damaged = disturbed(m.backend) || m.damaged; m.damaged && time.Now().After(m.repairAt) {
+		m.repair(ctx)
 	}
 
-	if !m.ought() {
-		m.damaged = false
+	return nil
+}
 
-		return
+// repairPause is how long a repair that has failed is not tried again.
+const repairPause = 5 * time.Second
+
+// repair makes the kernel hold the table, if there is anything to hold.
+func (m *hostportManager) repair(ctx context.Context) {
+	var (
+		repairs []string
+		err     error
+	)
+
+	switch {
+	case m.leaked:
+		repairs, err = m.purge(ctx)
+	case m.ought():
+		repairs, err = m.backend.repair(ctx, m.table(), false)
 	}
 
-	repairs, err := m.backend.repair(ctx, m.table(), false)
 	if err != nil {
+		m.damaged, m.repairAt = true, time.Now().Add(repairPause)
 		m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
 
 		return
 	}
 
-	m.damaged = false
+	m.damaged, m.leaked = false, false
 
 	if len(repairs) > 0 {
 		const some = 5 // of what may be thousands
 
+		m.endMisled(ctx)
 		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs), "what", repairs[:min(len(repairs), some)])
 	}
 }
