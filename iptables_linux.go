@@ -148,6 +148,11 @@ func tableThere(family ipFamily, v variant, table string) bool {
 // variantOf asks the iptables of PATH which variant it is. go-iptables, which
 // asks too, keeps that to itself, but it knows versions.
 func variantOf(ctx context.Context, name string) (variant, error) {
+	version, err := run(ctx, nil, name, "--version") // in bounded time, which go-iptables does not ask in
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+
 	ipt, err := iptables.New(iptables.Path(name))
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errUnavailable, err)
@@ -156,11 +161,6 @@ func variantOf(ctx context.Context, name string) (variant, error) {
 	if major, minor, patch := ipt.GetIptablesVersion(); slices.Compare([]int{major, minor, patch}, []int{1, 6, 2}) < 0 {
 		return "", fmt.Errorf("%w: %s %d.%d.%d is too old, --wait of %s-restore came with 1.6.2",
 			errUnavailable, name, major, minor, patch, name)
-	}
-
-	version, err := run(ctx, nil, name, "--version")
-	if err != nil {
-		return "", err
 	}
 
 	if bytes.Contains(version, []byte("nf_tables")) {

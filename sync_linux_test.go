@@ -34,7 +34,11 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 	t, err := parseSave([]byte(n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)), natTable)
 	require.NoError(n.t, err)
 
-	ranges, chains := map[string]bool{}, map[string]bool{}
+	ranges, chains, rules := map[string]bool{}, map[string]bool{}, map[iptRule]bool{}
+
+	for _, rule := range natRules(f, f == IPv4) {
+		rules[rule] = true
+	}
 
 	for _, r := range rows {
 		if jumps := t.jumps[r.dnatChain()]; len(jumps) == 1 {
@@ -49,9 +53,10 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 
 		for _, s := range r.sides() {
 			chains[s.rule.chain] = true
+			rules[s.rule], rules[s.jump] = true, true
 
 			for _, j := range s.path {
-				ranges[j.target] = true
+				ranges[j.target], rules[j] = true, true
 
 				if len(t.jumps[j.target]) != 1 || t.jumps[j.target][0].iptRule != j {
 					list = append(list, "jump "+j.String())
@@ -63,6 +68,15 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 	for chain := range t.chains {
 		if isOurs(chain) && !chains[chain] && !ranges[chain] && chain != dnatDispatch && chain != masqDispatch {
 			list = append(list, "left over "+chain)
+		}
+	}
+
+	for chain, some := range t.chains {
+		for i, r := range some {
+			again := slices.ContainsFunc(some[:i], func(o savedRule) bool { return o.iptRule == r.iptRule })
+			if (isOurs(chain) || isOurs(r.target)) && (!rules[r.iptRule] || again) {
+				list = append(list, "left over "+r.line)
+			}
 		}
 	}
 
@@ -224,6 +238,14 @@ func (n *node) leak(f ipFamily) {
 		"-A CRIO-HOSTPORTS-MASQ -j CRIO-MASQ-LEAKEDLEAKEDLEAK",
 		"-A KUBE-HOSTPORTS -j KUBE-HP-odd",
 		"-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j RETURN",
+		"-A KUBE-HP-LEAKEDLEAKEDLEAK -j KUBE-HP-odd", // one leads to the other
+		"-A CRIO-MASQ-LEAKEDLEAKEDLEAK -j KUBE-HP-odd",
+		"-A KUBE-HP-TCP-1-2 -j RETURN",
+		"-I KUBE-HOSTPORTS -p tcp -j RETURN", // in the way of all
+		"-I KUBE-HP-TCP-0-16383 -j RETURN",
+		"-I KUBE-HOSTPORTS -j KUBE-HP-TCP-4096-8191",
+		"-I CRIO-HOSTPORTS-MASQ -j RETURN",
+		cmdAppend + natRules(f, f == IPv4)[0].String(), // twice
 		"COMMIT\n",
 	}, "\n"), command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 }
@@ -299,6 +321,7 @@ func TestSync(t *testing.T) {
 
 		require.NoError(t, n.sync(m, nil))
 		n.exactly(m, nil)
+		assert.Empty(t, n.ours(IPv6), "nothing ought to be there")
 	})
 }
 

@@ -1,0 +1,178 @@
+package hostport
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// Where what is from before cannot be taken out, the new rows stand all the same,
+// and Run takes out the rest when that can be.
+func TestSyncLeavesBehind(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	n.serve(1, "tcp", IPv4, 80)
+	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80}))
+
+	old := *n
+	n.change(viaNFTables)
+
+	m := n.manager(WithTimeout(time.Second))
+	require.NoError(t, n.add(m, "goes", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
+	require.NoError(t, err)
+	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+
+	pods := map[string][]*PodPortMapping{"comes": {n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
+	err = n.sync(m, pods)
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorContains(t, err, "from before")
+	require.NoError(t, lock.Close())
+	n.exactly(m, pods)
+	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 9090), "other")
+	assert.NotEmpty(t, old.ours(IPv4))
+
+	n.run(m)
+	n.soon(func() bool { return len(old.ours(IPv4)) == 0 })
+}
+
+// Nothing of ours gets into tables that are not in use.
+func TestOthersLegacyTables(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	theirs := []string{"-t", natTable, "-A", "POSTROUTING", "-s", "172.17.0.0/16", "-j", "MASQUERADE"}
+	n.command("iptables-legacy", theirs...)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+	log, logged := n.logs()
+	m := n.manager(log)
+	n.run(m)
+	n.wipe(IPv4)
+	n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+
+	save := n.command("iptables-legacy-save")
+	assert.Contains(t, save, strings.Join(theirs[2:], " "))
+	assert.False(t, isOurs(save), save)
+}
+
+// shim puts a script in front of a program, which is $real there.
+func shim(t *testing.T, name, script string) {
+	t.Helper()
+
+	path, err := exec.LookPath(name)
+	require.NoError(t, err)
+
+	dir := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\nreal="+path+"\n"+script), 0o700))
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+// What others do beside an operation of ours is not taken for ours, be it one that
+// changes something or not.
+func TestWipedBesideOperation(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		flag := filepath.Join(t.TempDir(), "now")
+		shim(t, "iptables-"+string(n.variant)+"-restore",
+			fmt.Sprintf(`"$real" "$@" && if [ -e %[1]s ]; then rm %[1]s; iptables-%[2]s -w -t nat -F; fi`, flag, n.variant))
+
+		log, logged := n.logs()
+		m := n.manager(log)
+		pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+		require.NoError(t, n.add(m, "id", pods["id"][0]))
+		n.run(m)
+		n.wipe(IPv4)
+		n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+
+		for _, id := range []string{"id", "another"} {
+			pods[id] = pods["id"]
+			if id != "id" {
+				pods[id] = []*PodPortMapping{n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}
+			}
+
+			<-time.After(2 * lookInterval) // of what is still under way
+			require.NoError(t, os.WriteFile(flag, nil, 0o600))
+			require.NoError(t, n.add(m, id, pods[id][0]))
+			n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })
+		}
+	})
+}
+
+// A process that commits and then hangs leaves nothing that Run does not take out.
+func TestHangsAfterCommit(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		flag := filepath.Join(t.TempDir(), "now")
+		shim(t, "iptables-"+string(n.variant)+"-restore",
+			fmt.Sprintf(`"$real" "$@" && if [ -e %[1]s ]; then rm %[1]s; exec sleep 1000; fi`, flag))
+
+		m := n.manager(WithTimeout(time.Second))
+		pods := map[string][]*PodPortMapping{"stays": {n.pod(0, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
+		require.NoError(t, n.add(m, "stays", pods["stays"][0]))
+		n.run(m)
+		require.NoError(t, os.WriteFile(flag, nil, 0o600))
+		require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})), context.DeadlineExceeded)
+		n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })
+		n.exactly(m, pods)
+	})
+}
+
+// A flow that has begun while rows were missing goes to the pod when they are back,
+// though its sender does not pause.
+func TestFlowsAfterRepair(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		for name, repair := range map[string]func(n *node, m *Manager){
+			"Run": (*node).run,
+			"another pod's Add": func(n *node, m *Manager) {
+				require.NoError(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+			},
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := newNode(t, n.variant)
+				n.serve(0, "udp", IPv4, 53)
+
+				m := n.manager()
+				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+				n.wipeAll()
+				n.command("nft", `add table ip others; add chain ip others tracks { type nat hook prerouting priority 0; }; add rule ip others tracks ct state new counter`)
+
+				s := n.send(netip.AddrPortFrom(n.nodeIP(IPv4), 5353))
+				n.soon(func() bool {
+					flows, err := n.nfnetlink().Flows(t.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_UDP, 5353)
+					require.NoError(t, err)
+
+					return len(flows) > 0
+				})
+				repair(n, m)
+				s.reaches(t, "web")
+			})
+		}
+	})
+}
+
+// Run gets to know what happens while somebody else has the turn for long.
+func TestRunWaitsForItsTurn(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	log, logged := n.logs()
+	m := n.manager(WithTimeout(100*time.Millisecond), log)
+	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+	require.NoError(t, n.add(m, "id", pods["id"][0]))
+	n.run(m)
+	n.wipe(IPv4)
+	n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+
+	m.families[0].turn <- struct{}{}
+
+	n.wipe(IPv4)
+	<-time.After(2 * lookInterval)
+	<-m.families[0].turn
+	n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })
+}
