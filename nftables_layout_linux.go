@@ -76,26 +76,40 @@ func newNFTLayout(f ipFamily) nftLayout {
 // objects makes everything but the elements. What is there stays, but for the
 // rules, which are made anew: CRI-O's rule for hairpin never matches.
 func (l nftLayout) objects() []netlink.Message {
-	t := l.table
+	msgs := []netlink.Message{l.table.Create()}
+
+	for _, s := range l.sets() {
+		msgs = append(msgs, l.table.CreateSet(s))
+	}
+
+	for _, c := range l.chains() {
+		msgs = append(msgs, l.table.CreateChain(c), l.table.FlushChain(c.Name))
+	}
+
+	return append(msgs, l.rules()...)
+}
+
+func (l nftLayout) sets() []nfnetlink.Set {
 	pod := []nfnetlink.DataType{l.addr, nfnetlink.InetService}
 	port := []nfnetlink.DataType{nfnetlink.InetProto, nfnetlink.InetService}
 
-	msgs := []netlink.Message{
-		t.Create(),
-		t.CreateSet(nfnetlink.Set{
+	return []nfnetlink.Set{
+		{
 			Name: nftHostPorts, Key: port, Data: pod,
 			Comment: "hostports on all local IPs (protocol . hostPort -> podIP . podPort)",
-		}),
-		t.CreateSet(nfnetlink.Set{
+		},
+		{
 			Name: nftHostIPPorts, Key: append([]nfnetlink.DataType{l.addr}, port...), Data: pod,
 			Comment: "hostports on specific IPs (hostIP . protocol . hostPort -> podIP . podPort)",
-		}),
-		t.CreateSet(nfnetlink.Set{
+		},
+		{
 			Name: nftHairpins, Key: []nfnetlink.DataType{l.addr, l.addr},
 			Comment: "hostport hairpin connections",
-		}),
+		},
 	}
+}
 
+func (l nftLayout) chains() []nfnetlink.Chain {
 	chains := []nfnetlink.Chain{
 		{Name: nftHostPorts},
 		{Name: nftPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT},
@@ -108,11 +122,7 @@ func (l nftLayout) objects() []netlink.Message {
 		})
 	}
 
-	for _, c := range chains {
-		msgs = append(msgs, t.CreateChain(c), t.FlushChain(c.Name))
-	}
-
-	return append(msgs, l.rules()...)
+	return chains
 }
 
 // header is where things are in a packet's IP header, and the register that

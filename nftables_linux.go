@@ -253,8 +253,12 @@ func overtaken(err error) bool {
 // any case if that is 0.
 func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects bool) error {
 	var msgs []netlink.Message
+	if p.anew {
+		msgs = append(msgs, b.table.Create(), b.table.Delete())
+	}
+
 	if objects {
-		msgs = b.objects()
+		msgs = append(msgs, b.objects()...)
 	}
 
 	base := len(msgs)
@@ -420,6 +424,7 @@ type nftPlan struct {
 	wanted   map[nftKey]*nftWanted
 	order    []nftKey                  // in which the deltas came to them
 	hairpins map[netip.Addr]nftHairpin // what becomes of those that the deltas touch
+	anew     bool                      // the table is deleted first
 }
 
 // nftWanted is one element as it is, as far as that is known, and as it is to be.

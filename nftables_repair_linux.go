@@ -45,8 +45,19 @@ func (b *nftBackend) tryRepair(ctx context.Context, rows []*row, purge, inAnyCas
 		return nil, err
 	}
 
+	crowded, err := b.crowded(ctx)
+	if err != nil {
+		return nil, err
+	}
+
+	anew := crowded && purge && !b.before
+	if anew {
+		clear(have)
+	}
+
 	p := b.planAll(have, rows, purge)
-	intact := seal != "" && seal == b.seal || b.before
+	p.anew = anew
+	intact := seal != "" && seal == b.seal && !anew || b.before
 	repairs := p.differences(b)
 
 	if !intact && b.seal != "" {
@@ -64,6 +75,21 @@ func (b *nftBackend) tryRepair(ctx context.Context, rows []*row, purge, inAnyCas
 	b.hairpins = p.hairpins
 
 	return repairs, nil
+}
+
+// crowded tells whether there are chains or sets in our table that are not ours.
+func (b *nftBackend) crowded(ctx context.Context) (bool, error) {
+	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
+	if err != nil || answers[0] == nil {
+		return false, err
+	}
+
+	table, err := nfnetlink.ParseTable(*answers[0])
+	if err != nil {
+		return false, err
+	}
+
+	return int(table.Use) > len(b.sets())+len(b.chains()), nil
 }
 
 // planAll works out what it takes for the kernel, which has the elements given,

@@ -16,6 +16,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
@@ -153,6 +154,10 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		list = append(list, missing...)
 	}
 
+	if crowded, err := b.crowded(n.t.Context()); crowded || err != nil {
+		list = append(list, fmt.Sprintf("left over chains or sets, %v", err))
+	}
+
 	return list
 }
 
@@ -225,6 +230,10 @@ func (n *node) leak(f ipFamily) {
 		odd := elementKey(l, nftHostPorts, 9998)
 		odd.Key[0] = 99 // no protocol of ours
 		odd.Data = stale.Data
+		n.commit(
+			l.table.CreateChain(nfnetlink.Chain{Name: "alien", Type: "filter", Hook: unix.NF_INET_LOCAL_IN}),
+			l.table.AppendRule("alien", nfnetlink.Drop()),
+			l.table.CreateSet(nfnetlink.Set{Name: "alien", Key: []nfnetlink.DataType{nfnetlink.InetService}}))
 		n.commit(l.table.AddElement(nftHostPorts, stale), l.table.AddElement(nftHostPorts, odd),
 			l.table.AddElement(nftHairpins, nfnetlink.Element{Key: slices.Concat(n.otherNodeIP(f).AsSlice(), ip.AsSlice()), Comment: "?"}))
 

@@ -43,6 +43,8 @@ type TableInfo struct {
 	Handle uint64
 	// Flags are those of enum nft_table_flags: a table may be dormant.
 	Flags uint32
+	// Use is how many chains and sets it has.
+	Use uint32
 }
 
 // Chain is a chain; one without a type is reached from other chains alone.
@@ -140,6 +142,8 @@ func ParseTable(m netlink.Message) (TableInfo, error) {
 			info.Handle = ad.Uint64()
 		case unix.NFTA_TABLE_FLAGS:
 			info.Flags = ad.Uint32()
+		case unix.NFTA_TABLE_USE:
+			info.Use = ad.Uint32()
 		}
 	})
 
