@@ -208,13 +208,22 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 		}
 	}
 
-	t, state, err := b.read(ctx)
-	if err != nil {
-		return false, err
-	}
+	for try := 0; ; try++ {
+		t, state, err := b.read(ctx)
+		if err != nil {
+			return false, err
+		}
 
-	return true, b.run(ctx, b.restoration(t, state, deltas, table, false))
+		err = b.run(ctx, b.restoration(t, state, deltas, table, false))
+		if err == nil || ctx.Err() != nil || isRefused(err) || try >= maxOvertaken {
+			return true, err
+		}
+	}
 }
+
+// maxOvertaken is how often somebody else may come between a look and the
+// transaction that follows.
+const maxOvertaken = 3
 
 // run commits a script.
 func (b *iptablesBackend) run(ctx context.Context, s *script) error {

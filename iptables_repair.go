@@ -13,7 +13,7 @@ import (
 func (b *iptablesBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
 	for try := 0; ; try++ {
 		repairs, err := b.tryRepair(ctx, table, purge)
-		if err == nil || ctx.Err() != nil || try > 0 { // else somebody may have come between
+		if err == nil || ctx.Err() != nil || try >= maxOvertaken {
 			return repairs, err
 		}
 	}

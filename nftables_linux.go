@@ -232,16 +232,14 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	}
 }
 
-// maxOvertaken is how often somebody else may commit between a look and the
-// transaction that follows. After that the transaction is made all the same. It
-// still fails if there is an element that the look did not find, or none that it
-// did, though not if a stranger's has come into its place. What else may have
-// happened in that instant the next operation finds.
-const maxOvertaken = 3
-
 // overtaken tells whether a transaction may have failed because the kernel does
 // not hold what it was made for: somebody else has committed, or has left an
 // element that we did not remove because it was not ours.
+//
+// After maxOvertaken times the transaction is made all the same. It still fails if
+// there is an element that the look did not find, or none that it did, though not
+// if a stranger's has come into its place. What else may have happened in that
+// instant the next operation finds.
 func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 
