@@ -226,6 +226,7 @@ type chaos struct {
 	runtime *runtimeProcess
 	model   map[string][]*row        // by pod
 	taken   map[portKey]net.Listener // by a process of others
+	layout  map[ipFamily]string      // of our nftables, but for the elements
 	faults  map[string]int
 	ops     map[string]int
 }
@@ -255,6 +256,13 @@ func TestChaos(t *testing.T) {
 		c.serveAll(0)
 		c.serveAll(1)
 		c.runtime = n.start(true)
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			c.runtime.obey(order{Op: "add", ID: "first", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})})
+			c.layout[f] = c.rulesNow(f)
+		}
+
+		c.runtime.obey(order{Op: "remove", ID: "first"})
 
 		begun := time.Now()
 
@@ -292,6 +300,7 @@ func newChaos(t *testing.T, n *node) *chaos {
 	return &chaos{
 		node: n, t: t, random: rand.New(rand.NewPCG(seed, 0)),
 		model: map[string][]*row{}, taken: map[portKey]net.Listener{}, faults: map[string]int{}, ops: map[string]int{},
+		layout: map[ipFamily]string{},
 	}
 }
 
@@ -947,7 +956,11 @@ func (c *chaos) check(what string) {
 	late := time.After(15 * time.Second) // with a lock that is held, and a repair that has failed once
 
 	for list := []string{""}; len(list) > 0; {
-		list = slices.Concat(c.deviations(IPv4, rows[IPv4]), c.deviations(IPv6, rows[IPv6]))
+		list = nil
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			list = append(list, c.deviations(f, rows[f])...)
+			list = append(list, c.changedLayout(f, rows[f])...)
+		}
 
 		select {
 		case <-late:
@@ -959,6 +972,34 @@ func (c *chaos) check(what string) {
 	c.checkTable(what, rows)
 	c.checkSockets(what, rows)
 	c.checkTraffic(what, rows)
+}
+
+// rulesNow are the rules of our table of nftables, if it is there.
+func (c *chaos) rulesNow(f ipFamily) string {
+	var out []byte
+
+	c.do(func() {
+		out, _ = exec.CommandContext(c.t.Context(), "nft", "--stateless", "--terse", "list", "table", nftFamily(f), nftTable).CombinedOutput()
+	})
+
+	return string(out)
+}
+
+// changedLayout tells if our table of nftables has other rules than at first.
+func (c *chaos) changedLayout(f ipFamily, rows []*row) []string {
+	if c.variant != viaNFTables || len(rows) == 0 || c.layout[f] == c.rulesNow(f) {
+		return nil
+	}
+
+	return []string{"rules: " + c.rulesNow(f)}
+}
+
+func nftFamily(f ipFamily) string {
+	if f == IPv6 {
+		return "ip6"
+	}
+
+	return "ip"
 }
 
 func (c *chaos) checkTable(what string, rows map[ipFamily][]*row) {

@@ -225,6 +225,8 @@ func TestFailedStepIsUndone(t *testing.T) {
 			}},
 			{"remove", func(m HostPortManager) error { return n.remove(m, "id", nil) }},
 		} {
+			const all = 1 + 1 + maxOvertaken
+
 			// The restores that fail, and whether the listing does that a
 			// repair begins with.
 			for _, fail := range []struct {
@@ -233,10 +235,10 @@ func TestFailedStepIsUndone(t *testing.T) {
 				line     func(input string) error
 				save     bool
 			}{
-				{"commit and repair", 2, func(string) error { return errInjected }, false},
+				{"commit and repairs", all, func(string) error { return errInjected }, false},
 				{"commit and listing", 1, func(string) error { return errInjected }, true},
-				{"refused", 2, func(input string) error { return &lineError{lineOf(input, "-A "+dnatPrefix)} }, false},
-				{"base", 2, func(string) error { return &lineError{2} }, false},
+				{"refused", all, func(input string) error { return &lineError{lineOf(input, "-A "+dnatPrefix)} }, false},
+				{"base", all, func(string) error { return &lineError{2} }, false},
 			} {
 				t.Run(op.name+"/"+fail.name, func(t *testing.T) {
 					n := n.within(t)

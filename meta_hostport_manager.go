@@ -106,7 +106,9 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // want one port, the one that has it keeps it, else the one with the smaller id
 // gets it, and the other is reported. The error joins these and does not mean that
 // the other pods' rows are not there, unless a transaction failed as a whole: then
-// nothing of that family has changed. With ctx it ends early.
+// nothing of that family has changed. If only what another backend carries from
+// before could not be taken out, the new rows stand, and Run or the next Sync
+// tries again. With ctx it ends early.
 func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) error {
 	var errs []error
 
@@ -134,7 +136,8 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 
 // Check returns nil if all rows that Add would make of podPortMapping stand in the
 // kernel, their ports are held, and what they share with others is there too.
-// Else the error names each thing that is missing. It changes nothing.
+// Else the error names each thing that is missing. It changes nothing. The sysctl
+// route_localnet is the interface's, not the pod's: it is not looked at.
 func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
 	rows, err := rowsOf(id, podPortMapping)
 	if err != nil || len(rows) == 0 {
