@@ -390,7 +390,9 @@ func (t *savedTable) state(base []iptRule) *natState {
 	}
 
 	for _, b := range base {
-		_, st.base[b.target] = t.chains[b.target]
+		if ourChain(b.target) {
+			_, st.base[b.target] = t.chains[b.target]
+		}
 
 		chain, at := t.chains[b.chain], t.index(b)
 		tooLate := at >= 0 && b.chain == postRouting && slices.ContainsFunc(chain[:at], mayAccept)
@@ -555,7 +557,7 @@ func (s *script) base(guard, nat []iptRule) {
 	}
 
 	for _, b := range nat {
-		if (b.target == dnatDispatch || b.target == masqDispatch) && !s.state.base[b.target] && !s.seen[b.target] {
+		if ourChain(b.target) && !s.state.base[b.target] && !s.seen[b.target] {
 			s.seen[b.target] = true
 			s.emit(shared, nil, cmdNewChain+b.target)
 		}

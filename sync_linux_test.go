@@ -96,7 +96,7 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 
 	st := t.state(natRules(f, f == IPv4))
 	for rule, there := range st.base {
-		if !there && rule != masqTarget {
+		if !there {
 			list = append(list, "base "+rule)
 		}
 	}
