@@ -142,7 +142,7 @@ func (s *script) raze(t *savedTable, which func(chain string) bool) {
 	var razed []string
 
 	for chain := range t.chains {
-		if hash, _ := rowOfChain(chain); which(chain) && !s.gone[hash] {
+		if hash := rowOfChain(chain); which(chain) && !s.gone[hash] {
 			razed = append(razed, chain)
 			s.emit(shared, nil, cmdFlushChain+chain)
 		}
@@ -158,19 +158,10 @@ func (s *script) raze(t *savedTable, which func(chain string) bool) {
 	}
 }
 
-// rowOfChain is the hash in the name of a row's chain.
-func rowOfChain(chain string) (hash string, ok bool) {
-	if isRange(chain) {
-		return "", false
-	}
-
-	for _, prefix := range []string{dnatPrefix, masqPrefix} {
-		if hash, ok = strings.CutPrefix(chain, prefix); ok {
-			return hash, true
-		}
-	}
-
-	return "", false
+// rowOfChain is the hash in the name of a row's chain, and something else in
+// another's.
+func rowOfChain(chain string) string {
+	return strings.TrimPrefix(strings.TrimPrefix(chain, dnatPrefix), masqPrefix)
 }
 
 func ourChain(chain string) bool {
