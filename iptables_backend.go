@@ -399,8 +399,7 @@ func (t *savedTable) state(base []iptRule) *natState {
 		st.base[b.String()] = at >= 0 && !tooLate
 
 		for i, r := range chain {
-			again := i > at && r.iptRule == b
-			if r.target == b.target && r.comment == b.comment && (r.iptRule != b || tooLate || again) {
+			if r.target == b.target && r.comment == b.comment && (i != at || tooLate) {
 				st.wrong = append(st.wrong, r.line)
 			}
 		}
