@@ -63,7 +63,12 @@ type reply struct {
 // runRuntime obeys the orders that come on standard input. Those that come
 // together are carried out at the same time.
 func runRuntime(backend Backend) int {
-	m, err := New(WithBackend(backend), WithTimeout(2*time.Second))
+	timeout, err := time.ParseDuration(os.Getenv(runtimeVariable + "_TIMEOUT"))
+	if err != nil {
+		return complain("runtime: ", err)
+	}
+
+	m, err := New(WithBackend(backend), WithTimeout(timeout))
 	if err != nil {
 		return complain("runtime: ", err)
 	}
@@ -132,10 +137,10 @@ type runtimeProcess struct {
 
 // start starts a runtime on the node, which looks after its rows if run is set, and
 // waits for it to be ready.
-func (n *node) start(run bool) *runtimeProcess {
+func (n *node) start(run bool, timeout time.Duration) *runtimeProcess {
 	n.t.Helper()
 
-	p := n.launch(run)
+	p := n.launch(run, timeout)
 
 	replies, err := p.replies(1)
 	require.NoError(n.t, err, "%s", &p.stderr)
@@ -145,14 +150,14 @@ func (n *node) start(run bool) *runtimeProcess {
 	return p
 }
 
-func (n *node) launch(run bool) *runtimeProcess {
+func (n *node) launch(run bool, timeout time.Duration) *runtimeProcess {
 	n.t.Helper()
 
 	self, err := os.Executable()
 	require.NoError(n.t, err)
 
 	p := &runtimeProcess{n: n, cmd: exec.Command(self)}
-	p.cmd.Env = append(os.Environ(), runtimeVariable+"="+string(n.backend()))
+	p.cmd.Env = append(os.Environ(), runtimeVariable+"="+string(n.backend()), runtimeVariable+"_TIMEOUT="+timeout.String())
 	p.cmd.Stderr = &p.stderr
 
 	if run {
@@ -235,6 +240,9 @@ type chaos struct {
 	ops     map[string]int
 }
 
+// impatient is a timeout that somebody who holds a lock can exceed.
+const impatient = 2 * time.Second
+
 const takesPort = "foreign process takes a port"
 
 // Ports that pods compete for.
@@ -259,7 +267,7 @@ func TestChaos(t *testing.T) {
 		c := newChaos(t, n)
 		c.serveAll(0)
 		c.serveAll(1)
-		c.runtime = n.start(true)
+		c.runtime = n.start(true, impatient)
 
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			c.runtime.obey(order{Op: "add", ID: "first", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})})
@@ -581,7 +589,7 @@ func (c *chaos) killed(during func()) {
 	c.runtime.kill()
 	c.hintAgain()
 
-	c.runtime = c.start(true)
+	c.runtime = c.start(true, impatient)
 	c.sync(func() {})
 }
 
@@ -712,14 +720,14 @@ func TestKills(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
 		c := newChaos(t, n)
 		begun := time.Now()
-		p := n.start(false)
+		p := n.start(false, defaultTimeout)
 		p.obey(c.manyOrders()...)
 		p.kill()
 
 		whole := time.Since(begun)
 
 		for i := range kills {
-			p := n.launch(false)
+			p := n.launch(false, defaultTimeout)
 			require.NoError(t, p.in.Encode(c.manyOrders()))
 			time.Sleep(time.Duration(c.random.Int64N(int64(whole)))) //nolint:forbidigo // at any moment
 			p.kill()
@@ -748,7 +756,7 @@ func TestKilledWithChild(t *testing.T) {
 		[]byte("#!/bin/sh\necho $$ >"+started+"; exec sleep 1000\n"), 0o700))
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 
-	p := n.start(false)
+	p := n.start(false, defaultTimeout)
 	require.NoError(t, p.in.Encode([]order{{Op: "add", ID: "id", Pod: podNumber(1)}}))
 
 	var pid int
@@ -794,7 +802,7 @@ func TestThousandRows(t *testing.T) {
 			pods[id][0].PortMappings = append(pods[id][0].PortMappings, &PortMapping{HostPort: int32(10_000 + 7*i), ContainerPort: 80})
 		}
 
-		p := n.start(true)
+		p := n.start(true, defaultTimeout)
 		require.Empty(t, p.obey(order{Op: "sync", Pods: pods})[0].Err)
 
 		var connects, failures atomic.Int32
@@ -808,7 +816,7 @@ func TestThousandRows(t *testing.T) {
 		p.kill()
 
 		begun := time.Now()
-		p = n.start(true)
+		p = n.start(true, defaultTimeout)
 		took := time.Since(begun)
 
 		held := slices.DeleteFunc(p.begun, func(m Mapping) bool { return !m.Held })
