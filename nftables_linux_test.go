@@ -558,16 +558,21 @@ func TestOvertakenEachTime(t *testing.T) {
 	assert.Len(t, n.elements(IPv4), 4)
 }
 
+// fitting is how many rows a test puts into one transaction: many, or fewer with
+// the kernel's default limit, which other user namespaces than the first cannot
+// pass.
+func fitting(many, fewer int) int {
+	if uids, err := os.ReadFile("/proc/self/uid_map"); err != nil || !strings.Contains(string(uids), "4294967295") {
+		return fewer
+	}
+
+	return many
+}
+
 // Many rows go in one transaction, and come back.
 func TestManyRows(t *testing.T) {
 	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
-		many := 20_000
-
-		// With the kernel's default limit, which other user namespaces cannot pass.
-		if uids, err := os.ReadFile("/proc/self/uid_map"); err != nil || !strings.Contains(string(uids), "4294967295") {
-			many = 2000
-		}
-
+		many := fitting(20_000, 2000)
 		m := n.manager(WithoutSockets())
 		pod := n.pod(0, f)
 
