@@ -785,7 +785,7 @@ func (c *chaos) manyOrders() []order {
 // What a restart is like for a node with a thousand rows, and a firewall's reload
 // under Run.
 func TestThousandRows(t *testing.T) {
-	rows := fitting(1000, 100)
+	rows := fitting(1000, 40)
 
 	eachBackend(t, func(t *testing.T, n *node) {
 		n.serve(0, "tcp", IPv4, 80)
