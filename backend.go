@@ -37,7 +37,7 @@ type backend interface {
 	// the same transaction, and the guard of loopback addresses at the latest
 	// with it.
 	//
-	// restored is set if it has put back anything.
+	// restored is set if it has put back anything, even if it fails then.
 	//
 	// On an error nothing has changed, or the next apply or repair takes back what
 	// has: a process that was killed may have committed before. A *refusedError
@@ -65,6 +65,10 @@ type backend interface {
 	// by what the kernel carries of it.
 	owns(id string, r *row) bool
 }
+
+// maxOvertaken is how often somebody else may come between a backend's look and the
+// transaction that follows.
+const maxOvertaken = 3
 
 // delta is what one operation changes. A row is moved by a del and an add of
 // one endpoint, which no packet sees apart.
@@ -280,13 +284,17 @@ func (l *layers) disturbed(transactions []nfnetlink.Transaction) bool {
 	return disturbed
 }
 
-// takeBackTimeout is for taking back a transaction; the operation's own time
+// grace is the time for what has to follow a transaction, when the operation's own
 // may be up.
-const takeBackTimeout = 5 * time.Second
+const grace = 5 * time.Second
+
+func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), grace)
+}
 
 // takeBack commits the opposite of deltas. table is with deltas.
 func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*row]) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), takeBackTimeout)
+	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
 	rows := slices.Collect(table)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/mdlayher/netlink"
 
@@ -171,39 +172,46 @@ func (o *opener) iptables(t *ipTables) *iptablesBackend {
 }
 
 // watch returns the transactions of nf_tables, until ctx ends. The channel stays
-// silent where there is no nf_tables.
+// silent where there is no nf_tables. If they can no longer be heard, what comes
+// from then on, at an interval, is that something may have happened.
 func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
 	transactions := make(chan nfnetlink.Transaction)
 
 	l, err := nfnetlink.Listen()
 	if err != nil {
-		o.cfg.log.V(4).Info("No news of nf_tables", "reason", err)
+		o.cfg.log.Error(err, "No news of nf_tables")
 
 		return transactions
 	}
 
-	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	context.AfterFunc(ctx, func() { _ = l.Close() })
 
-	go func() {
-		defer stop()
+	go o.follow(ctx, l.Next, transactions)
 
-		for {
-			t, err := l.Next()
-			if err != nil {
-				if ctx.Err() == nil {
-					o.cfg.log.Error(err, "No more news of nf_tables: what others break is repaired by the next operation")
-				}
+	return transactions
+}
 
-				return
+func (o *opener) follow(ctx context.Context, next func() (nfnetlink.Transaction, error), transactions chan<- nfnetlink.Transaction) {
+	for deaf := false; ; {
+		t, err := next()
+		if err != nil {
+			if !deaf && ctx.Err() == nil {
+				o.cfg.log.Error(err, "No news of nf_tables: host ports are looked at every now and then")
 			}
 
 			select {
-			case transactions <- t:
+			case <-time.After(repairPause):
 			case <-ctx.Done():
 				return
 			}
 		}
-	}()
 
-	return transactions
+		deaf = err != nil
+
+		select {
+		case transactions <- t:
+		case <-ctx.Done():
+			return
+		}
+	}
 }

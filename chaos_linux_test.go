@@ -750,11 +750,8 @@ func TestKills(t *testing.T) {
 // What a runtime has started ends with it.
 func TestKilledWithChild(t *testing.T) {
 	n := newNode(t, variantLegacy)
-	dir := t.TempDir()
-	started := filepath.Join(dir, "pid")
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "iptables-legacy-restore"),
-		[]byte("#!/bin/sh\necho $$ >"+started+"; exec sleep 1000\n"), 0o700))
-	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	started := filepath.Join(t.TempDir(), "pid")
+	shim(t, "iptables-legacy-restore", "echo $$ >"+started+"; exec sleep 1000")
 
 	p := n.start(false, defaultTimeout)
 	require.NoError(t, p.in.Encode([]order{{Op: "add", ID: "id", Pod: podNumber(1)}}))
@@ -959,12 +956,7 @@ func (c *chaos) lost() int {
 
 // holdLock has somebody hold the xtables lock for a while.
 func (c *chaos) holdLock() {
-	path := cmp.Or(os.Getenv("XTABLES_LOCKFILE"), "/run/xtables.lock")
-
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	require.NoError(c.t, err)
-	require.NoError(c.t, unix.Flock(int(file.Fd()), unix.LOCK_EX))
-	time.AfterFunc(time.Duration(100+c.random.IntN(3000))*time.Millisecond, func() { _ = file.Close() })
+	time.AfterFunc(time.Duration(100+c.random.IntN(3000))*time.Millisecond, lockXtables(c.t))
 }
 
 // check compares everything with the model. What others have broken is repaired
@@ -978,7 +970,7 @@ func (c *chaos) check(what string) {
 		}
 	}
 
-	late := time.After(15 * time.Second) // with a lock that is held, and a repair that has failed once
+	deadline := time.After(15 * time.Second) // with a lock that is held, and a repair that has failed once
 
 	for list := []string{""}; len(list) > 0; {
 		list = nil
@@ -988,7 +980,7 @@ func (c *chaos) check(what string) {
 		}
 
 		select {
-		case <-late:
+		case <-deadline:
 			require.Empty(c.t, list, what)
 		case <-time.After(10 * time.Millisecond):
 		}

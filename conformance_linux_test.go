@@ -293,7 +293,7 @@ func TestNodeDoesNotForward(t *testing.T) {
 				n.sysctl(strings.TrimPrefix(forwarding(f), "/proc/sys/"), "0")
 			}
 
-			log, logged := n.logs()
+			log, logged := logs(n.t)
 			m := n.manager(log)
 
 			for _, port := range []int32{8080, 8081} {

@@ -72,7 +72,7 @@ func (n *node) send(to netip.AddrPort) *sender {
 	return s
 }
 
-// reaches waits until it is pod that answers, for a second at the most.
+// reaches waits until it is pod that answers.
 func (s *sender) reaches(t *testing.T, pod string) {
 	t.Helper()
 	assert.Eventually(t, func() bool {
@@ -80,7 +80,7 @@ func (s *sender) reaches(t *testing.T, pod string) {
 		defer s.mu.Unlock()
 
 		return s.from == pod
-	}, time.Second, time.Millisecond, "expected %s to answer", pod)
+	}, patience, time.Millisecond, "expected %s to answer", pod)
 }
 
 // A sender that never pauses reaches whom it would if it began now.

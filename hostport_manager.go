@@ -290,7 +290,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	// The rules may be of an earlier version, or nobody may have watched.
 	if !intact && m.ought() {
-		m.repair(ctx)
+		m.restore(ctx)
 	}
 
 	return nil

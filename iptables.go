@@ -333,6 +333,8 @@ func parseOption(n *iptRule, option, value string) (ok bool) {
 		n.dports, ok = parsePorts(value)
 	case "-j":
 		n.target, ok = value, true
+	case "-g": // which we do not write
+		n.target = value
 	case "--to-destination":
 		to, err := netip.ParseAddrPort(value)
 		n.to, ok = to, err == nil

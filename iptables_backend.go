@@ -42,9 +42,9 @@ type natState struct {
 	// not in the map.
 	shared map[string]int
 	// base are the base chains, by name, and base rules, as lines, that are in
-	// place; wrong are rules, as lines, that stand in place of those.
-	base  map[string]bool
-	wrong []string
+	// place; wrong and wrongGuard are rules, as lines, that stand in place of those.
+	base              map[string]bool
+	wrong, wrongGuard []string
 	// strays are the rows that do not stand as this package would put them.
 	strays map[string]*stray // by hash
 }
@@ -117,7 +117,7 @@ func (st *natState) intact() bool {
 		}
 	}
 
-	return len(st.wrong) == 0
+	return len(st.wrong)+len(st.wrongGuard) == 0
 }
 
 // use counts r as a user of the range chains that lead to it. It tells whether
@@ -158,7 +158,7 @@ func (b *iptablesBackend) read(ctx context.Context) (*savedTable, *natState, err
 	st := t.state(b.nat)
 
 	for _, g := range b.guard {
-		st.base[g.String()] = raw.index(g) >= 0
+		st.wrongGuard = append(st.wrongGuard, st.find(raw, g)...)
 	}
 
 	return t, st, nil
@@ -214,16 +214,15 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 			return false, err
 		}
 
-		err = b.run(ctx, b.restoration(t, state, deltas, table, false))
+		s := b.restoration(t, state, deltas, table, false)
+		restored := slices.ContainsFunc(s.lines, func(l scriptLine) bool { return l.delta == shared && l.changes() })
+
+		err = b.run(ctx, s)
 		if err == nil || ctx.Err() != nil || isRefused(err) || try >= maxOvertaken {
-			return true, err
+			return restored && err == nil, err
 		}
 	}
 }
-
-// maxOvertaken is how often somebody else may come between a look and the
-// transaction that follows.
-const maxOvertaken = 3
 
 // run commits a script.
 func (b *iptablesBackend) run(ctx context.Context, s *script) error {
@@ -328,7 +327,17 @@ func (t *savedTable) holds(r *row) bool {
 		}
 	}
 
-	return true
+	return r.ip.IsValid() || !t.takesFrom(r)
+}
+
+// takesFrom tells whether r, which is for any address, stands before what may be
+// for one address.
+func (t *savedTable) takesFrom(r *row) bool {
+	jump := r.dnatSide().jump
+
+	return slices.ContainsFunc(t.chains[jump.chain][t.index(jump):], func(o savedRule) bool {
+		return o.iptRule != jump && o.proto == r.proto && o.dports.lo <= r.port && r.port <= o.dports.hi
+	})
 }
 
 // leadsTo tells whether r stands in t where CRI-O puts it: with its jumps
@@ -394,18 +403,31 @@ func (t *savedTable) state(base []iptRule) *natState {
 			_, st.base[b.target] = t.chains[b.target]
 		}
 
-		chain, at := t.chains[b.chain], t.index(b)
-		tooLate := at >= 0 && b.chain == postRouting && slices.ContainsFunc(chain[:at], mayAccept)
-		st.base[b.String()] = at >= 0 && !tooLate
-
-		for i, r := range chain {
-			if r.target == b.target && r.comment == b.comment && (i != at || tooLate) {
-				st.wrong = append(st.wrong, r.line)
-			}
-		}
+		st.wrong = append(st.wrong, st.find(t, b)...)
 	}
 
 	return st
+}
+
+// find finds out whether a base rule is in place, and returns what stands in place
+// of it.
+func (st *natState) find(t *savedTable, base iptRule) (wrong []string) {
+	chain := t.chains[base.chain]
+	like := func(r savedRule) bool {
+		return r.target == base.target && r.comment == base.comment && r.src == base.src && r.dst == base.dst
+	}
+	at := slices.IndexFunc(chain, like)
+	inPlace := at >= 0 && chain[at].iptRule == base && !slices.ContainsFunc(chain[at+1:], like) &&
+		(base.chain != postRouting || !slices.ContainsFunc(chain[:at], mayAccept))
+	st.base[base.String()] = inPlace
+
+	for _, r := range chain {
+		if like(r) && !inPlace {
+			wrong = append(wrong, r.line)
+		}
+	}
+
+	return wrong
 }
 
 // mayAccept tells whether a rule in POSTROUTING may end the walk for hairpin
@@ -438,11 +460,10 @@ type script struct {
 	// uses overlays state.shared: the number of rows that use each chain and
 	// jump, -1 for one that is gone. It becomes part of it when the script has
 	// been committed.
-	uses map[string]int
-	seen map[string]bool // what the script itself has asserted or made
-	gone map[string]bool // hashes of strays that the script removes
-	// deleted are the jumps, as lines, that lead to such.
-	deleted map[string]bool
+	uses    map[string]int
+	seen    map[string]bool // what the script itself has asserted or made
+	gone    map[string]bool // hashes of strays that the script removes
+	deleted map[string]bool // rules, as lines, that the script has deleted
 }
 
 type scriptLine struct {
@@ -463,6 +484,12 @@ func newScript(st *natState) *script {
 
 func (s *script) emit(delta int, r *row, text string) {
 	s.lines = append(s.lines, scriptLine{text: text, delta: delta, row: r})
+}
+
+// delete takes out a rule, the first where several have the same line.
+func (s *script) delete(delta int, r *row, line string) {
+	s.emit(delta, r, cmdDelete+line)
+	s.deleted[line] = true
 }
 
 func (s *script) input() []byte {
@@ -520,7 +547,7 @@ func (s *script) settle() {
 		s.state.base[key] = true
 	}
 
-	s.state.wrong = nil
+	s.state.wrong, s.state.wrongGuard = nil, nil
 }
 
 // users is how many rows use a range chain or a jump to one, and whether the
@@ -541,6 +568,10 @@ func (s *script) base(guard, nat []iptRule) {
 	if len(guard) > 0 {
 		s.emit(shared, nil, "*"+rawTable)
 
+		for _, line := range s.state.wrongGuard {
+			s.delete(shared, nil, line)
+		}
+
 		for _, g := range guard {
 			s.ensure(g, cmdInsert) // before whatever may end the walk
 		}
@@ -551,8 +582,7 @@ func (s *script) base(guard, nat []iptRule) {
 	s.emit(shared, nil, "*"+natTable)
 
 	for _, line := range s.state.wrong {
-		s.emit(shared, nil, cmdDelete+line)
-		s.deleted[line] = true
+		s.delete(shared, nil, line)
 	}
 
 	for _, b := range nat {
@@ -743,8 +773,7 @@ func (s *script) unuse(key string) bool {
 // clear takes out whatever there is of a row.
 func (s *script) clear(i int, r *row, found *stray) {
 	for _, line := range found.jumps {
-		s.emit(i, r, cmdDelete+line)
-		s.deleted[line] = true
+		s.delete(i, r, line)
 	}
 
 	for _, chain := range found.chains {
@@ -755,6 +784,11 @@ func (s *script) clear(i int, r *row, found *stray) {
 	s.gone[r.hash] = true
 }
 
+// left is what of rules the script has not deleted.
+func (s *script) left(rules []savedRule) []savedRule {
+	return slices.DeleteFunc(slices.Clone(rules), func(r savedRule) bool { return s.deleted[r.line] })
+}
+
 // sweep takes out the range chains that lead to nothing any more.
 func (s *script) sweep(t *savedTable) {
 	for again := true; again; {
@@ -762,14 +796,13 @@ func (s *script) sweep(t *savedTable) {
 
 		for chain := range s.state.shared {
 			rules, ok := t.chains[chain]
-			if n, there := s.users(chain); !ok || n > 0 || !there ||
-				slices.ContainsFunc(rules, func(r savedRule) bool { return !s.deleted[r.line] }) {
+			if n, there := s.users(chain); !ok || n > 0 || !there || len(s.left(rules)) > 0 {
 				continue
 			}
 
-			for _, j := range t.jumps[chain] {
-				s.emit(shared, nil, cmdDelete+j.line)
-				s.deleted[j.line], s.uses[j.iptRule.String()] = true, -1
+			for _, j := range s.left(t.jumps[chain]) {
+				s.delete(shared, nil, j.line)
+				s.uses[j.iptRule.String()] = -1
 			}
 
 			s.emit(shared, nil, cmdDelChain+chain)

@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -491,12 +492,7 @@ func TestXtablesLock(t *testing.T) {
 
 	before := n.dump(m)
 
-	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
-	require.NoError(t, err)
-
-	defer lock.Close()
-
-	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+	unlock := lockXtables(t)
 
 	ops := []func() error{
 		func() error { return n.add(m, "comes", comes) },
@@ -508,7 +504,7 @@ func TestXtablesLock(t *testing.T) {
 		assert.Empty(t, children(t), i)
 	}
 
-	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_UN))
+	unlock()
 	assert.Equal(t, before, n.dump(m))
 
 	m.families[0].cfg.timeout = defaultTimeout
@@ -518,6 +514,17 @@ func TestXtablesLock(t *testing.T) {
 	}
 
 	n.exactly(m, map[string][]*PodPortMapping{"comes": {comes}})
+}
+
+// lockXtables has somebody hold the xtables lock, until what it returns is called.
+func lockXtables(t *testing.T) (unlock func()) {
+	t.Helper()
+
+	lock, err := os.OpenFile(cmp.Or(os.Getenv("XTABLES_LOCKFILE"), "/run/xtables.lock"), os.O_CREATE|os.O_RDONLY, 0o600)
+	require.NoError(t, err)
+	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+
+	return func() { assert.NoError(t, lock.Close()) }
 }
 
 // children are the processes that this one has started and that have not ended.
@@ -672,12 +679,8 @@ func TestSpecificAddressBesideCRIO(t *testing.T) {
 func TestHintUnderLock(t *testing.T) {
 	n := newNode(t, variantLegacy)
 
-	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
-	require.NoError(t, err)
+	defer lockXtables(t)()
 
-	defer lock.Close()
-
-	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
 	n.do(func() {
 		ipt, err := findIPTables(t.Context(), IPv4)
 		require.NoError(t, err)

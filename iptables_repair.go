@@ -58,12 +58,16 @@ func (s *script) changes() []string {
 	var changes []string
 
 	for _, l := range s.lines {
-		if !strings.HasPrefix(l.text, cmdCheck) && !strings.HasPrefix(l.text, "*") && l.text != cmdCommit {
+		if l.changes() {
 			changes = append(changes, l.text)
 		}
 	}
 
 	return changes
+}
+
+func (l scriptLine) changes() bool {
+	return !strings.HasPrefix(l.text, cmdCheck) && !strings.HasPrefix(l.text, "*") && l.text != cmdCommit
 }
 
 // ours is what purge leaves of the chains that bear our names.
@@ -95,7 +99,7 @@ func (s *script) ours(base []iptRule, rows []*row) ours {
 		}
 
 		for _, side := range r.sides() {
-			o.chains[side.rule.chain] = !s.gone[r.hash] // which has made it anew
+			o.chains[side.rule.chain] = true
 			o.rules[side.rule], o.rules[side.jump] = true, true
 
 			for _, j := range side.path {
@@ -120,16 +124,18 @@ func (s *script) purge(t *savedTable, base []iptRule, rows []*row) {
 	o := s.ours(base, rows)
 
 	for chain, rules := range t.chains {
+		if o.alien(chain) || s.gone[rowOfChain(chain)] { // and made anew, perhaps
+			continue
+		}
+
 		seen := map[iptRule]bool{}
 
-		for _, r := range rules {
-			foreign := !ourChain(chain) && !o.alien(r.target)
-			known := o.rules[r.iptRule] && !seen[r.iptRule] || o.lines[r.line]
+		for _, r := range s.left(rules) {
+			stays := o.rules[r.iptRule] && !seen[r.iptRule] || o.lines[r.line] || !o.chains[chain]
 			seen[r.iptRule] = true
 
-			if !foreign && !known && !s.deleted[r.line] && (o.chains[chain] || !ourChain(chain)) {
-				s.emit(shared, nil, cmdDelete+r.line)
-				s.deleted[r.line] = true
+			if !stays || o.alien(r.target) {
+				s.delete(shared, nil, r.line)
 			}
 		}
 	}
@@ -183,13 +189,18 @@ func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
 	}
 
 	s := newScript(t.state(nil))
+	guard := slices.DeleteFunc(raw.chains[preRouting], func(r savedRule) bool {
+		return !slices.Contains(guardRules(familyOfIPTables(b.ipt)), r.iptRule)
+	})
 
-	for _, g := range guardRules(familyOfIPTables(b.ipt)) {
-		if raw.index(g) >= 0 {
-			s.emit(shared, nil, "*"+rawTable)
-			s.emit(shared, nil, cmdDelete+g.String())
-			s.emit(shared, nil, cmdCommit)
+	if len(guard) > 0 {
+		s.emit(shared, nil, "*"+rawTable)
+
+		for _, r := range guard {
+			s.delete(shared, nil, r.line)
 		}
+
+		s.emit(shared, nil, cmdCommit)
 	}
 
 	s.emit(shared, nil, "*"+natTable)
@@ -197,7 +208,7 @@ func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
 	for chain, rules := range t.chains {
 		for _, r := range rules {
 			if ourChain(r.target) && !ourChain(chain) {
-				s.emit(shared, nil, cmdDelete+r.line)
+				s.delete(shared, nil, r.line)
 			}
 		}
 	}
@@ -307,7 +318,8 @@ func (w *tableWatch) operation(ctx context.Context) (done func(s *script, err er
 	}
 }
 
-// entries is by how many a script makes the tables larger.
+// entries is by how many a script makes the tables larger, if the chains that it
+// flushes have one rule each, as rows' have. Else what it did is taken for others'.
 func (s *script) entries() int {
 	perCommand := map[byte]int{':': chainEntries, 'N': chainEntries, 'X': -chainEntries, 'A': 1, 'I': 1, 'D': -1, 'F': -1}
 	n := 0

@@ -23,12 +23,12 @@ import (
 const bridgeIP = "10.88.0.1"
 
 // logs returns an option, and what has been logged with it so far.
-func (n *node) logs() (Option, func() string) {
-	n.t.Helper()
+func logs(tb testing.TB) (Option, func() string) {
+	tb.Helper()
 
-	log := ktesting.NewLogger(n.t, ktesting.NewConfig(ktesting.BufferLogs(true)))
+	log := ktesting.NewLogger(tb, ktesting.NewConfig(ktesting.BufferLogs(true)))
 	sink, ok := log.GetSink().(ktesting.Underlier)
-	require.True(n.t, ok)
+	require.True(tb, ok)
 
 	return WithLogger(log), sink.GetBuffer().String
 }
@@ -116,7 +116,7 @@ func TestLocalhost(t *testing.T) {
 				n.serve(0, network, IPv4, 80)
 			}
 
-			log, logged := n.logs()
+			log, logged := logs(n.t)
 			m := n.manager(log)
 			pod := n.pod(0, IPv4,
 				&PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"},

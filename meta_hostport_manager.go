@@ -168,15 +168,19 @@ const (
 // Run repairs what others break, such as nft flush ruleset, iptables -F or a
 // reload of firewalld, within a second or two, and holds ports that could not be
 // held because an outgoing connection had them. It takes from no one: what it does
-// not know it leaves, for Sync. Each repair is logged.
+// not know it leaves, for Sync, and takes out only where a Sync has failed. Each
+// repair is logged. One that fails is tried again after 5 s.
 //
 // It returns ctx's error when that ends, os.ErrClosed after Close, and
-// errors.ErrUnsupported on systems other than Linux. It is to run once at a time, in the network namespace of the
-// manager.
+// errors.ErrUnsupported on systems other than Linux. It is to run once at a time,
+// in the network namespace of the manager.
 func (m *Manager) Run(ctx context.Context) error {
 	if runtime.GOOS != "linux" {
 		return errors.ErrUnsupported
 	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 
 	var heard []nfnetlink.Transaction
 
@@ -204,7 +208,12 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 
 		for _, fm := range m.families {
-			if err := fm.mend(ctx, func(b backend) bool { return b.disturbed(heard) || !begun }); err != nil {
+			err := fm.mend(ctx, func(b backend) bool { return b.disturbed(heard) || !begun })
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+
+			if err != nil {
 				return err
 			}
 		}

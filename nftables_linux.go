@@ -50,6 +50,23 @@ func (n *nftRuleset) saw(gen uint32) {
 	}
 }
 
+// now returns the generation that the ruleset has, or 0 after so many tries that the
+// transaction is to be made in any case.
+func (n *nftRuleset) now(ctx context.Context, try int) (uint32, error) {
+	gen, err := n.conn.Generation(ctx)
+	if err != nil {
+		return 0, err
+	}
+
+	n.saw(gen)
+
+	if try >= maxOvertaken {
+		gen = 0
+	}
+
+	return gen, nil
+}
+
 // nftBackend keeps the rows of one family in maps of nf_tables.
 //
 // In the steady state a change is one transaction with the delta alone, on
@@ -209,25 +226,19 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	}
 
 	for try := 0; ; try++ {
-		gen, err := b.ruleset.conn.Generation(ctx)
+		gen, err := b.ruleset.now(ctx, try)
 		if err != nil {
 			return false, err
 		}
-
-		b.ruleset.saw(gen)
 
 		intact, err := b.look(ctx, p, table)
 		if err != nil {
 			return false, err
 		}
 
-		if try >= maxOvertaken {
-			gen = 0
-		}
-
 		err = b.commit(ctx, gen, p, !intact)
 		if refused := (*nfnetlink.BatchError)(nil); !overtaken(err) || try > maxOvertaken && errors.As(err, &refused) {
-			return !intact, err
+			return !intact && err == nil, err
 		}
 	}
 }
@@ -308,7 +319,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 // learnSeal returns how the rules just made are recognised, or "" if somebody
 // else may have changed them since, in another generation than gen.
 func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
-	seal, err := b.readSeal(ctx)
+	_, seal, err := b.readSeal(ctx)
 	if err != nil {
 		return ""
 	}
@@ -320,41 +331,41 @@ func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
 	return seal
 }
 
-// readSeal reads what changes if anybody makes, deletes or replaces a rule of
-// our table, or the table itself. Without a table it is "".
+// readSeal reads our table, and what changes if anybody makes, deletes or replaces
+// a rule of it, or the table itself, or if it comes to have more or fewer chains and
+// sets. Without a table it is "".
 //
-// Sets and chains need no look: as long as a rule is there, the kernel keeps the
-// chain that it is in, and those it refers to.
-func (b *nftBackend) readSeal(ctx context.Context) (string, error) {
+// Our own chains and sets need no look besides: as long as a rule is there, the
+// kernel keeps the chain that it is in, and those it refers to.
+func (b *nftBackend) readSeal(ctx context.Context) (table nfnetlink.TableInfo, seal string, err error) {
 	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
 	if err != nil || answers[0] == nil {
-		return "", err
+		return table, "", err
 	}
 
-	table, err := nfnetlink.ParseTable(*answers[0])
-	if err != nil {
-		return "", err
+	if table, err = nfnetlink.ParseTable(*answers[0]); err != nil {
+		return table, "", err
 	}
 
 	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
 	if err != nil {
-		return "", err
+		return table, "", err
 	}
 
 	rules := make([]nfnetlink.RuleInfo, len(msgs))
 	for i, m := range msgs {
 		if rules[i], err = nfnetlink.ParseRule(m); err != nil {
-			return "", err
+			return table, "", err
 		}
 	}
 
-	return fmt.Sprint(table, rules), nil
+	return table, fmt.Sprint(table, rules), nil
 }
 
 // look puts into the plan what the kernel holds, and tells whether our rules are
 // what they were. If not, the plan is for the whole table from now on.
 func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row]) (intact bool, err error) {
-	seal, err := b.readSeal(ctx)
+	_, seal, err := b.readSeal(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -545,12 +556,18 @@ func (p *nftPlan) messages(t nfnetlink.Table, msgs []netlink.Message) ([]netlink
 
 	for _, key := range p.order {
 		w := p.wanted[key]
-		if w.have == w.want {
+
+		have := w.have
+		if p.anew {
+			have = nftElement{}
+		}
+
+		if have == w.want {
 			continue
 		}
 
-		if w.have.there() {
-			msgs, of = append(msgs, t.DeleteElement(key.set, w.have.element())), append(of, w)
+		if have.there() {
+			msgs, of = append(msgs, t.DeleteElement(key.set, have.element())), append(of, w)
 		}
 
 		if w.want.there() {

@@ -19,23 +19,22 @@ func (b *nftBackend) repair(ctx context.Context, table iter.Seq[*row], purge boo
 	rows := slices.Collect(table)
 
 	for try := 0; ; try++ {
-		repairs, err := b.tryRepair(ctx, rows, purge, try >= maxOvertaken)
+		gen, err := b.ruleset.now(ctx, try)
+		if err != nil {
+			return nil, err
+		}
+
+		repairs, err := b.tryRepair(ctx, gen, rows, purge)
 		if !overtaken(err) || try > maxOvertaken {
 			return repairs, err
 		}
 	}
 }
 
-// tryRepair repairs if nobody else commits anything meanwhile, or in any case.
-func (b *nftBackend) tryRepair(ctx context.Context, rows []*row, purge, inAnyCase bool) ([]string, error) {
-	gen, err := b.ruleset.conn.Generation(ctx)
-	if err != nil {
-		return nil, err
-	}
-
-	b.ruleset.saw(gen)
-
-	seal, err := b.readSeal(ctx)
+// tryRepair repairs if the ruleset stays of generation gen, or in any case if that
+// is 0.
+func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, purge bool) ([]string, error) {
+	table, seal, err := b.readSeal(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -45,51 +44,24 @@ func (b *nftBackend) tryRepair(ctx context.Context, rows []*row, purge, inAnyCas
 		return nil, err
 	}
 
-	crowded, err := b.crowded(ctx)
-	if err != nil {
-		return nil, err
-	}
-
-	anew := crowded && purge && !b.before
-	if anew {
-		clear(have)
-	}
-
 	p := b.planAll(have, rows, purge)
-	p.anew = anew
-	intact := seal != "" && seal == b.seal && !anew || b.before
+	intact := seal != "" && seal == b.seal || b.before
+	crowded := purge && !b.before && int(table.Use) > len(b.sets())+len(b.chains())
 	repairs := p.differences(b)
 
-	if !intact && b.seal != "" {
+	if !intact && b.seal != "" || crowded {
 		repairs = append(repairs, "rules of table "+nftTable)
 	}
 
-	if inAnyCase {
-		gen = 0
-	}
+	p.anew = crowded || purge && !intact // whoever's chains and sets there may be
 
-	if err := b.commit(ctx, gen, p, !intact); err != nil {
+	if err := b.commit(ctx, gen, p, !intact || crowded); err != nil {
 		return repairs, err
 	}
 
 	b.hairpins = p.hairpins
 
 	return repairs, nil
-}
-
-// crowded tells whether there are chains or sets in our table that are not ours.
-func (b *nftBackend) crowded(ctx context.Context) (bool, error) {
-	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
-	if err != nil || answers[0] == nil {
-		return false, err
-	}
-
-	table, err := nfnetlink.ParseTable(*answers[0])
-	if err != nil {
-		return false, err
-	}
-
-	return int(table.Use) > len(b.sets())+len(b.chains()), nil
 }
 
 // planAll works out what it takes for the kernel, which has the elements given,
@@ -168,10 +140,18 @@ func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 
+	repairs := []string{"unknown table " + nftTable}
+
+	// It may go meanwhile.
+	if err := b.ruleset.conn.Commit(ctx, 0, []netlink.Message{b.table.Create(), b.table.Delete()}); err != nil {
+		return repairs, err
+	}
+
 	b.seal = ""
 	clear(b.hairpins)
+	clear(b.doubtful)
 
-	return []string{"unknown table " + nftTable}, b.ruleset.conn.Commit(ctx, 0, []netlink.Message{b.table.Delete()})
+	return repairs, nil
 }
 
 func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error) {
@@ -248,7 +228,7 @@ func (b *nftBackend) missingRules(ctx context.Context) ([]string, error) {
 		}
 	}
 
-	seal, err := b.readSeal(ctx)
+	_, seal, err := b.readSeal(ctx)
 	if err == nil && len(missing) == 0 && b.seal != "" && seal != b.seal {
 		missing = append(missing, "rules of table "+nftTable+" as they were made")
 	}

@@ -145,38 +145,50 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		restored, err := m.backend.apply(ctx, deltas, m.table())
 		if err == nil {
 			m.finishAll(ctx, batch)
-
-			if restored {
-				m.endMisled(ctx)
-			}
-
-			return
+		} else {
+			undoAll(batch)
 		}
 
-		for _, op := range slices.Backward(batch) {
-			op.change.undo()
+		if restored {
+			m.endMisled(ctx)
 		}
-
-		failed := batch
 
 		refused := (*refusedError)(nil)
-		if errors.As(err, &refused) {
-			failed = batch[refused.delta : refused.delta+1]
-		} else if m.damaged = true; len(batch) > 1 && ctx.Err() == nil { // nobody knows whose fault it is
+
+		switch {
+		case err == nil:
+			return
+		case errors.As(err, &refused):
+			ops = fail(ops, batch[refused.delta:refused.delta+1], err)
+		case len(batch) > 1 && ctx.Err() == nil: // nobody knows whose fault it is
+			m.damaged = true
+
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
 			}
 
 			return
+		default:
+			m.damaged = true
+			ops = fail(ops, batch, err)
 		}
-
-		for _, op := range failed {
-			op.err = err
-		}
-
-		// The others may have been planned on what has just been undone.
-		ops = slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return slices.Contains(failed, op) })
 	}
+}
+
+func undoAll(batch []*operation) {
+	for _, op := range slices.Backward(batch) {
+		op.change.undo()
+	}
+}
+
+// fail returns those of ops that have not failed. They may have been planned on
+// what the failed have done.
+func fail(ops, failed []*operation, err error) []*operation {
+	for _, op := range failed {
+		op.err = err
+	}
+
+	return slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return slices.Contains(failed, op) })
 }
 
 // finishAll does what is left of operations whose rules are committed.
@@ -216,6 +228,9 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 
 // endStale ends the flows that deltas have made stale.
 func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
+	ctx, cancel := withGrace(ctx)
+	defer cancel()
+
 	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
 		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
 	}

@@ -7,14 +7,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // Where what is from before cannot be taken out, the new rows stand all the same,
@@ -30,15 +32,13 @@ func TestSyncLeavesBehind(t *testing.T) {
 	m := n.manager(WithTimeout(time.Second))
 	require.NoError(t, n.add(m, "goes", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
-	lock, err := os.OpenFile("/run/xtables.lock", os.O_CREATE|os.O_RDONLY, 0o600)
-	require.NoError(t, err)
-	require.NoError(t, syscall.Flock(int(lock.Fd()), syscall.LOCK_EX))
+	unlock := lockXtables(t)
 
 	pods := map[string][]*PodPortMapping{"comes": {n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
-	err = n.sync(m, pods)
+	err := n.sync(m, pods)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.ErrorContains(t, err, "from before")
-	require.NoError(t, lock.Close())
+	unlock()
 	n.exactly(m, pods)
 	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 9090), "other")
 	assert.NotEmpty(t, old.ours(IPv4))
@@ -54,11 +54,9 @@ func TestOthersLegacyTables(t *testing.T) {
 	n.command("iptables-legacy", theirs...)
 	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 
-	log, logged := n.logs()
+	log, logged := logs(n.t)
 	m := n.manager(log)
-	n.run(m)
-	n.wipe(IPv4)
-	n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+	n.runs(m, logged)
 
 	save := n.command("iptables-legacy-save")
 	assert.Contains(t, save, strings.Join(theirs[2:], " "))
@@ -85,13 +83,11 @@ func TestWipedBesideOperation(t *testing.T) {
 		shim(t, "iptables-"+string(n.variant)+"-restore",
 			fmt.Sprintf(`"$real" "$@" && if [ -e %[1]s ]; then rm %[1]s; iptables-%[2]s -w -t nat -F; fi`, flag, n.variant))
 
-		log, logged := n.logs()
+		log, logged := logs(n.t)
 		m := n.manager(log)
 		pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 		require.NoError(t, n.add(m, "id", pods["id"][0]))
-		n.run(m)
-		n.wipe(IPv4)
-		n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+		n.runs(m, logged)
 
 		for _, id := range []string{"id", "another"} {
 			pods[id] = pods["id"]
@@ -134,6 +130,9 @@ func TestFlowsAfterRepair(t *testing.T) {
 			"another pod's Add": func(n *node, m *Manager) {
 				require.NoError(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
 			},
+			"a Sync that finds the pod invalid": func(n *node, m *Manager) {
+				require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {{PortMappings: []*PortMapping{{HostPort: -1}}}}}), ErrInvalidMapping)
+			},
 		} {
 			t.Run(name, func(t *testing.T) {
 				n := newNode(t, n.variant)
@@ -141,16 +140,7 @@ func TestFlowsAfterRepair(t *testing.T) {
 
 				m := n.manager()
 				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
-				n.wipeAll()
-				n.command("nft", `add table ip others; add chain ip others tracks { type nat hook prerouting priority 0; }; add rule ip others tracks ct state new counter`)
-
-				s := n.send(netip.AddrPortFrom(n.nodeIP(IPv4), 5353))
-				n.soon(func() bool {
-					flows, err := n.nfnetlink().Flows(t.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_UDP, 5353)
-					require.NoError(t, err)
-
-					return len(flows) > 0
-				})
+				s := n.mislead(t, 5353)
 				repair(n, m)
 				s.reaches(t, "web")
 			})
@@ -158,16 +148,82 @@ func TestFlowsAfterRepair(t *testing.T) {
 	})
 }
 
+// mislead begins a flow while there are no rows for IPv4.
+func (n *node) mislead(t *testing.T, port uint16) *sender {
+	t.Helper()
+	n.wipeAll()
+	n.command("nft", `add table ip others; add chain ip others tracks { type nat hook prerouting priority 0; }; add rule ip others tracks ct state new counter`)
+
+	s := n.send(netip.AddrPortFrom(n.nodeIP(IPv4), port))
+	n.soon(func() bool {
+		flows, err := n.nfnetlink().Flows(t.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_UDP, port)
+		require.NoError(t, err)
+
+		return slices.ContainsFunc(flows, func(flow nfnetlink.Flow) bool { return !flow.Translated })
+	})
+
+	return s
+}
+
+// Flows go where they should also after an operation, or a repair, whose time was
+// up when it came to what is from before.
+func TestFlowsThoughLeftBehind(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	n.serve(0, "udp", IPv4, 53)
+	n.serve(1, "udp", IPv4, 53)
+
+	old := n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80})
+	n.leftBehind("old", old)
+
+	before := *n
+	n.change(viaNFTables)
+
+	m := n.manager(WithTimeout(time.Second))
+	mapping := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, mapping)))
+
+	s := n.send(netip.AddrPortFrom(n.nodeIP(IPv4), 5353))
+	s.reaches(t, "web")
+
+	unlock := lockXtables(t)
+
+	require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(1, IPv4, mapping)}}), context.DeadlineExceeded)
+	s.reaches(t, "other")
+
+	s = n.mislead(t, 5353)
+	n.run(m)
+	s.reaches(t, "other")
+	assert.NotEmpty(t, before.ours(IPv4))
+	unlock()
+}
+
+// An operation puts back what others have deleted, and then fails.
+func TestFlowsThoughFailed(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	n.serve(0, "udp", IPv4, 53)
+
+	old := n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80})
+	n.leftBehind("old", old)
+	n.change(viaNFTables)
+
+	m := n.manager(WithTimeout(time.Second))
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+
+	defer lockXtables(t)()
+
+	s := n.mislead(t, 5353)
+	require.ErrorIs(t, n.add(m, "old", old), context.DeadlineExceeded)
+	s.reaches(t, "web")
+}
+
 // Run gets to know what happens while somebody else has the turn for long.
 func TestRunWaitsForItsTurn(t *testing.T) {
 	n := newNode(t, viaNFTables)
-	log, logged := n.logs()
+	log, logged := logs(n.t)
 	m := n.manager(WithTimeout(100*time.Millisecond), log)
 	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 	require.NoError(t, n.add(m, "id", pods["id"][0]))
-	n.run(m)
-	n.wipe(IPv4)
-	n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+	n.runs(m, logged)
 
 	m.families[0].turn <- struct{}{}
 

@@ -53,10 +53,9 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		}
 	}
 
-	repairs, err := m.purge(ctx)
+	repairs, err := m.repair(ctx, true)
 	if err != nil {
 		errs = append(errs, err)
-		m.damaged, m.leaked = true, true // for Run, or the next Sync
 
 		if leftBehind := (*leftBehindError)(nil); !errors.As(err, &leftBehind) {
 			c.undo()
@@ -109,24 +108,13 @@ func (m *hostportManager) dismiss(c *change, pods []podRows) {
 		}
 	}
 
-	stays := func(r *row) bool {
-		for _, w := range wanted[r.portKey] {
-			if r.endpoint == w.endpoint && m.owns(w.owner, w.hash, r) {
-				return true
-			}
-		}
-
-		for _, o := range invalid {
-			if m.owns(o, "", r) {
-				return true
-			}
-		}
-
-		return false
-	}
-
 	for r := range m.table() {
-		if !stays(r) {
+		switch {
+		case slices.ContainsFunc(invalid, func(o owner) bool { return m.owns(o, "", r) }):
+			c.keep(r)
+		case !slices.ContainsFunc(wanted[r.portKey], func(w *row) bool {
+			return r.endpoint == w.endpoint && m.owns(w.owner, w.hash, r)
+		}):
 			c.del(r)
 		}
 	}
@@ -153,14 +141,20 @@ func (m *hostportManager) settlePod(c *change, rows []*row) error {
 	return nil
 }
 
-// purge makes the kernel hold the table and nothing else of ours, not even an empty
-// table where there is nothing to be had.
-func (m *hostportManager) purge(ctx context.Context) ([]string, error) {
-	if !m.ought() {
-		return m.backend.demolish(ctx)
+// repair makes the kernel hold the table, and with purge nothing else of ours, not
+// even an empty table where there is nothing to be had. What it cannot do is for
+// Run, or the next Sync.
+func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []string, err error) {
+	switch {
+	case m.ought():
+		repairs, err = m.backend.repair(ctx, m.table(), purge)
+	case purge:
+		repairs, err = m.backend.demolish(ctx)
 	}
 
-	return m.backend.repair(ctx, m.table(), true)
+	m.damaged, m.leaked = err != nil, err != nil && purge
+
+	return repairs, err
 }
 
 // mend puts back what others have broken, if they may have, and holds ports that
@@ -183,7 +177,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 	m.sockets.retry()
 
 	if m.damaged = disturbed(m.backend) || m.damaged; m.damaged && time.Now().After(m.repairAt) {
-		m.repair(ctx)
+		m.restore(ctx)
 	}
 
 	return nil
@@ -192,33 +186,21 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 // repairPause is how long a repair that has failed is not tried again.
 const repairPause = 5 * time.Second
 
-// repair makes the kernel hold the table, if there is anything to hold.
-func (m *hostportManager) repair(ctx context.Context) {
-	var (
-		repairs []string
-		err     error
-	)
+// restore repairs what may be damaged, and tells of it.
+func (m *hostportManager) restore(ctx context.Context) {
+	repairs, err := m.repair(ctx, m.leaked)
+	if len(repairs) > 0 {
+		m.endMisled(ctx)
+	}
 
 	switch {
-	case m.leaked:
-		repairs, err = m.purge(ctx)
-	case m.ought():
-		repairs, err = m.backend.repair(ctx, m.table(), false)
-	}
-
-	if err != nil {
-		m.damaged, m.repairAt = true, time.Now().Add(repairPause)
+	case errors.Is(err, context.Canceled): // Run ends
+	case err != nil:
+		m.repairAt = time.Now().Add(repairPause)
 		m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
-
-		return
-	}
-
-	m.damaged, m.leaked = false, false
-
-	if len(repairs) > 0 {
+	case len(repairs) > 0:
 		const some = 5 // of what may be thousands
 
-		m.endMisled(ctx)
 		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs), "what", repairs[:min(len(repairs), some)])
 	}
 }

@@ -3,17 +3,19 @@ package hostport
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/mdlayher/netlink"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -154,8 +156,11 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		list = append(list, missing...)
 	}
 
-	if crowded, err := b.crowded(n.t.Context()); crowded || err != nil {
-		list = append(list, fmt.Sprintf("left over chains or sets, %v", err))
+	table, _, err := b.readSeal(n.t.Context())
+	require.NoError(n.t, err)
+
+	if int(table.Use) > len(b.sets())+len(b.chains()) {
+		list = append(list, "left over chains or sets")
 	}
 
 	return list
@@ -197,9 +202,7 @@ func (n *node) exactly(m *Manager, pods map[string][]*PodPortMapping) {
 	have := map[string]bool{}
 
 	for _, mapping := range m.Mappings() {
-		host := net.JoinHostPort(mapping.HostIP, strconv.Itoa(int(mapping.HostPort)))
-		pod := net.JoinHostPort(mapping.PodIP.String(), strconv.Itoa(int(mapping.ContainerPort)))
-		have[fmt.Sprintf("%s %s %s -> %s", mapping.PodID, mapping.Protocol, host, pod)] = true
+		have[mapping.text()] = true
 
 		assert.Equal(n.t, n.backend(), mapping.Backend)
 		assert.Equal(n.t, mapping.Protocol != "SCTP", mapping.Held, mapping)
@@ -240,12 +243,15 @@ func (n *node) leak(f ipFamily) {
 		return
 	}
 
-	n.commandWith(strings.Join([]string{
-		"*nat",
-		":KUBE-HP-LEAKEDLEAKEDLEAK - [0:0]", ":CRIO-MASQ-LEAKEDLEAKEDLEAK - [0:0]", ":KUBE-HP-TCP-1-2 - [0:0]", ":KUBE-HP-odd - [0:0]",
+	chains := []string{
+		"*nat", ":KUBE-HP-LEAKEDLEAKEDLEAK - [0:0]", ":CRIO-MASQ-LEAKEDLEAKEDLEAK - [0:0]", ":KUBE-HP-TCP-1-2 - [0:0]", ":KUBE-HP-odd - [0:0]",
+	}
+	rules := []string{
 		"-A KUBE-HOSTPORTS -p tcp -m tcp --dport 9999 -j KUBE-HP-LEAKEDLEAKEDLEAK",
 		"-A CRIO-HOSTPORTS-MASQ -j CRIO-MASQ-LEAKEDLEAKEDLEAK",
 		"-A KUBE-HOSTPORTS -j KUBE-HP-odd",
+		"-A KUBE-HOSTPORTS -g KUBE-HP-odd",
+		"-A PREROUTING -p udp -g KUBE-HP-odd",
 		"-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j RETURN",
 		"-A KUBE-HP-LEAKEDLEAKEDLEAK -j KUBE-HP-odd", // one leads to the other
 		"-A CRIO-MASQ-LEAKEDLEAKEDLEAK -j KUBE-HP-odd",
@@ -254,9 +260,17 @@ func (n *node) leak(f ipFamily) {
 		"-I KUBE-HP-TCP-0-16383 -j RETURN",
 		"-I KUBE-HOSTPORTS -j KUBE-HP-TCP-4096-8191",
 		"-I CRIO-HOSTPORTS-MASQ -j RETURN",
-		cmdAppend + natRules(f, f == IPv4)[0].String(), // twice
-		"COMMIT\n",
-	}, "\n"), command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+		cmdAppend + natRules(f, f == IPv4)[0].String(),
+		cmdAppend + natRules(f, f == IPv4)[2].String(), // after what may accept
+	}
+
+	if f == IPv4 {
+		n.command("iptables-"+string(n.variant), "-t", natTable, "-A", postRouting, "-d", "203.0.113.9", "-j", "ACCEPT")
+		rules = append(rules, "COMMIT", "*raw", cmdAppend+guardRules(f)[0].String(), "COMMIT", "*nat")
+	}
+
+	n.commandWith(strings.Join(slices.Concat(chains, rules, rules, []string{"COMMIT\n"}), "\n"), // twice
+		command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 }
 
 func elementKey(_ nftLayout, _ string, port uint16) nfnetlink.Element {
@@ -331,6 +345,61 @@ func TestSync(t *testing.T) {
 		require.NoError(t, n.sync(m, nil))
 		n.exactly(m, nil)
 		assert.Empty(t, n.ours(IPv6), "nothing ought to be there")
+	})
+}
+
+// A row for one address comes before that for any, whoever has put it elsewhere.
+func TestSyncRestoresOrder(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		to := netip.AddrPortFrom(n.otherNodeIP(IPv4), 8080)
+		pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4,
+			&PortMapping{HostPort: 8080, ContainerPort: 80},
+			&PortMapping{HostPort: 8080, ContainerPort: 81, HostIP: to.Addr().String()})}} // where nobody listens
+		m := n.manager()
+		require.NoError(t, n.sync(m, pods))
+
+		rows := parsedRows(t, n)
+		one := slices.IndexFunc(rows, func(r *row) bool { return r.ip.IsValid() })
+		anys := rows[1-one].dnatSide().jump
+
+		for _, first := range rows[one].dnatSide().path {
+			if first.chain != anys.chain {
+				continue
+			}
+
+			n.commandWith("*nat\n-D "+first.String()+"\n-A "+first.String()+"\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+			n.answers(n.Client, "tcp", to, "web")
+			require.NoError(t, n.sync(m, pods))
+			n.refused(n.Client, "tcp", to)
+			n.exactly(m, pods)
+		}
+
+		n.commandWith("*nat\n-I "+anys.String()+"\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+		n.answers(n.Client, "tcp", to, "web")
+		require.NoError(t, n.sync(m, pods))
+		n.refused(n.Client, "tcp", to)
+		n.exactly(m, pods)
+	})
+}
+
+// What has leaked goes also where a row leads there that is none of its business.
+func TestSyncLeavesInvalid(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+		loadCRIO(n)
+
+		chain := dnatPrefix + rowHash("crio-a", 8080, "TCP", "")
+		n.commandWith("*nat\n-N KUBE-HP-odd\n-A "+chain+" -j KUBE-HP-odd\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+
+		m := n.manager()
+		pods := map[string][]*PodPortMapping{"crio-a": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 70000})}}
+		require.ErrorIs(t, n.sync(m, pods), ErrInvalidMapping)
+		require.Len(t, m.Mappings(), 1)
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		assert.NotContains(t, n.ours(IPv4), "KUBE-HP-odd")
+		assert.Contains(t, strings.Join(n.ours(IPv4), "\n"), chain)
 	})
 }
 
@@ -509,14 +578,15 @@ func (n *node) change(to variant) {
 // A Sync that fails as a whole changes nothing.
 func TestSyncFails(t *testing.T) {
 	n := newNode(t, viaNFTables)
-	m, fake := n.viaFake()
-	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	log, logged := logs(t)
+	m, fake := n.viaFake(log)
+	pod := n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.NoError(t, n.add(m, "id", pod))
 
 	before := n.dump(m)
 	fake.dump = func() error { return errInjected }
 
-	other := map[string][]*PodPortMapping{"other": {n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
+	other := map[string][]*PodPortMapping{"other": {n.pod(1, IPv6, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
 	require.ErrorIs(t, n.sync(m, other), errInjected)
 
 	fake.dump = nil
@@ -529,6 +599,52 @@ func TestSyncFails(t *testing.T) {
 
 	require.NoError(t, n.sync(m, other))
 	n.exactly(m, other)
+
+	// Nothing is to be there, and that fails.
+	fake.commit = func([]netlink.Message) ([]netlink.Message, error) { return nil, errInjected }
+	require.ErrorIs(t, n.sync(m, nil), errInjected)
+
+	fake.commit = nil
+	n.exactly(m, other)
+	require.NoError(t, n.remove(m, "other", nil))
+	n.exactly(m, nil)
+
+	// And then somebody else has taken it out.
+	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+		fake.commit = nil
+
+		n.commit(newNFTLayout(IPv6).table.Delete())
+
+		return msgs, nil
+	}
+	require.NoError(t, n.sync(m, nil))
+	n.exactly(m, nil)
+
+	// After one that has not failed, Run leaves what it does not know.
+	require.NoError(t, n.sync(m, other))
+	n.leak(IPv6)
+	n.run(m)
+	n.wipe(IPv6)
+	n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+	assert.Contains(t, n.deviations(IPv6, rowsOfAll(t, IPv6, other)), "left over chains or sets")
+}
+
+// A chain in place of one of ours is noticed at once, by whom has not seen ours.
+func TestSyncAfterChainReplaced(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+
+	gone := n.manager()
+	require.NoError(t, n.add(gone, "id", pods["id"][0]))
+	require.NoError(t, n.remove(gone, "id", nil))
+	require.NoError(t, gone.Close())
+
+	l := newNFTLayout(IPv6)
+	n.commit(l.table.FlushChain(nftOutput), l.table.DeleteChain(nftOutput), l.table.CreateChain(nfnetlink.Chain{Name: "alien"}))
+
+	m := n.manager()
+	require.NoError(t, n.sync(m, pods))
+	n.exactly(m, pods)
 }
 
 // What is missing is named.
@@ -618,8 +734,93 @@ func (n *node) run(m *Manager) {
 	}()
 	n.t.Cleanup(func() {
 		stop()
-		assert.ErrorIs(n.t, <-ended, context.Canceled)
+		assert.Equal(n.t, context.Canceled, <-ended) //nolint:testifylint // not wrapped
 	})
+}
+
+// Whatever ends it, it ends all of it.
+func TestRunEnds(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m := n.manager()
+	ended := make(chan error)
+
+	run := func(ctx context.Context) {
+		go func() {
+			_ = n.Host.Do(func() error {
+				ended <- m.Run(ctx)
+
+				return nil
+			})
+		}()
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	m.families[0].turn <- struct{}{}
+
+	run(ctx)
+	n.soon(func() bool { return strings.Contains(stacks(), ").mend(") })
+	cancel()
+	assert.Equal(t, context.Canceled, <-ended) //nolint:testifylint // not wrapped
+	<-m.families[0].turn
+
+	run(t.Context())
+	n.soon(func() bool { return strings.Contains(stacks(), ").follow(") })
+	require.NoError(t, m.Close())
+	require.ErrorIs(t, <-ended, os.ErrClosed)
+	n.soon(func() bool { return !strings.Contains(stacks(), ").follow(") })
+}
+
+// stacks are those of all goroutines.
+func stacks() string {
+	buf := make([]byte, 1<<20)
+
+	return string(buf[:runtime.Stack(buf, true)])
+}
+
+// Where the kernel does not tell any more, anything may have happened.
+func TestFollowDeaf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+
+		transactions := make(chan nfnetlink.Transaction)
+		log, logged := logs(t)
+		news := []nfnetlink.Transaction{{Generation: 1}, {}, {}, {Generation: 2}}
+
+		go newOpener(newConfig([]Option{log})).follow(ctx, func() (nfnetlink.Transaction, error) {
+			if len(news) == 0 {
+				<-ctx.Done()
+
+				return nfnetlink.Transaction{}, ctx.Err()
+			}
+
+			next := news[0]
+			news = news[1:]
+
+			if next.Generation == 0 {
+				return next, errInjected
+			}
+
+			return next, nil
+		}, transactions)
+
+		begun := time.Now()
+
+		for _, generation := range []uint32{1, 0, 0, 2} {
+			assert.Equal(t, generation, (<-transactions).Generation)
+		}
+
+		assert.Equal(t, 2*repairPause, time.Since(begun))
+		assert.Equal(t, 1, strings.Count(logged(), errInjected.Error()))
+	})
+}
+
+// runs is run, and waits until the manager does: it has repaired something.
+func (n *node) runs(m *Manager, logged func() string) {
+	n.t.Helper()
+	n.run(m)
+	n.wipe(IPv4)
+	n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
 }
 
 // soon asserts that a state comes by itself.
@@ -653,7 +854,7 @@ func TestRunRepairs(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
 		n.serve(0, "tcp", IPv4, 80)
 
-		log, logged := n.logs()
+		log, logged := logs(n.t)
 		m := n.manager(log)
 		pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 		require.NoError(t, n.add(m, "id", pods["id"][0]))
@@ -682,12 +883,10 @@ func TestRunRepairs(t *testing.T) {
 func TestRunLeavesOthersAlone(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
 		worked := n.countWork()
-		log, logged := n.logs()
+		log, logged := logs(n.t)
 		m := n.manager(log)
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
-		n.run(m)
-		n.wipe(IPv4)
-		n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+		n.runs(m, logged)
 		<-time.After(2 * lookInterval) // of what is still under way
 		worked()
 
