@@ -431,9 +431,11 @@ func (st *natState) find(t *savedTable, base iptRule) (wrong []string) {
 }
 
 // mayAccept tells whether a rule in POSTROUTING may end the walk for hairpin
-// connections. CNI plugins' rules accept whatever comes from their network;
-// what Kubernetes puts there does not.
-func mayAccept(r savedRule) bool { return !strings.HasPrefix(r.target, "KUBE-") }
+// connections. CNI plugins' rules accept whatever comes from their network; what
+// Kubernetes puts there does not, nor what Calico does, which insists on being first.
+func mayAccept(r savedRule) bool {
+	return !strings.HasPrefix(r.target, "KUBE-") && !strings.HasPrefix(r.target, "cali-")
+}
 
 // isRange tells whether a chain is a range chain by its name.
 func isRange(chain string) bool {

@@ -293,6 +293,21 @@ func TestLateMasqueradeJump(t *testing.T) {
 	})
 }
 
+// Calico puts its jump first whenever it is not: there is no arguing with it.
+func TestBehindCalico(t *testing.T) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		pods := map[string][]*PodPortMapping{"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+		require.NoError(t, n.sync(m, pods))
+		n.iptables(f, "-N", "cali-POSTROUTING")
+		n.iptables(f, "-I", postRouting, "-j", "cali-POSTROUTING")
+
+		before := n.rules(f)
+		require.NoError(t, n.sync(m, pods))
+		assert.Equal(t, before, n.rules(f))
+	})
+}
+
 // The kubelet's hint decides, and rows in the variant used before are listed,
 // moved over by Add and removed by Remove.
 func TestVariantChanges(t *testing.T) {

@@ -734,7 +734,7 @@ func (n *node) run(m *Manager) {
 	}()
 	n.t.Cleanup(func() {
 		stop()
-		assert.Equal(n.t, context.Canceled, <-ended) //nolint:testifylint // not wrapped
+		assert.Equal(n.t, context.Canceled, <-ended)
 	})
 }
 
@@ -760,7 +760,7 @@ func TestRunEnds(t *testing.T) {
 	run(ctx)
 	n.soon(func() bool { return strings.Contains(stacks(), ").mend(") })
 	cancel()
-	assert.Equal(t, context.Canceled, <-ended) //nolint:testifylint // not wrapped
+	assert.Equal(t, context.Canceled, <-ended)
 	<-m.families[0].turn
 
 	run(t.Context())
