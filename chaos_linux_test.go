@@ -447,14 +447,16 @@ func late(r reply) bool { return strings.Contains(r.Err, context.DeadlineExceede
 
 // obeyInTime has the runtime carry out an order again that was too late: the lock
 // is not held for long.
-func (c *chaos) obeyInTime(o order) reply {
-	for {
+func (c *chaos) obeyInTime(o order) (r reply) {
+	for range 10 {
 		c.ops["timed out"]++
 
-		if r := c.runtime.obey(o)[0]; !late(r) {
-			return r
+		if r = c.runtime.obey(o)[0]; !late(r) {
+			break
 		}
 	}
+
+	return r
 }
 
 // competes tells whether rows are about what some other command of the same time
