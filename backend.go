@@ -37,7 +37,8 @@ type backend interface {
 	// the same transaction, and the guard of loopback addresses at the latest
 	// with it.
 	//
-	// restored is set if it has put back anything, even if it fails then.
+	// restored is set if it has put back what leads packets to rows, even if it
+	// fails then.
 	//
 	// On an error nothing has changed, or the next apply or repair takes back what
 	// has: a process that was killed may have committed before. A *refusedError
@@ -84,13 +85,14 @@ func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
 type layers struct {
 	backend
 
+	find   func(ctx context.Context) []backend // those that may carry rows from before
 	before []backend
 	at     map[*row]backend // where the rows stand that are in one of before
 	log    klog.Logger
 }
 
-func newLayers(inUse backend, log klog.Logger, before ...backend) *layers {
-	return &layers{backend: inUse, before: before, at: map[*row]backend{}, log: log}
+func newLayers(inUse backend, log klog.Logger, find func(context.Context) []backend) *layers {
+	return &layers{backend: inUse, find: find, at: map[*row]backend{}, log: log}
 }
 
 func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error) {
@@ -98,6 +100,8 @@ func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error)
 	if err != nil {
 		return nil, false, err
 	}
+
+	l.before = l.find(ctx)
 
 	for _, b := range l.before {
 		old, oldIntact, err := b.list(ctx)
@@ -116,6 +120,21 @@ func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error)
 	}
 
 	return rows, intact, ctx.Err() // what had no time to answer is asked again
+}
+
+// each yields the backends by what they are in at, nil being the one in use.
+func (l *layers) each() iter.Seq2[backend, backend] {
+	return func(yield func(key, layer backend) bool) {
+		if !yield(nil, l.backend) {
+			return
+		}
+
+		for _, b := range l.before {
+			if !yield(b, b) {
+				return
+			}
+		}
+	}
 }
 
 // of is the backend that carries r.
@@ -137,16 +156,13 @@ func (l *layers) owns(id string, r *row) bool { return l.of(r).owns(id, r) }
 func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
 	var undo []func() error
 
-	for _, b := range append([]backend{nil}, l.before...) {
+	for b, layer := range l.each() {
 		part := l.part(deltas, b)
 		if allEmpty(part) {
 			continue
 		}
 
-		rows, layer := l.rows(table, b), b
-		if b == nil {
-			layer = l.backend
-		}
+		rows := l.rows(table, b)
 
 		some, err := layer.apply(ctx, part, rows)
 		if err != nil {
@@ -213,6 +229,10 @@ func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge b
 		stay []backend
 	)
 
+	if purge && len(l.before) == 0 { // somebody may have restored it
+		l.before = l.find(ctx)
+	}
+
 	for _, b := range l.before {
 		var (
 			repairs []string
@@ -257,15 +277,10 @@ func (l *layers) missing(ctx context.Context, rows []*row) ([]string, error) {
 		errs []error
 	)
 
-	for _, b := range append([]backend{nil}, l.before...) {
+	for b, layer := range l.each() {
 		part := slices.Collect(l.rows(slices.Values(rows), b))
 		if len(part) == 0 {
 			continue
-		}
-
-		layer := b
-		if b == nil {
-			layer = l.backend
 		}
 
 		missing, err := layer.missing(ctx, part)

@@ -64,7 +64,7 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 					"reason", errs)
 			}
 
-			return newLayers(b, o.cfg.log, o.before(ctx, f, v)...), nil
+			return newLayers(b, o.cfg.log, func(ctx context.Context) []backend { return o.before(ctx, f, v) }), nil
 		}
 
 		return nil, errs

@@ -174,7 +174,7 @@ func TestLayersTakeBack(t *testing.T) {
 	}
 
 	inUse, a, b := &memory{}, &memory{rows: rows[:1:1]}, &memory{rows: rows[1:2:2], fail: errInjected}
-	l := newLayers(inUse, testLogger(t), a, b)
+	l := newLayers(inUse, testLogger(t), func(context.Context) []backend { return []backend{a, b} })
 	_, _, err := l.list(t.Context())
 	require.NoError(t, err)
 

@@ -61,7 +61,7 @@ type hostportManager struct {
 	localhost localhost
 	warned    bool // of a node that does not forward, or it does
 	// damaged is set when the kernel may not hold the table, and leaked when it may
-	// hold more besides. A repair that fails is not tried again before repairAt.
+	// hold more besides. Run does not try again before repairAt.
 	damaged, leaked bool
 	repairAt        time.Time
 }

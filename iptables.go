@@ -292,8 +292,11 @@ func parseRule(line string) iptRule {
 			break
 		}
 
-		ok = parseOption(&n, option, words[1]) && ok
-		words = words[2:]
+		if parseOption(&n, option, words[1]) {
+			words = words[2:]
+		} else { // and nobody knows how many values it has
+			ok, words = false, words[1:]
+		}
 	}
 
 	n.other = !ok

@@ -42,9 +42,9 @@ type natState struct {
 	// not in the map.
 	shared map[string]int
 	// base are the base chains, by name, and base rules, as lines, that are in
-	// place; wrong and wrongGuard are rules, as lines, that stand in place of those.
-	base              map[string]bool
-	wrong, wrongGuard []string
+	// place; wrong are rules, as lines, that stand in place of each of these.
+	base  map[string]bool
+	wrong map[string][]string
 	// strays are the rows that do not stand as this package would put them.
 	strays map[string]*stray // by hash
 }
@@ -52,7 +52,7 @@ type natState struct {
 // stray is what there is of a row that stands in other rules than ours, such
 // as CRI-O's.
 type stray struct {
-	jumps  []string // lines that lead to its chains
+	jumps  []savedRule // that lead to its chains
 	chains []string
 }
 
@@ -117,7 +117,7 @@ func (st *natState) intact() bool {
 		}
 	}
 
-	return len(st.wrong)+len(st.wrongGuard) == 0
+	return len(st.wrong) == 0
 }
 
 // use counts r as a user of the range chains that lead to it. It tells whether
@@ -158,7 +158,7 @@ func (b *iptablesBackend) read(ctx context.Context) (*savedTable, *natState, err
 	st := t.state(b.nat)
 
 	for _, g := range b.guard {
-		st.wrongGuard = append(st.wrongGuard, st.find(raw, g)...)
+		st.find(raw, g)
 	}
 
 	return t, st, nil
@@ -215,7 +215,9 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 		}
 
 		s := b.restoration(t, state, deltas, table, false)
-		restored := slices.ContainsFunc(s.lines, func(l scriptLine) bool { return l.delta == shared && l.changes() })
+		restored := slices.ContainsFunc(s.lines, func(l scriptLine) bool {
+			return l.delta == shared && (strings.HasPrefix(l.text, cmdAppend) || strings.HasPrefix(l.text, cmdInsert))
+		})
 
 		err = b.run(ctx, s)
 		if err == nil || ctx.Err() != nil || isRefused(err) || try >= maxOvertaken {
@@ -258,25 +260,22 @@ func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []d
 	s.base(b.guard, b.nat)
 
 	of := map[*row]int{} // the delta that a row is in
-	gone := slices.Collect(maps.Values(b.doubtful))
+	gone := maps.Clone(b.doubtful)
 
 	for i, d := range deltas {
 		for _, r := range slices.Concat(d.add, d.keep) {
 			of[r] = i
 		}
 
-		gone = append(gone, d.del...)
+		for _, r := range d.del {
+			gone[r.hash] = r
+		}
 	}
 
 	wanted := map[string]*row{}
 	for r := range table {
 		wanted[r.hash] = r
-	}
-
-	for _, r := range gone {
-		if wanted[r.hash] == nil && !s.gone[r.hash] {
-			s.clear(shared, r, t.stray(r))
-		}
+		delete(gone, r.hash)
 	}
 
 	index := func(r *row) int {
@@ -300,8 +299,9 @@ func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []d
 		}
 	}
 
+	s.clear(index, t.stray, slices.AppendSeq(missing, maps.Values(gone))...)
+
 	for _, r := range missing {
-		s.clear(index(r), r, t.stray(r))
 		s.put(index(r), r)
 	}
 
@@ -336,7 +336,8 @@ func (t *savedTable) takesFrom(r *row) bool {
 	jump := r.dnatSide().jump
 
 	return slices.ContainsFunc(t.chains[jump.chain][t.index(jump):], func(o savedRule) bool {
-		return o.iptRule != jump && o.proto == r.proto && o.dports.lo <= r.port && r.port <= o.dports.hi
+		return o.proto == r.proto && o.dports.lo <= r.port && r.port <= o.dports.hi &&
+			(isRange(o.target) || firstRule(t.chains[o.target]).dst.IsValid())
 	})
 }
 
@@ -367,9 +368,7 @@ func (t *savedTable) stray(r *row) *stray {
 	s := &stray{}
 
 	for _, chain := range []string{r.dnatChain(), r.masqChain()} {
-		for _, j := range t.jumps[chain] {
-			s.jumps = append(s.jumps, j.line)
-		}
+		s.jumps = append(s.jumps, t.jumps[chain]...)
 
 		if _, ok := t.chains[chain]; ok {
 			s.chains = append(s.chains, chain)
@@ -386,14 +385,16 @@ func (t *savedTable) index(rule iptRule) int {
 
 // state is t without any rows. base are the rules that ought to stand.
 func (t *savedTable) state(base []iptRule) *natState {
-	st := &natState{shared: map[string]int{}, base: map[string]bool{}, strays: map[string]*stray{}}
+	st := &natState{shared: map[string]int{}, base: map[string]bool{}, wrong: map[string][]string{}, strays: map[string]*stray{}}
 
 	for name := range t.chains {
 		if isRange(name) {
 			st.shared[name] = 0
 
 			for _, j := range t.jumps[name] {
-				st.shared[j.iptRule.String()] = 0
+				if !j.other {
+					st.shared[j.iptRule.String()] = 0
+				}
 			}
 		}
 	}
@@ -403,31 +404,31 @@ func (t *savedTable) state(base []iptRule) *natState {
 			_, st.base[b.target] = t.chains[b.target]
 		}
 
-		st.wrong = append(st.wrong, st.find(t, b)...)
+		st.find(t, b)
 	}
 
 	return st
 }
 
-// find finds out whether a base rule is in place, and returns what stands in place
-// of it.
-func (st *natState) find(t *savedTable, base iptRule) (wrong []string) {
-	chain := t.chains[base.chain]
-	like := func(r savedRule) bool {
-		return r.target == base.target && r.comment == base.comment && r.src == base.src && r.dst == base.dst
-	}
-	at := slices.IndexFunc(chain, like)
-	inPlace := at >= 0 && chain[at].iptRule == base && !slices.ContainsFunc(chain[at+1:], like) &&
-		(base.chain != postRouting || !slices.ContainsFunc(chain[:at], mayAccept))
-	st.base[base.String()] = inPlace
+// find finds out whether a base rule is in place, and what stands in place of it or
+// besides: then all of that has to go, as what goes is the first of several copies.
+func (st *natState) find(t *savedTable, base iptRule) {
+	line, chain := base.String(), t.chains[base.chain]
+
+	var like []string
 
 	for _, r := range chain {
-		if like(r) && !inPlace {
-			wrong = append(wrong, r.line)
+		if r.target == base.target && r.comment == base.comment && r.src == base.src && r.dst == base.dst {
+			like = append(like, r.line)
 		}
 	}
 
-	return wrong
+	at := t.index(base)
+	st.base[line] = at >= 0 && (base.chain != postRouting || !slices.ContainsFunc(chain[:at], mayAccept))
+
+	if len(like) > 1 || len(like) == 1 && !st.base[line] {
+		st.wrong[line] = like
+	}
 }
 
 // mayAccept tells whether a rule in POSTROUTING may end the walk for hairpin
@@ -549,7 +550,7 @@ func (s *script) settle() {
 		s.state.base[key] = true
 	}
 
-	s.state.wrong, s.state.wrongGuard = nil, nil
+	clear(s.state.wrong)
 }
 
 // users is how many rows use a range chain or a jump to one, and whether the
@@ -570,10 +571,6 @@ func (s *script) base(guard, nat []iptRule) {
 	if len(guard) > 0 {
 		s.emit(shared, nil, "*"+rawTable)
 
-		for _, line := range s.state.wrongGuard {
-			s.delete(shared, nil, line)
-		}
-
 		for _, g := range guard {
 			s.ensure(g, cmdInsert) // before whatever may end the walk
 		}
@@ -582,10 +579,6 @@ func (s *script) base(guard, nat []iptRule) {
 	}
 
 	s.emit(shared, nil, "*"+natTable)
-
-	for _, line := range s.state.wrong {
-		s.delete(shared, nil, line)
-	}
 
 	for _, b := range nat {
 		if ourChain(b.target) && !s.state.base[b.target] && !s.seen[b.target] {
@@ -604,10 +597,15 @@ func (s *script) base(guard, nat []iptRule) {
 }
 
 // ensure makes the transaction fail unless a base rule is in place. If it is
-// known not to be, it is put there by cmd.
+// known not to be, or not alone, it is put there by cmd.
 func (s *script) ensure(rule iptRule, cmd string) {
 	line := rule.String()
-	if s.state.base[line] {
+
+	for _, wrong := range s.state.wrong[line] {
+		s.delete(shared, nil, wrong)
+	}
+
+	if s.state.base[line] && len(s.state.wrong[line]) == 0 {
 		cmd = cmdCheck
 	}
 
@@ -733,8 +731,8 @@ func (s *script) usePath(i int, r *row, sides []side) {
 
 // drop takes a row out, and the range chains that were there for it alone.
 func (s *script) drop(i int, r *row) {
-	if found := s.stray(r); found != nil {
-		s.clear(i, r, found)
+	if s.stray(r) != nil {
+		s.clear(func(*row) int { return i }, s.stray, r)
 
 		return
 	}
@@ -772,23 +770,37 @@ func (s *script) unuse(key string) bool {
 	return true
 }
 
-// clear takes out whatever there is of a row.
-func (s *script) clear(i int, r *row, found *stray) {
-	for _, line := range found.jumps {
-		s.delete(i, r, line)
+// clear takes out whatever there is of rows. All are flushed first: one may lead to
+// another, and iptables-nft forgets that it has deleted a rule if it is told to
+// flush its chain then (1.8.9).
+func (s *script) clear(index func(*row) int, strayOf func(*row) *stray, rows ...*row) {
+	found := make([]*stray, len(rows))
+
+	for i, r := range rows {
+		found[i] = strayOf(r)
+		s.gone[r.hash] = true
+
+		for _, chain := range found[i].chains {
+			s.emit(index(r), r, cmdFlushChain+chain)
+		}
 	}
 
-	for _, chain := range found.chains {
-		s.emit(i, r, cmdFlushChain+chain)
-		s.emit(i, r, cmdDelChain+chain)
-	}
+	for i, r := range rows {
+		for _, j := range s.left(found[i].jumps) {
+			s.delete(index(r), r, j.line)
+		}
 
-	s.gone[r.hash] = true
+		for _, chain := range found[i].chains {
+			s.emit(index(r), r, cmdDelChain+chain)
+		}
+	}
 }
 
-// left is what of rules the script has not deleted.
+// left is what of rules the script has not deleted, nor the chain that they are in.
 func (s *script) left(rules []savedRule) []savedRule {
-	return slices.DeleteFunc(slices.Clone(rules), func(r savedRule) bool { return s.deleted[r.line] })
+	return slices.DeleteFunc(slices.Clone(rules), func(r savedRule) bool {
+		return s.deleted[r.line] || s.gone[rowOfChain(r.chain)]
+	})
 }
 
 // sweep takes out the range chains that lead to nothing any more.

@@ -369,7 +369,7 @@ func TestVariantChangeFails(t *testing.T) {
 	n.variant = variantLegacy
 	inUse := n.realIPTables()
 	m = newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t))}), func(context.Context) (backend, error) {
-		return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), newIPTablesBackend(old, newConfig(nil))), nil
+		return ofTwo(t, inUse, old), nil
 	})
 
 	n.do(func() { require.NoError(t, m.start()) })
@@ -389,6 +389,15 @@ func TestVariantChangeFails(t *testing.T) {
 
 	n.variant = variantNFT
 	assert.Empty(t, parsedRows(t, n))
+}
+
+// ofTwo is one backend in use, and another with rows from before.
+func ofTwo(t *testing.T, inUse, before IPTables) *layers {
+	t.Helper()
+
+	return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), func(context.Context) []backend {
+		return []backend{newIPTablesBackend(before, newConfig(nil))}
+	})
 }
 
 // pathWith makes a PATH with nothing but the programs named.
@@ -602,7 +611,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 	inUse := n.realIPTables()
 	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(300 * time.Millisecond)}),
 		func(context.Context) (backend, error) {
-			return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), newIPTablesBackend(old, newConfig(nil))), nil
+			return ofTwo(t, inUse, old), nil
 		})
 
 	n.do(func() { require.NoError(t, m.start()) })

@@ -58,16 +58,12 @@ func (s *script) changes() []string {
 	var changes []string
 
 	for _, l := range s.lines {
-		if l.changes() {
+		if !strings.HasPrefix(l.text, cmdCheck) && !strings.HasPrefix(l.text, "*") && l.text != cmdCommit {
 			changes = append(changes, l.text)
 		}
 	}
 
 	return changes
-}
-
-func (l scriptLine) changes() bool {
-	return !strings.HasPrefix(l.text, cmdCheck) && !strings.HasPrefix(l.text, "*") && l.text != cmdCommit
 }
 
 // ours is what purge leaves of the chains that bear our names.
@@ -91,8 +87,8 @@ func (s *script) ours(base []iptRule, rows []*row) ours {
 				o.chains[chain] = false
 			}
 
-			for _, line := range found.jumps {
-				o.lines[line] = true
+			for _, j := range found.jumps {
+				o.lines[j.line] = true
 			}
 
 			continue
@@ -119,19 +115,20 @@ func (o *ours) alien(chain string) bool {
 }
 
 // purge takes out, of the chains that bear our names, those that rows have no use
-// for and whatever leads there, and of the others the rules that are not ours.
+// for, and whatever leads to any of them and is not ours; and of the others the rules
+// that are not ours.
 func (s *script) purge(t *savedTable, base []iptRule, rows []*row) {
 	o := s.ours(base, rows)
 
 	for chain, rules := range t.chains {
-		if o.alien(chain) || s.gone[rowOfChain(chain)] { // and made anew, perhaps
+		if o.alien(chain) {
 			continue
 		}
 
 		seen := map[iptRule]bool{}
 
 		for _, r := range s.left(rules) {
-			stays := o.rules[r.iptRule] && !seen[r.iptRule] || o.lines[r.line] || !o.chains[chain]
+			stays := o.rules[r.iptRule] && !seen[r.iptRule] || o.lines[r.line] || !o.chains[chain] && !ourChain(r.target)
 			seen[r.iptRule] = true
 
 			if !stays || o.alien(r.target) {
@@ -247,20 +244,31 @@ func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, e
 			continue
 		}
 
-		for _, side := range r.sides() {
-			for _, rule := range append(side.path, side.jump, side.rule) {
-				if _, ok := t.chains[rule.chain]; !ok {
-					missing = append(missing, "chain "+rule.chain)
-				} else if t.index(rule) < 0 {
-					missing = append(missing, "rule "+rule.String())
-				}
-			}
+		some := t.missing(r)
+		if len(some) == 0 && !t.holds(r) {
+			some = []string{"row " + r.String() + ", alone and in its place"}
 		}
+
+		missing = append(missing, some...)
 	}
 
 	slices.Sort(missing) // several rows may miss one range chain
 
 	return slices.Compact(missing), nil
+}
+
+func (t *savedTable) missing(r *row) (missing []string) {
+	for _, side := range r.sides() {
+		for _, rule := range append(side.path, side.jump, side.rule) {
+			if _, ok := t.chains[rule.chain]; !ok {
+				missing = append(missing, "chain "+rule.chain)
+			} else if t.index(rule) < 0 {
+				missing = append(missing, "rule "+rule.String())
+			}
+		}
+	}
+
+	return missing
 }
 
 func (b *iptablesBackend) disturbed(transactions []nfnetlink.Transaction) bool {

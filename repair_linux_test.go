@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -45,6 +46,25 @@ func TestSyncLeavesBehind(t *testing.T) {
 
 	n.run(m)
 	n.soon(func() bool { return len(old.ours(IPv4)) == 0 })
+}
+
+// A repair that failed does not keep Run from another when that has been made good.
+func TestRunAfterFailure(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	log, logged := logs(t)
+	m := n.manager(WithTimeout(500*time.Millisecond), log)
+	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+	require.NoError(t, n.sync(m, pods))
+	n.runs(m, logged)
+
+	unlock := lockXtables(t)
+
+	n.command("env", "XTABLES_LOCKFILE="+filepath.Join(t.TempDir(), "lock"), "iptables-legacy", "-t", natTable, "-F")
+	n.soon(func() bool { return strings.Contains(logged(), "Cannot repair host ports") })
+	unlock()
+	require.NoError(t, n.sync(m, pods))
+	n.iptables(IPv4, "-F", dnatDispatch)
+	n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })
 }
 
 // Nothing of ours gets into tables that are not in use.
@@ -129,6 +149,13 @@ func TestFlowsAfterRepair(t *testing.T) {
 			"Run": (*node).run,
 			"another pod's Add": func(n *node, m *Manager) {
 				require.NoError(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+			},
+			"a Sync that cannot have all of the pod": func(n *node, m *Manager) {
+				s := n.hostService("tcp", "192.0.2.1:8005")
+				n.t.Cleanup(func() { assert.NoError(n.t, s.Close()) })
+
+				pod := n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}, &PortMapping{HostPort: 8005, ContainerPort: 80})
+				require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}), syscall.EADDRINUSE)
 			},
 			"a Sync that finds the pod invalid": func(n *node, m *Manager) {
 				require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {{PortMappings: []*PortMapping{{HostPort: -1}}}}}), ErrInvalidMapping)

@@ -32,8 +32,6 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	}
 	defer func() { <-m.turn }()
 
-	m.commit(m.takeQueue()) //nolint:contextcheck // of others, who have their own time
-
 	if err := m.ready(ctx); err != nil {
 		if holdsNothing(err) && !slices.ContainsFunc(pods, func(p podRows) bool { return len(p.rows) > 0 }) {
 			return nil
@@ -109,12 +107,9 @@ func (m *hostportManager) dismiss(c *change, pods []podRows) {
 	}
 
 	for r := range m.table() {
-		switch {
-		case slices.ContainsFunc(invalid, func(o owner) bool { return m.owns(o, "", r) }):
-			c.keep(r)
-		case !slices.ContainsFunc(wanted[r.portKey], func(w *row) bool {
-			return r.endpoint == w.endpoint && m.owns(w.owner, w.hash, r)
-		}):
+		stays := slices.ContainsFunc(invalid, func(o owner) bool { return m.owns(o, "", r) }) ||
+			slices.ContainsFunc(wanted[r.portKey], func(w *row) bool { return r.endpoint == w.endpoint && m.owns(w.owner, w.hash, r) })
+		if !stays {
 			c.del(r)
 		}
 	}
@@ -152,7 +147,11 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 		repairs, err = m.backend.demolish(ctx)
 	}
 
-	m.damaged, m.leaked = err != nil, err != nil && purge
+	m.damaged, m.leaked, m.repairAt = err != nil, err != nil && purge, time.Time{}
+
+	if len(repairs) > 0 {
+		m.endMisled(ctx)
+	}
 
 	return repairs, err
 }
@@ -189,9 +188,6 @@ const repairPause = 5 * time.Second
 // restore repairs what may be damaged, and tells of it.
 func (m *hostportManager) restore(ctx context.Context) {
 	repairs, err := m.repair(ctx, m.leaked)
-	if len(repairs) > 0 {
-		m.endMisled(ctx)
-	}
 
 	switch {
 	case errors.Is(err, context.Canceled): // Run ends

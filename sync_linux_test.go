@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -103,8 +104,8 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 		}
 	}
 
-	for _, line := range st.wrong {
-		list = append(list, "wrong "+line)
+	for _, lines := range st.wrong {
+		list = append(list, "wrong "+strings.Join(lines, "\n"))
 	}
 
 	return list
@@ -252,6 +253,8 @@ func (n *node) leak(f ipFamily) {
 		"-A KUBE-HOSTPORTS -j KUBE-HP-odd",
 		"-A KUBE-HOSTPORTS -g KUBE-HP-odd",
 		"-A PREROUTING -p udp -g KUBE-HP-odd",
+		"-A PREROUTING -p tcp -m tcp --syn -j KUBE-HP-odd",
+		"-I PREROUTING -p tcp -j KUBE-HOSTPORTS",
 		"-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j RETURN",
 		"-A KUBE-HP-LEAKEDLEAKEDLEAK -j KUBE-HP-odd", // one leads to the other
 		"-A CRIO-MASQ-LEAKEDLEAKEDLEAK -j KUBE-HP-odd",
@@ -348,6 +351,127 @@ func TestSync(t *testing.T) {
 	})
 }
 
+// feed gives commands to iptables-restore, for the nat table.
+func (n *node) feed(commands ...string) {
+	n.t.Helper()
+	n.commandWith("*nat\n"+strings.Join(commands, "\n")+"\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+}
+
+// What leads to our chains in another way than ours does is not taken for ours.
+func TestSyncAmongForeignJumps(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		pods := map[string][]*PodPortMapping{}
+
+		for port := range int32(5) {
+			id := strconv.Itoa(int(port))
+			pods[id] = []*PodPortMapping{n.pod(0, IPv4, &PortMapping{HostPort: 8080 + port, ContainerPort: 80})}
+		}
+
+		m := n.manager()
+		require.NoError(t, n.sync(m, pods))
+
+		rows := parsedRows(t, n)
+		foreign := map[string][]string{"one row to another": nil}
+
+		for i, r := range rows[1:] {
+			foreign["one row to another"] = append(foreign["one row to another"], "-A "+rows[i].dnatChain()+" -j "+r.dnatChain())
+		}
+
+		for _, j := range rows[0].dnatSide().path {
+			line := j.String()
+			foreign["goto "+j.target] = []string{"-I " + strings.Replace(line, "-j", "-g", 1), "-D " + line}
+			foreign["narrower "+j.target] = []string{"-I " + strings.Replace(line, "-j", "-i lo -j", 1), "-D " + line}
+		}
+
+		for name, commands := range foreign {
+			n.feed(commands...)
+			require.NoError(t, n.sync(m, pods), name)
+			n.exactly(m, pods)
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		}
+	})
+}
+
+// Who has a port keeps it, whatever has leaked behind it.
+func TestLeakedBehind(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		log, logged := logs(t)
+		m := n.manager(log)
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		leaf := parsedRows(t, n)[0].dnatSide().jump.chain
+		n.feed("-N KUBE-HP-LEAKEDLEAKEDLEAK", "-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j DNAT --to-destination "+n.Pods[1].IPv4.String()+":80",
+			"-A "+leaf+" -p tcp -m tcp --dport 8080 -j KUBE-HP-LEAKEDLEAKEDLEAK")
+		n.run(m)
+		n.iptables(IPv4, "-F", postRouting)
+		n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+	})
+}
+
+// What is from before, and has gone, may come back with a ruleset that somebody had
+// saved.
+func TestSyncAfterRestore(t *testing.T) {
+	n := newNode(t, variantNFT)
+	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80}))
+
+	old := *n
+	save := n.iptablesSave(IPv4)
+	n.change(viaNFTables)
+
+	m := n.manager()
+
+	for range 2 {
+		require.NoError(t, n.sync(m, nil))
+		assert.Empty(t, old.ours(IPv4))
+		n.commandWith(save, "iptables-nft-restore", "--noflush")
+	}
+}
+
+// It does not wait for longer than it is told to, whatever others do.
+func TestSyncInTime(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	m := n.manager(WithTimeout(5 * time.Second))
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	family := m.families[0]
+
+	unlock := lockXtables(t)
+	defer unlock()
+
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+
+	added, synced := make(chan error), make(chan error)
+
+	family.turn <- struct{}{}
+
+	go func() {
+		synced <- n.Host.Do(func() error { return m.Sync(ctx, map[string][]*PodPortMapping{"other": {pod}}) })
+	}()
+
+	n.soon(func() bool { return strings.Contains(stacks(), ").takeTurn(") })
+
+	go func() { added <- n.add(m, "id", pod) }()
+
+	n.soon(func() bool {
+		family.queueMu.Lock()
+		defer family.queueMu.Unlock()
+
+		return len(family.queue) > 0
+	})
+
+	<-family.turn
+	require.ErrorIs(t, <-synced, context.DeadlineExceeded)
+
+	deadline, _ := ctx.Deadline()
+	assert.Less(t, time.Since(deadline), 2*time.Second, "less than Add takes")
+	require.ErrorIs(t, <-added, context.DeadlineExceeded)
+}
+
 // A row for one address comes before that for any, whoever has put it elsewhere.
 func TestSyncRestoresOrder(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
@@ -369,14 +493,14 @@ func TestSyncRestoresOrder(t *testing.T) {
 				continue
 			}
 
-			n.commandWith("*nat\n-D "+first.String()+"\n-A "+first.String()+"\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+			n.feed("-D "+first.String(), "-A "+first.String())
 			n.answers(n.Client, "tcp", to, "web")
 			require.NoError(t, n.sync(m, pods))
 			n.refused(n.Client, "tcp", to)
 			n.exactly(m, pods)
 		}
 
-		n.commandWith("*nat\n-I "+anys.String()+"\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+		n.feed("-I " + anys.String())
 		n.answers(n.Client, "tcp", to, "web")
 		require.NoError(t, n.sync(m, pods))
 		n.refused(n.Client, "tcp", to)
@@ -391,7 +515,7 @@ func TestSyncLeavesInvalid(t *testing.T) {
 		loadCRIO(n)
 
 		chain := dnatPrefix + rowHash("crio-a", 8080, "TCP", "")
-		n.commandWith("*nat\n-N KUBE-HP-odd\n-A "+chain+" -j KUBE-HP-odd\nCOMMIT\n", "iptables-"+string(n.variant)+"-restore", "--noflush")
+		n.feed("-N KUBE-HP-odd", "-A "+chain+" -j KUBE-HP-odd")
 
 		m := n.manager()
 		pods := map[string][]*PodPortMapping{"crio-a": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 70000})}}
@@ -712,9 +836,13 @@ func TestCheck(t *testing.T) {
 			broken(" -j "+r.rangeChain(dnatPrefix, 0), func() { n.iptables(IPv4, "-F", dnatDispatch) })
 		}
 
+		broken(rows[0].String()+", alone", func() { n.feed("-I " + rows[0].dnatChain() + " -j RETURN") })
 		broken("rule "+preRouting, func() { n.iptables(IPv4, "-F", preRouting) })
 		broken("chain "+rows[0].dnatChain(), func() { n.wipeAll() })
 		broken(guardComment, func() { n.command("iptables-"+string(n.variant), "-t", rawTable, "-F") })
+
+		n.feed(cmdAppend + natRules(IPv4, true)[0].String())
+		require.NoError(t, check(pod), "nothing is missing")
 	})
 }
 
