@@ -465,7 +465,7 @@ type script struct {
 	// been committed.
 	uses    map[string]int
 	seen    map[string]bool // what the script itself has asserted or made
-	gone    map[string]bool // hashes of strays that the script removes
+	gone    map[string]bool // hashes of rows whose chains the script has flushed
 	deleted map[string]bool // rules, as lines, that the script has deleted
 }
 
