@@ -98,7 +98,7 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // sandbox id what Add would be given, once for each of the pod's IPs. What is
 // missing comes, in the backend in use and with its sockets; whatever else bears
 // the names of this package goes: rows of other pods, rows from before, what has
-// leaked. Rows that stay are not touched, and no packet of theirs is lost. It is
+// leaked, and what others have made lead to our chains. Rows that stay are not touched, and no packet of theirs is lost. It is
 // restart recovery, garbage collection and repair in one call, with one
 // transaction for each family. To call it again changes nothing.
 //
@@ -108,7 +108,7 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // the other pods' rows are not there, unless a transaction failed as a whole: then
 // nothing of that family has changed. If only what another backend carries from
 // before could not be taken out, the new rows stand, and Run or the next Sync
-// tries again. With ctx it ends early.
+// tries again. It ends with ctx.
 func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) error {
 	var errs []error
 
