@@ -98,9 +98,10 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // sandbox id what Add would be given, once for each of the pod's IPs. What is
 // missing comes, in the backend in use and with its sockets; whatever else bears
 // the names of this package goes: rows of other pods, rows from before, what has
-// leaked, and what others have made lead to our chains. Rows that stay are not touched, and no packet of theirs is lost. It is
-// restart recovery, garbage collection and repair in one call, with one
-// transaction for each family. To call it again changes nothing.
+// leaked, and what others have made lead to our chains. Rows that stay are not
+// touched, and no packet of theirs is lost. It is restart recovery, garbage
+// collection and repair in one call, with one transaction for each family. To call
+// it again changes nothing.
 //
 // A pod that is invalid is reported, and what stands of it stays. Where two pods
 // want one port, the one that has it keeps it, else the one with the smaller id
@@ -169,7 +170,7 @@ const (
 // reload of firewalld, within a second or two, and holds ports that could not be
 // held because an outgoing connection had them. It takes from no one: what it does
 // not know it leaves, for Sync, and takes out only where a Sync has failed. Each
-// repair is logged. One that fails is tried again after 5 s.
+// repair is logged. One that fails is tried again a second later.
 //
 // It returns ctx's error when that ends, os.ErrClosed after Close, and
 // errors.ErrUnsupported on systems other than Linux. It is to run once at a time,

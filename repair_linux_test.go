@@ -48,25 +48,6 @@ func TestSyncLeavesBehind(t *testing.T) {
 	n.soon(func() bool { return len(old.ours(IPv4)) == 0 })
 }
 
-// A repair that failed does not keep Run from another when that has been made good.
-func TestRunAfterFailure(t *testing.T) {
-	n := newNode(t, variantLegacy)
-	log, logged := logs(t)
-	m := n.manager(WithTimeout(500*time.Millisecond), log)
-	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
-	require.NoError(t, n.sync(m, pods))
-	n.runs(m, logged)
-
-	unlock := lockXtables(t)
-
-	n.command("env", "XTABLES_LOCKFILE="+filepath.Join(t.TempDir(), "lock"), "iptables-legacy", "-t", natTable, "-F")
-	n.soon(func() bool { return strings.Contains(logged(), "Cannot repair host ports") })
-	unlock()
-	require.NoError(t, n.sync(m, pods))
-	n.iptables(IPv4, "-F", dnatDispatch)
-	n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })
-}
-
 // Nothing of ours gets into tables that are not in use.
 func TestOthersLegacyTables(t *testing.T) {
 	n := newNode(t, viaNFTables)

@@ -147,7 +147,7 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 		repairs, err = m.backend.demolish(ctx)
 	}
 
-	m.damaged, m.leaked, m.repairAt = err != nil, err != nil && purge, time.Time{}
+	m.damaged, m.leaked = err != nil, err != nil && purge
 
 	if len(repairs) > 0 {
 		m.endMisled(ctx)
@@ -183,7 +183,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 }
 
 // repairPause is how long a repair that has failed is not tried again.
-const repairPause = 5 * time.Second
+const repairPause = time.Second
 
 // restore repairs what may be damaged, and tells of it.
 func (m *hostportManager) restore(ctx context.Context) {
