@@ -106,7 +106,7 @@ func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error)
 	for _, b := range l.before {
 		old, oldIntact, err := b.list(ctx)
 		if err != nil {
-			l.log.Error(err, "Cannot look for host ports from before")
+			l.log.Error(err, "Cannot look for host ports from before", "backend", b.kind(nil))
 		}
 
 		intact = intact && oldIntact

@@ -59,9 +59,8 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 				continue
 			}
 
-			if len(errs) > 0 {
-				o.cfg.log.Info("Host ports go through another backend than the best", "family", f, "backend", kind,
-					"reason", errs)
+			if kind == BackendIPTables {
+				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "insteadOfNFTables", errors.Join(errs...))
 			}
 
 			return newLayers(b, o.cfg.log, func(ctx context.Context) []backend { return o.before(ctx, f, v) }), nil
@@ -179,7 +178,7 @@ func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
 
 	l, err := nfnetlink.Listen()
 	if err != nil {
-		o.cfg.log.Error(err, "No news of nf_tables")
+		o.cfg.log.Error(err, "No news of nf_tables: what others wipe there goes unnoticed until the next operation")
 
 		return transactions
 	}
@@ -196,7 +195,7 @@ func (o *opener) follow(ctx context.Context, next func() (nfnetlink.Transaction,
 		t, err := next()
 		if err != nil {
 			if !deaf && ctx.Err() == nil {
-				o.cfg.log.Error(err, "No news of nf_tables: host ports are looked at every now and then")
+				o.cfg.log.Error(err, "No news of nf_tables: host ports are looked at every second")
 			}
 
 			select {

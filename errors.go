@@ -45,6 +45,9 @@ type ConflictError struct {
 	// Pod and OtherPod are the pods, "namespace/name" where these are known
 	// and the sandbox id otherwise. OtherPod has the port.
 	Pod, OtherPod string
+	// ID and OtherID are their sandbox ids. A pod has several while an old sandbox
+	// of its has yet to be removed.
+	ID, OtherID string
 	// Protocol and HostPort are what both pods want.
 	Protocol v1.Protocol
 	HostPort int32
@@ -52,11 +55,16 @@ type ConflictError struct {
 	HostIP, OtherHostIP string
 }
 
-// Error names both pods and the row.
+// Error names both pods and the row, and the sandboxes if it is the same pod twice.
 func (e *ConflictError) Error() string {
+	pod, otherPod := e.Pod, e.OtherPod
+	if pod == otherPod {
+		pod, otherPod = pod+", sandbox "+e.ID, otherPod+", sandbox "+e.OtherID
+	}
+
 	return fmt.Sprintf("pod %s: host port %s is taken by pod %s (%s)",
-		e.Pod, hostPortText(e.Protocol, e.HostIP, e.HostPort),
-		e.OtherPod, hostPortText(e.Protocol, e.OtherHostIP, e.HostPort))
+		pod, hostPortText(e.Protocol, e.HostIP, e.HostPort),
+		otherPod, hostPortText(e.Protocol, e.OtherHostIP, e.HostPort))
 }
 
 func hostPortText(protocol v1.Protocol, hostIP string, port int32) string {

@@ -60,10 +60,11 @@ type hostportManager struct {
 
 	localhost localhost
 	warned    bool // of a node that does not forward, or it does
-	// damaged is set when the kernel may not hold the table, and leaked when it may
-	// hold more besides. Run does not try again before repairAt.
-	damaged, leaked bool
-	repairAt        time.Time
+	// damaged is set when the kernel may not hold the table, doubtful when it may
+	// hold rows of operations that failed besides, and leaked when it may hold
+	// anything besides. Run does not try again before repairAt.
+	damaged, doubtful, leaked bool
+	repairAt                  time.Time
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -195,6 +196,7 @@ func (m *hostportManager) place(c *change, w *row) error {
 		case r.owner.known():
 			return &ConflictError{
 				Pod: w.owner.String(), OtherPod: r.owner.String(),
+				ID: w.owner.id, OtherID: r.owner.id,
 				Protocol: w.proto.api(), HostPort: int32(w.port),
 				HostIP: w.hostIP(m.family).String(), OtherHostIP: r.hostIP(m.family).String(),
 			}
@@ -224,11 +226,21 @@ func (m *hostportManager) place(c *change, w *row) error {
 // owns tells whether r is o's. A row whose owner was not known is o's from
 // now on if its marks say so; hash is the one that o would give it, if known.
 func (m *hostportManager) owns(o owner, hash string, r *row) bool {
-	if !r.owner.known() && o.known() && (hash != "" && r.hash == hash || m.backend.owns(o.id, r)) {
+	owns := m.bears(o, hash, r)
+	if owns && !r.owner.known() {
 		r.become(o)
 	}
 
-	return r.owner.known() && r.owner.id == o.id
+	return owns
+}
+
+// bears tells the same, and names no owner.
+func (m *hostportManager) bears(o owner, hash string, r *row) bool {
+	if r.owner.known() {
+		return r.owner.id == o.id
+	}
+
+	return o.known() && (hash != "" && r.hash == hash || m.backend.owns(o.id, r))
 }
 
 // hold binds the ports of the change's rows since a point. Each row has its share of the
@@ -258,7 +270,7 @@ func (m *hostportManager) hold(c *change, since savepoint) error {
 // that the kernel holds.
 func (m *hostportManager) ready(ctx context.Context) error {
 	if m.closed {
-		return fmt.Errorf("host port manager: %w", os.ErrClosed)
+		return fmt.Errorf("host port manager is closed: %w", os.ErrClosed)
 	}
 
 	if m.backend != nil {

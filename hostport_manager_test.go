@@ -58,9 +58,15 @@ func TestConflicts(t *testing.T) {
 						conflict := (*ConflictError)(nil)
 						require.ErrorAs(t, err, &conflict)
 						assert.Equal(t, "ns/web", conflict.OtherPod)
+						assert.Equal(t, "second", conflict.ID)
+						assert.Equal(t, "first", conflict.OtherID)
 						assert.ErrorContains(t, err, "ns/other")
 						assert.ErrorContains(t, err, "ns/web")
 						assert.ErrorContains(t, err, ":8080")
+
+						again := n.add(m, "again", n.pod(0, f, tc.second))
+						assert.ErrorContains(t, again, "pod ns/web, sandbox again")
+						assert.ErrorContains(t, again, "by pod ns/web, sandbox first")
 					}
 
 					assert.Equal(t, before, n.dump(m))
@@ -574,30 +580,47 @@ func TestTimeout(t *testing.T) {
 }
 
 // A process that is killed may have committed before: the row it left is not
-// the table's, and goes.
+// the table's, and goes with whatever comes next.
 func TestKilledAfterCommit(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		ipt := n.realIPTables()
 		fake := &fakeIPTables{IPTables: ipt}
 		m := n.oneFamily(fake, WithTimeout(300*time.Millisecond))
-		require.NoError(t, n.add(m, "old", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
-
-		fake.restore = func(input []byte) ([]byte, error) {
+		slow := func(input []byte) ([]byte, error) {
 			assert.NoError(t, ipt.Restore(t.Context(), input))
 
 			<-time.After(400 * time.Millisecond) // past the deadline
 
 			return input, context.DeadlineExceeded
 		}
-		require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})), context.DeadlineExceeded)
-		assert.Len(t, parsedRows(t, n), 2, "it did commit")
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 
-		fake.restore = nil
-		m.cfg.timeout = defaultTimeout
+		for _, next := range []func() error{
+			func() error { return m.Remove("id", nil) },
+			func() error { return m.mend(t.Context(), func(backend) bool { return false }) },
+			func() error {
+				return m.Add("other", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80}), "")
+			},
+			func() error { return m.Remove("id", pod) },
+		} {
+			m.cfg.timeout = 300 * time.Millisecond
+			fake.restore = slow
 
-		require.NoError(t, n.add(m, "new", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
-		assert.Len(t, parsedRows(t, n), 2)
-		assert.Len(t, m.mappings(), 2)
+			require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
+			require.Len(t, parsedRows(t, n), len(m.mappings())+1, "it did commit")
+
+			fake.restore = nil
+			m.cfg.timeout = defaultTimeout
+
+			n.do(func() { require.NoError(t, next()) })
+			require.Len(t, parsedRows(t, n), len(m.mappings()))
+		}
+
+		m.cfg.timeout = 300 * time.Millisecond
+		fake.restore = slow
+
+		require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
+		require.ErrorIs(t, n.remove(m, "id", nil), context.DeadlineExceeded, "nobody knows what is left")
 	})
 }
 

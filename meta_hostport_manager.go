@@ -58,7 +58,7 @@ func newManager(opts []Option) (*Manager, error) {
 		m.families = append(m.families, fm)
 
 		if err := fm.start(); err != nil {
-			errs = append(errs, fmt.Errorf("IPv%s: %w", f, err))
+			errs = append(errs, fm.inFamily(err))
 		}
 	}
 
@@ -68,7 +68,7 @@ func newManager(opts []Option) (*Manager, error) {
 	}
 
 	if err != nil {
-		cfg.log.Error(err, "Host ports cannot be mapped in every family")
+		cfg.log.Error(err, "Host ports cannot be mapped in one of the families")
 	}
 
 	return m, nil
@@ -127,9 +127,7 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 	}
 
 	for i, fm := range m.families {
-		if err := fm.sync(ctx, wanted[i]); err != nil {
-			errs = append(errs, fmt.Errorf("IPv%s: %w", fm.family, err))
-		}
+		errs = append(errs, fm.sync(ctx, wanted[i]))
 	}
 
 	return errors.Join(errs...)

@@ -218,7 +218,7 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	p := b.plan(deltas)
 	p.settleDoubts(b, table)
 
-	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 {
+	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 && p.provesItself() {
 		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "" && !b.before)
 		if !overtaken(err) {
 			return false, err
@@ -387,7 +387,8 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 		case !w.want.there():
 			found = nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
 		case key.set != nftHairpins:
-			b.log.Info("Replacing a host port whose owner is unknown", "row", w.row, "podIDHash", found.comment)
+			b.log.Info("Replacing a host port whose owner is unknown",
+				"row", b.describe(found), "podIDHash", found.comment, "pod", w.row.owner)
 		}
 
 		w.have = found
@@ -468,6 +469,18 @@ func (b *nftBackend) plan(deltas []delta) *nftPlan {
 	}
 
 	return p
+}
+
+// provesItself tells whether the kernel would refuse the plan if it did not hold
+// what it should. It says nothing of what is only kept.
+func (p *nftPlan) provesItself() bool {
+	for _, w := range p.wanted {
+		if w.have == w.want {
+			return false
+		}
+	}
+
+	return true
 }
 
 // touch plans for an element to be want. have is what it should be before that,

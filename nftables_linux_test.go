@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -255,8 +256,11 @@ func TestOneTransactionPerOperation(t *testing.T) {
 	m, fake := n.viaFake()
 	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 
-	for _, f := range []ipFamily{IPv4, IPv6} { // the first makes the table
-		require.NoError(t, n.add(m, "first", n.pod(0, f, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+	first := &PodPortMapping{IP: net.IPv4(10, 88, 9, 9), PortMappings: []*PortMapping{{HostPort: 8079, ContainerPort: 80}}}
+
+	for _, ip := range []net.IP{net.ParseIP("fd00:88::99"), first.IP} { // the first makes the table
+		first.IP = ip
+		require.NoError(t, n.add(m, "first", first))
 	}
 
 	for i, do := range []func() error{
@@ -277,7 +281,7 @@ func TestOneTransactionPerOperation(t *testing.T) {
 	// Where nothing has changed, there is nothing to commit.
 	before := n.dump(m)
 
-	require.NoError(t, n.add(m, "first", n.pod(0, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
+	require.NoError(t, n.add(m, "first", first))
 	assert.Equal(t, before, n.dump(m))
 }
 
@@ -820,6 +824,45 @@ func TestLostAnswer(t *testing.T) {
 		require.NoError(t, n.add(m, "first", first))
 		require.Equal(t, before, n.elements(IPv4))
 	}
+
+	only := newNode(t, viaNFTables)
+	m, fake = only.viaFake()
+	pod := only.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+		only.commit(msgs...)
+
+		return nil, errInjected
+	}
+
+	require.ErrorIs(t, only.add(m, "id", pod), errInjected)
+	require.Len(t, only.elements(IPv4), 2, "row and hairpin")
+	require.ErrorIs(t, only.remove(m, "id", nil), errInjected)
+
+	fake.commit = nil
+
+	require.NoError(t, only.remove(m, "id", nil))
+	require.Empty(t, only.elements(IPv4))
+}
+
+// An element that somebody has deleted comes back with its pod's Add, whatever
+// other pods' operations have come in between.
+func TestAddAgainAfterOthers(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+
+		l := newNFTLayout(f)
+		r := rowsOfAll(t, f, map[string][]*PodPortMapping{"id": {pod}})[0]
+
+		for _, e := range []nftElement{rowElement(r), hairpinElement(r.pod.Addr(), r.ownerHash)} {
+			n.commit(l.table.DeleteElement(e.set, e.element()))
+			require.NoError(t, n.add(m, "between", n.pod(1, f, &PortMapping{HostPort: 9000, ContainerPort: 80})))
+			require.NoError(t, n.remove(m, "between", nil))
+			require.NoError(t, n.add(m, "id", pod))
+			require.Empty(t, n.deviations(f, []*row{r}))
+		}
+	})
 }
 
 // Rows that iptables carries from before are listed, held, removed there and

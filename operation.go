@@ -81,13 +81,13 @@ func (m *hostportManager) withdraw(op *operation) bool {
 	return len(m.queue) < before
 }
 
-// wrap names the pod, unless the error does.
+// wrap names the pod and the family, unless the error does.
 func (m *hostportManager) wrap(op *operation, err error) error {
 	if conflict := (*ConflictError)(nil); errors.As(err, &conflict) {
 		return err
 	}
 
-	return fmt.Errorf("%s host ports of pod %s: %w", op.name, op.owner, err)
+	return fmt.Errorf("%s IPv%s host ports of pod %s: %w", op.name, m.family, op.owner, err)
 }
 
 func (m *hostportManager) logDone(op *operation, took time.Duration) {
@@ -109,8 +109,10 @@ func (m *hostportManager) logDone(op *operation, took time.Duration) {
 		"added", len(c.delta.add), "removed", len(c.delta.del), "kept", len(c.delta.keep), "took", took)
 
 	if v := log.V(4); v.Enabled() {
-		for _, r := range slices.Concat(c.delta.del, c.delta.add, c.delta.keep) {
-			v.Info("Host port row", "row", r)
+		for i, rows := range [][]*row{c.delta.del, c.delta.add, c.delta.keep} {
+			for _, r := range rows {
+				v.Info("Host port row", "row", r, "change", []string{"removed", "added", "kept"}[i])
+			}
 		}
 	}
 }
@@ -123,6 +125,7 @@ func (m *hostportManager) commit(ops []*operation) {
 	err := m.ready(ctx)
 	if err == nil {
 		m.commitAll(ctx, ops)
+		m.clearUp(ctx, slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return !op.remove || op.err != nil }))
 	}
 
 	for _, op := range ops {
@@ -161,7 +164,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		case errors.As(err, &refused):
 			ops = fail(ops, batch[refused.delta:refused.delta+1], err)
 		case len(batch) > 1 && ctx.Err() == nil: // nobody knows whose fault it is
-			m.damaged = true
+			m.doubtful = true
 
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
@@ -169,9 +172,26 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 			return
 		default:
-			m.damaged = true
+			m.doubtful = true
 			ops = fail(ops, batch, err)
 		}
+	}
+}
+
+// clearUp makes it true for removes that nothing of their pods is left: what failed
+// before may have left rows that are not in the table.
+func (m *hostportManager) clearUp(ctx context.Context, removes []*operation) {
+	if len(removes) == 0 || !m.doubtful && !m.leaked {
+		return
+	}
+
+	_, err := m.repair(ctx, m.leaked)
+	if leftBehind := (*leftBehindError)(nil); err == nil || errors.As(err, &leftBehind) {
+		return
+	}
+
+	for _, op := range removes {
+		op.err = err
 	}
 }
 

@@ -37,10 +37,8 @@ func newSockets(f ipFamily, on bool) sockets {
 // syscall.EADDRINUSE where another process serves the port. Where the port is
 // merely the source port of an outgoing connection, it succeeds, and retry
 // will bind it later.
-//
-// SCTP is never held: to open a socket would load the kernel module.
 func (s *sockets) acquire(e endpoint) error {
-	if s.off || e.proto == sctp {
+	if !s.wants(e) {
 		return nil
 	}
 
@@ -89,10 +87,9 @@ func (s *sockets) ensure(e endpoint) error {
 	return err
 }
 
-// adopt is acquire for a row that stands in any case. It returns why the port
-// is not held.
+// adopt is acquire for a row that stands in any case.
 func (s *sockets) adopt(e endpoint) error {
-	if s.off || e.proto == sctp {
+	if !s.wants(e) {
 		return nil
 	}
 
@@ -102,7 +99,7 @@ func (s *sockets) adopt(e endpoint) error {
 		return nil
 	}
 
-	fd, err := s.bind(e)
+	fd, err := s.bindOrName(e)
 	s.put(e, fd)
 
 	return err
@@ -157,6 +154,16 @@ func (s *sockets) holds(e endpoint) bool {
 	return h != nil && h.fd >= 0
 }
 
+// wants tells whether an endpoint is to be held. SCTP never is: to open a socket
+// would load the kernel module. Nor is a link-local address: bind(2) wants its
+// scope, which a HostIP does not have.
+func (s *sockets) wants(e endpoint) bool {
+	return !s.off && e.proto != sctp && !(e.ip.Is6() && e.ip.IsLinkLocalUnicast())
+}
+
+// lacks tells whether an endpoint is to be held and is not.
+func (s *sockets) lacks(e endpoint) bool { return s.wants(e) && !s.holds(e) }
+
 // retry tries again to bind some of what is waiting.
 func (s *sockets) retry() {
 	const some = 16 // so that an operation's cost stays its own
@@ -197,8 +204,7 @@ func (s *sockets) close() {
 	clear(s.waiting)
 }
 
-// bind returns a socket bound to e, or -1 without an error where the kernel
-// cannot bind such an address.
+// bind returns a socket bound to e.
 func (s *sockets) bind(e endpoint) (fd int, err error) {
 	domain, level, freebind := unix.AF_INET, unix.SOL_IP, unix.IP_FREEBIND
 	if s.family == IPv6 {
@@ -240,12 +246,7 @@ func (s *sockets) bind(e endpoint) (fd int, err error) {
 		}
 	}
 
-	err = s.bindBeside(fd, e)
-
-	switch {
-	case errors.Is(err, unix.EINVAL) && e.ip.IsLinkLocalUnicast():
-		return -1, nil // bind(2) wants a scope, which a HostIP does not have
-	case err != nil:
+	if err := s.bindBeside(fd, e); err != nil {
 		return -1, fmt.Errorf("bind: %w", err)
 	}
 

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -28,16 +29,18 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	start := time.Now()
 
 	if err := m.takeTurn(ctx); err != nil {
-		return err
+		return m.inFamily(err)
 	}
 	defer func() { <-m.turn }()
+
+	pods = slices.DeleteFunc(pods, func(p podRows) bool { return len(p.rows) == 0 && !p.invalid })
 
 	if err := m.ready(ctx); err != nil {
 		if holdsNothing(err) && !slices.ContainsFunc(pods, func(p podRows) bool { return len(p.rows) > 0 }) {
 			return nil
 		}
 
-		return err
+		return m.inFamily(err)
 	}
 
 	var errs []error
@@ -53,7 +56,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 
 	repairs, err := m.repair(ctx, true)
 	if err != nil {
-		errs = append(errs, err)
+		errs = append(errs, m.inFamily(err))
 
 		if leftBehind := (*leftBehindError)(nil); !errors.As(err, &leftBehind) {
 			c.undo()
@@ -75,10 +78,13 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	}
 
 	m.cfg.log.Info("Synced host ports", "family", m.family, "pods", len(pods), "added", len(c.delta.add),
-		"removed", len(c.delta.del), "kept", len(c.delta.keep), "repairs", len(repairs), "took", time.Since(start))
+		"removed", len(c.delta.del), "kept", len(c.delta.keep), "changes", len(repairs), "failed", len(errs), "took", time.Since(start))
 
 	return errors.Join(errs...)
 }
+
+// inFamily names the family in an error that names no row.
+func (m *hostportManager) inFamily(err error) error { return fmt.Errorf("IPv%s: %w", m.family, err) }
 
 // takeTurn waits for the turn until ctx ends.
 func (m *hostportManager) takeTurn(ctx context.Context) error {
@@ -141,13 +147,13 @@ func (m *hostportManager) settlePod(c *change, rows []*row) error {
 // Run, or the next Sync.
 func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []string, err error) {
 	switch {
-	case m.ought():
+	case m.ought() || m.doubtful && !purge:
 		repairs, err = m.backend.repair(ctx, m.table(), purge)
 	case purge:
 		repairs, err = m.backend.demolish(ctx)
 	}
 
-	m.damaged, m.leaked = err != nil, err != nil && purge
+	m.damaged, m.doubtful, m.leaked = err != nil, err != nil && m.doubtful, err != nil && purge
 
 	if len(repairs) > 0 {
 		m.endMisled(ctx)
@@ -175,7 +181,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.sockets.retry()
 
-	if m.damaged = disturbed(m.backend) || m.damaged; m.damaged && time.Now().After(m.repairAt) {
+	if m.damaged = disturbed(m.backend) || m.damaged || m.doubtful; m.damaged && time.Now().After(m.repairAt) {
 		m.restore(ctx)
 	}
 
@@ -197,7 +203,8 @@ func (m *hostportManager) restore(ctx context.Context) {
 	case len(repairs) > 0:
 		const some = 5 // of what may be thousands
 
-		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs), "what", repairs[:min(len(repairs), some)])
+		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs),
+			"what", strings.Join(repairs[:min(len(repairs), some)], "; "))
 	}
 }
 
@@ -224,7 +231,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 		found := false
 
 		for _, r := range m.rows[w.portKey] {
-			if r.endpoint == w.endpoint && r.pod == w.pod && m.owns(w.owner, w.hash, r) {
+			if r.endpoint == w.endpoint && r.pod == w.pod && m.bears(w.owner, w.hash, r) {
 				stand, found = append(stand, r), true
 			}
 		}
@@ -233,7 +240,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 			missing = append(missing, "row "+w.String())
 		}
 
-		if m.cfg.sockets && w.proto != sctp && !m.sockets.holds(w.endpoint) {
+		if m.sockets.lacks(w.endpoint) {
 			missing = append(missing, "socket of "+w.String())
 		}
 	}

@@ -42,6 +42,7 @@ func (*sockets) adopt(endpoint) error   { return nil }
 func (*sockets) release(endpoint)       {}
 func (*sockets) retry()                 {}
 func (*sockets) holds(endpoint) bool    { return false }
+func (*sockets) lacks(endpoint) bool    { return false }
 func (*sockets) close()                 {}
 
 // flows ends nothing.
