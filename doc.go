@@ -16,7 +16,8 @@
 // reaches itself through its own host port would get answers from an address
 // it never asked, and a pod has no way to answer 127.0.0.1; such packets are
 // masqueraded in postrouting. Packets that the node only forwards are never
-// touched, nor are rules of others.
+// translated. Rules of others stay, but for what [Manager.Sync] finds in the
+// chains and tables of this package, or leading into them.
 //
 // # Localhost
 //
@@ -24,16 +25,17 @@
 // from the node. This takes the sysctl route_localnet on the interface to the pod,
 // which Add sets. Because that also lets others send to 127.0.0.1
 // (CVE-2020-8558), every transaction first sees to a guard: packets with a
-// loopback address that do not come from lo are dropped. The guard is never
-// taken away. Connections from ::1 cannot work; they are refused by the held
+// loopback address that do not come from lo are dropped. The guard stays when the
+// last row goes, until a Sync without rows finds no interface with the sysctl.
+// Connections from ::1 cannot work; they are refused by the held
 // port, as those from 127.0.0.0/8 are under [WithoutLocalhost].
 //
 // # Rows and owners
 //
 // The whole state is one table. A row is a host endpoint (IP family, protocol,
 // host IP or any, host port), the pod endpoint it leads to, and the pod's
-// sandbox id, its owner. Add puts rows in, Remove takes rows out, and a row is
-// only ever taken out for its owner. Two live pods cannot have overlapping
+// sandbox id, its owner. Add puts rows in, Remove takes rows out, and neither
+// takes one from another pod that is known. Two live pods cannot have overlapping
 // rows: the second one's Add fails with a [ConflictError] and changes nothing.
 //
 // The kernel goes on with a UDP flow as it began, for as long as its sender does
@@ -41,7 +43,7 @@
 // began after it are ended.
 //
 // Operations of several goroutines that meet are committed together, each with
-// its own result. An operation costs what its own pod costs.
+// its own result. With nftables an operation costs what its own pod costs.
 //
 // # Restarts
 //
@@ -50,7 +52,7 @@
 // ports again before the constructor returns, and puts back what is missing of
 // them. Whose they are it knows only by a hash, until an Add, Remove or Sync names
 // the owner; Add of a pod that wants such a port before that wins over it, with a
-// warning in the log.
+// line in the log.
 //
 // [Manager.Sync] makes the node exactly what the runtime says is running: it is
 // restart recovery and garbage collection. [Manager.Run] watches, until its context
@@ -62,18 +64,22 @@
 // Arguments that cannot be accepted give [ErrInvalidMapping], a port of
 // another pod a *[ConflictError], a port of another process
 // syscall.EADDRINUSE, an operation that ran out of time
-// context.DeadlineExceeded. Wherever Add fails, everything is as it was before.
+// context.DeadlineExceeded, and one after Close os.ErrClosed. Where Add fails,
+// everything is as it was before; but if nobody knows what came of a transaction,
+// because it ran out of time, what it may have left goes with whatever comes next:
+// an operation of the family that changes something, the pod's Remove, Run or Sync.
 //
 // # What is in the kernel
 //
 // With nftables, the table crio-hostports in the families ip and ip6: an element
 // of the map hostports or hostipports for each row, and one of the set hairpins
-// for each pod. Their comment is a hash of the pod's sandbox id.
+// for each pod. Their comment is a hash of the pod's sandbox id. The chain guard
+// is the guard.
 //
 // With iptables, in the nat table, KUBE-HOSTPORTS and CRIO-HOSTPORTS-MASQ lead
 // by ranges of ports to a chain KUBE-HP-<hash> and a chain CRIO-MASQ-<hash> for
 // each row. The rule in the latter has the pod's name and the host port as a
-// comment.
+// comment. The guard is in the table raw.
 //
 // The names are those that CRI-O uses, and either can remove what the other
 // made.

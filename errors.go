@@ -9,7 +9,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 )
 
-// ErrInvalidMapping is in the chain of every error that Add returns for
+// ErrInvalidMapping is in the chain of every error that Add, Sync or Check returns for
 // arguments it cannot accept. The error's text names the pod, the row and the
 // field. Nothing has been changed then, the pod's good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")

@@ -52,7 +52,7 @@ type PortMapping struct {
 // Mapping is one row as Mappings lists it.
 type Mapping struct {
 	// PodID, Namespace and Name are empty where only PodIDHash is known: for
-	// rows from before a restart that no Add or Remove has named since.
+	// rows from before a restart that no Add, Remove or Sync has named since.
 	PodID, Namespace, Name string
 	// PodIDHash is base32(sha256(PodID))[:16], which is what the kernel carries
 	// of the owner with nftables. Of a row in iptables whose PodID is not known,

@@ -27,14 +27,22 @@ type HostPortManager interface {
 	//
 	// Errors: ErrInvalidMapping; *ConflictError, where another pod has the
 	// port; syscall.EADDRINUSE, where another process has it;
-	// context.DeadlineExceeded; errors.ErrUnsupported on systems other than
-	// Linux; else what the kernel or iptables(8) said.
+	// context.DeadlineExceeded; os.ErrClosed; errors.ErrUnsupported on systems
+	// other than Linux; else what the kernel or iptables(8) said.
 	Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error
 
 	// Remove takes out the rows of a pod that podPortMapping names, in both
 	// families, or all of them if it is nil. Rows are compared by meaning, and
 	// only ever removed for their owner. The pod's IP and names are not needed.
-	// To remove what is not there is success, at no cost.
+	// To remove what is not there is success, at no cost, and so is it where no
+	// backend can hold rows. A mapping without rows removes nothing.
+	//
+	// In iptables, rows from before a restart are found with nil only if protocol
+	// and host IP were given to Add as Kubernetes spells them.
+	//
+	// Errors: context.DeadlineExceeded; os.ErrClosed; else what the kernel or
+	// iptables(8) said. Rows that could not be removed stay in the table, and
+	// Remove again tries again.
 	Remove(id string, podPortMapping *PodPortMapping) error
 }
 
@@ -71,7 +79,8 @@ type hostportManager struct {
 // the caller's iptables. Rows that the kernel holds already are adopted.
 //
 // It never fails: if iptables does not answer now, the first Add says why.
-// Its sockets are released by a Close method: io.Closer tells.
+// WithBackend has no effect on it. What others wipe comes back with an operation of
+// the family. Its sockets are released by a Close method: io.Closer tells.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
 	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
@@ -393,7 +402,8 @@ func (m *hostportManager) mappings() []Mapping {
 }
 
 // Close releases the sockets and leaves the rules, so that traffic goes on
-// while a runtime restarts. Add and Remove fail with os.ErrClosed then.
+// while a runtime restarts. It waits for the operation that is being committed;
+// those that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *hostportManager) Close() error {
 	m.turn <- struct{}{}

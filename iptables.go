@@ -11,7 +11,8 @@ import (
 	"strings"
 )
 
-// IPTables is the part of iptables(8) that this package drives for one family.
+// IPTables is the part of iptables(8) that this package drives for one family. A
+// manager makes one call at a time.
 type IPTables interface {
 	// IsIPv6 is false for iptables and true for ip6tables.
 	IsIPv6() bool

@@ -15,7 +15,8 @@ import (
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
-// Manager maps host ports for both IP families. It implements HostPortManager.
+// Manager maps host ports for both IP families. It implements HostPortManager. Its
+// methods are to be called in the network namespace of the node.
 type Manager struct {
 	families []*hostportManager
 	opener   *opener
@@ -24,7 +25,8 @@ type Manager struct {
 var _ HostPortManager = (*Manager)(nil)
 
 // NewMetaHostportManager returns a manager for both IP families. Rows that
-// the kernel holds already are adopted, and their ports are held again.
+// the kernel holds already are adopted, what is missing of them is put back, and
+// their ports are held again.
 //
 // It never fails. Where a family cannot work, because neither nftables nor
 // iptables is there, IPv6 is off or CAP_NET_ADMIN is missing, the other one
@@ -98,10 +100,11 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // sandbox id what Add would be given, once for each of the pod's IPs. What is
 // missing comes, in the backend in use and with its sockets; whatever else bears
 // the names of this package goes: rows of other pods, rows from before, what has
-// leaked, and what others have made lead to our chains. Rows that stay are not
-// touched, and no packet of theirs is lost. It is restart recovery, garbage
-// collection and repair in one call, with one transaction for each family. To call
-// it again changes nothing.
+// leaked, and what others have put into our chains and tables or made lead there.
+// Rows that stay are not touched, and no packet of theirs is lost. It is restart
+// recovery, garbage collection and repair in one call, with one transaction for
+// each family, or with iptables for each table. To call it again changes nothing.
+// Without pods it takes everything out.
 //
 // A pod that is invalid is reported, and what stands of it stays. Where two pods
 // want one port, the one that has it keeps it, else the one with the smaller id
@@ -109,7 +112,7 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // the other pods' rows are not there, unless a transaction failed as a whole: then
 // nothing of that family has changed. If only what another backend carries from
 // before could not be taken out, the new rows stand, and Run or the next Sync
-// tries again. It ends with ctx.
+// tries again. It ends with ctx. The errors are those of Add.
 func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) error {
 	var errs []error
 
@@ -135,8 +138,11 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 
 // Check returns nil if all rows that Add would make of podPortMapping stand in the
 // kernel, their ports are held, and what they share with others is there too.
-// Else the error names each thing that is missing. It changes nothing. The sysctl
+// Else the error names each thing that is missing; a port that an outgoing
+// connection keeps from being held is. It changes nothing, but that a family that
+// could not work when the manager was made may be taken over. The sysctl
 // route_localnet is the interface's, not the pod's: it is not looked at.
+// ErrInvalidMapping, os.ErrClosed and ctx's error are among the others.
 func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
 	rows, err := rowsOf(id, podPortMapping)
 	if err != nil || len(rows) == 0 {
@@ -255,7 +261,8 @@ func parsed(ip string) netip.Addr {
 }
 
 // Close releases the sockets and leaves the rules, so that traffic goes on
-// while a runtime restarts. Add and Remove fail with os.ErrClosed then.
+// while a runtime restarts. It waits for the operation that is being committed;
+// those that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *Manager) Close() error {
 	var errs []error

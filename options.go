@@ -11,8 +11,8 @@ type Backend string
 
 // The backends.
 const (
-	// BackendAuto takes nftables where the kernel has it, and else iptables.
-	// Where nftables is there but cannot be used, the log says why.
+	// BackendAuto takes nftables where the kernel has it, and else iptables; the
+	// log says why then.
 	BackendAuto Backend = "auto"
 	// BackendNFTables programs nf_tables over netlink and runs no program. It
 	// needs Linux 5.10 or later.
@@ -61,7 +61,8 @@ func newConfig(opts []Option) config {
 
 // WithBackend forces a backend for new rows. Those that another one carries
 // from before are kept, held and removed there all the same, and moved over by
-// their pod's next Add. The default is BackendAuto.
+// their pod's next Add, or Sync. The default is BackendAuto. With any other than
+// those of this package, New and Add return errors.ErrUnsupported.
 func WithBackend(b Backend) Option {
 	return func(c *config) { c.backend = b }
 }
@@ -83,10 +84,12 @@ func WithoutLocalhost() Option {
 	return func(c *config) { c.localhost = false }
 }
 
-// WithTimeout bounds how long an operation waits for its turn, and then how
-// long its transaction may take; the default is 30 seconds each. An operation
-// that runs out of it returns an error with context.DeadlineExceeded in its
-// chain. Durations that are not positive stand for the default.
+// WithTimeout bounds how long Add and Remove wait for their turn, and then how
+// long the transaction may take, in each family; the default is 30 seconds each. For
+// Sync and Check it bounds both together. Up to five seconds more go into ending UDP
+// flows. An operation that runs out of it returns an error with
+// context.DeadlineExceeded in its chain. Durations that are not positive stand for
+// the default.
 func WithTimeout(d time.Duration) Option {
 	return func(c *config) {
 		if d <= 0 {
