@@ -85,13 +85,13 @@ func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
 type layers struct {
 	backend
 
-	find   func(ctx context.Context) []backend // those that may carry rows from before
+	find   func(ctx context.Context) ([]backend, error) // those that may carry rows from before
 	before []backend
 	at     map[*row]backend // where the rows stand that are in one of before
 	log    klog.Logger
 }
 
-func newLayers(inUse backend, log klog.Logger, find func(context.Context) []backend) *layers {
+func newLayers(inUse backend, log klog.Logger, find func(context.Context) ([]backend, error)) *layers {
 	return &layers{backend: inUse, find: find, at: map[*row]backend{}, log: log}
 }
 
@@ -101,7 +101,7 @@ func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error)
 		return nil, false, err
 	}
 
-	l.before = l.find(ctx)
+	l.before, _ = l.find(ctx) // which tells what it cannot look at
 
 	for _, b := range l.before {
 		old, oldIntact, err := b.list(ctx)
@@ -230,7 +230,10 @@ func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge b
 	)
 
 	if purge && len(l.before) == 0 { // somebody may have restored it
-		l.before = l.find(ctx)
+		var err error
+
+		l.before, err = l.find(ctx)
+		errs = append(errs, err)
 	}
 
 	for _, b := range l.before {

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/mdlayher/netlink"
-
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
@@ -60,10 +58,15 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 			}
 
 			if kind == BackendIPTables {
-				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "insteadOfNFTables", errors.Join(errs...))
+				var reason any = "WithBackend"
+				if len(errs) > 0 {
+					reason = errs
+				}
+
+				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "reason", reason)
 			}
 
-			return newLayers(b, o.cfg.log, func(ctx context.Context) []backend { return o.before(ctx, f, v) }), nil
+			return newLayers(b, o.cfg.log, func(ctx context.Context) ([]backend, error) { return o.before(ctx, f, v) }), nil
 		}
 
 		return nil, errs
@@ -108,32 +111,30 @@ func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
 }
 
 // before returns the backends besides the one in use that may carry rows. It
-// starts no process for one that does not.
-func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backend {
-	var before []backend
+// starts no process for one that does not. It fails where one does that there is no
+// program for.
+func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) ([]backend, error) {
+	var (
+		before  []backend
+		failure error
+	)
 
-	nft, nftErr := o.nftables(f)
-	there := func(request netlink.Message) bool {
-		if nftErr != nil {
-			return false
-		}
-
-		answers, err := nft.ruleset.conn.Get(ctx, request)
-
-		return err == nil && answers[0] != nil
-	}
-
-	if inUse != "" && nftErr == nil && there(nft.table.Get()) {
-		nft.before = true
-		before = append(before, nft)
-	}
+	carries := map[variant]bool{variantLegacy: tableThere(f, variantLegacy, natTable)}
 
 	// iptables-nft keeps its tables among those of nf_tables.
-	nat := nfnetlink.Table{Family: newNFTLayout(f).table.Family, Name: natTable}
+	if nft, err := o.nftables(f); err == nil {
+		chains, _ := nft.ruleset.conn.Dump(ctx, nft.table.Chains()) // there may be no nf_tables
+		ours := false
 
-	carries := map[variant]bool{
-		variantNFT:    there(nat.GetChain(dnatDispatch)),
-		variantLegacy: tableThere(f, variantLegacy, natTable),
+		for _, m := range chains {
+			c, _ := nfnetlink.ParseChain(m)
+			ours = ours || c.Table == nftTable
+			carries[variantNFT] = carries[variantNFT] || c.Table == natTable && ourChain(c.Name)
+		}
+
+		if inUse != "" && ours {
+			before = append(before, nft)
+		}
 	}
 
 	for _, v := range []variant{variantNFT, variantLegacy} {
@@ -145,6 +146,10 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backen
 		if err != nil {
 			o.cfg.log.Error(err, "Cannot look for host ports from before", "family", f, "variant", v)
 
+			if v == variantNFT { // a legacy table need not have anything of ours
+				failure = err
+			}
+
 			continue
 		}
 
@@ -153,7 +158,7 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) []backen
 		before = append(before, b)
 	}
 
-	return before
+	return before, failure
 }
 
 // iptables returns a backend that can be told of what others do to its tables.
@@ -170,15 +175,14 @@ func (o *opener) iptables(t *ipTables) *iptablesBackend {
 	return b
 }
 
-// watch returns the transactions of nf_tables, until ctx ends. The channel stays
-// silent where there is no nf_tables. If they can no longer be heard, what comes
-// from then on, at an interval, is that something may have happened.
+// watch returns the transactions of nf_tables, until ctx ends. If they cannot be
+// heard, what comes, at an interval, is that something may have happened.
 func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
 	transactions := make(chan nfnetlink.Transaction)
 
 	l, err := nfnetlink.Listen()
 	if err != nil {
-		o.cfg.log.Error(err, "No news of nf_tables: what others wipe there goes unnoticed until the next operation")
+		go o.follow(ctx, func() (nfnetlink.Transaction, error) { return nfnetlink.Transaction{}, err }, transactions)
 
 		return transactions
 	}

@@ -174,7 +174,7 @@ func TestLayersTakeBack(t *testing.T) {
 	}
 
 	inUse, a, b := &memory{}, &memory{rows: rows[:1:1]}, &memory{rows: rows[1:2:2], fail: errInjected}
-	l := newLayers(inUse, testLogger(t), func(context.Context) []backend { return []backend{a, b} })
+	l := newLayers(inUse, testLogger(t), func(context.Context) ([]backend, error) { return []backend{a, b}, nil })
 	_, _, err := l.list(t.Context())
 	require.NoError(t, err)
 

@@ -73,6 +73,7 @@ type hostportManager struct {
 	// anything besides. Run does not try again before repairAt.
 	damaged, doubtful, leaked bool
 	repairAt                  time.Time
+	told                      string // the last error of a repair
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -312,6 +313,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	// The rules may be of an earlier version, or nobody may have watched.
 	if !intact && m.ought() {
 		m.restore(ctx)
+		m.endMisled(ctx)
 	}
 
 	return nil

@@ -395,8 +395,8 @@ func TestVariantChangeFails(t *testing.T) {
 func ofTwo(t *testing.T, inUse, before IPTables) *layers {
 	t.Helper()
 
-	return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), func(context.Context) []backend {
-		return []backend{newIPTablesBackend(before, newConfig(nil))}
+	return newLayers(newIPTablesBackend(inUse, newConfig(nil)), testLogger(t), func(context.Context) ([]backend, error) {
+		return []backend{newIPTablesBackend(before, newConfig(nil))}, nil
 	})
 }
 

@@ -11,8 +11,17 @@ import (
 )
 
 func (b *iptablesBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
+	return tried(ctx, func() ([]string, error) { return b.tryRepair(ctx, table, purge) })
+}
+
+func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
+	return tried(ctx, func() ([]string, error) { return b.tryDemolish(ctx) })
+}
+
+// tried tries again what may have failed because somebody else has come between.
+func tried(ctx context.Context, f func() ([]string, error)) ([]string, error) {
 	for try := 0; ; try++ {
-		repairs, err := b.tryRepair(ctx, table, purge)
+		repairs, err := f()
 		if err == nil || ctx.Err() != nil || try >= maxOvertaken {
 			return repairs, err
 		}
@@ -172,7 +181,7 @@ func ourChain(chain string) bool {
 		strings.HasPrefix(chain, dnatPrefix) || strings.HasPrefix(chain, masqPrefix)
 }
 
-func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
+func (b *iptablesBackend) tryDemolish(ctx context.Context) ([]string, error) {
 	b.state = nil
 
 	raw, err := b.save(ctx, rawTable)
@@ -234,7 +243,7 @@ func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, e
 	var missing []string
 
 	for _, rule := range slices.Concat(b.guard, b.nat) {
-		if !state.base[rule.String()] && !b.before {
+		if !state.base[rule.String()] && !(b.before && t.has(rule.chain, rule.target)) { // CRI-O's will do
 			missing = append(missing, "rule "+rule.String())
 		}
 	}
@@ -255,6 +264,11 @@ func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, e
 	slices.Sort(missing) // several rows may miss one range chain
 
 	return slices.Compact(missing), nil
+}
+
+// has tells whether some rule of a chain leads to target.
+func (t *savedTable) has(chain, target string) bool {
+	return slices.ContainsFunc(t.chains[chain], func(r savedRule) bool { return r.target == target })
 }
 
 func (t *savedTable) missing(r *row) (missing []string) {
@@ -364,11 +378,12 @@ func (w *tableWatch) disturbed(transactions []nfnetlink.Transaction) bool {
 	})
 }
 
-// concerns tells whether a transaction has deleted what may be ours.
+// concerns tells whether a transaction has deleted what may be ours, or changed what
+// is.
 func (w *tableWatch) concerns(t nfnetlink.Transaction) bool {
 	for c := range t.Changes {
-		if c.Deleted && c.Family == w.family && slices.Contains([]string{natTable, rawTable}, c.Table) {
-			if ourChain(c.Chain) || slices.Contains([]string{"", preRouting, output, postRouting}, c.Chain) {
+		if c.Family == w.family && slices.Contains([]string{natTable, rawTable}, c.Table) {
+			if ourChain(c.Chain) || c.Deleted && slices.Contains([]string{"", preRouting, output, postRouting}, c.Chain) {
 				return true
 			}
 		}

@@ -80,12 +80,11 @@ type nftBackend struct {
 
 	ruleset *nftRuleset
 	log     klog.Logger
-	// before is set for a backend that is not the one in use: rows are only
-	// taken out, and its rules left as they are, which need not be ours.
-	before bool
-	epoch  int // in which what follows was true
+	epoch   int // in which what follows was true
 	// seal is how our rules are recognised; zero: they have yet to be made.
-	seal     string
+	seal string
+	// misfit is set while something that is not as ours bears one of our names.
+	misfit   bool
 	hairpins map[netip.Addr]nftHairpin
 	// doubtful are elements of transactions of which nobody knows whether they
 	// took effect, because the answer did not come.
@@ -219,7 +218,7 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	p.settleDoubts(b, table)
 
 	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 && p.provesItself() {
-		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "" && !b.before)
+		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "")
 		if !overtaken(err) {
 			return false, err
 		}
@@ -236,6 +235,8 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 			return false, err
 		}
 
+		p.anew = !intact && b.misfit
+
 		err = b.commit(ctx, gen, p, !intact)
 		if refused := (*nfnetlink.BatchError)(nil); !overtaken(err) || try > maxOvertaken && errors.As(err, &refused) {
 			return !intact && err == nil, err
@@ -245,7 +246,8 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 
 // overtaken tells whether a transaction may have failed because the kernel does
 // not hold what it was made for: somebody else has committed, or has left an
-// element that we did not remove because it was not ours.
+// element that we did not remove because it was not ours, or something in place of
+// ours that the next try is to delete.
 //
 // After maxOvertaken times the transaction is made all the same. It still fails if
 // there is an element that the look did not find, or none that it did, though not
@@ -255,21 +257,19 @@ func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 
 	return errors.Is(err, nfnetlink.ErrStale) ||
-		errors.As(err, &refused) && (errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOENT))
+		errors.As(err, &refused) && (inPlaceOfOurs(err) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOENT))
+}
+
+// inPlaceOfOurs tells whether the kernel has refused to make something because there
+// is something else of that name.
+func inPlaceOfOurs(err error) bool {
+	return errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP)
 }
 
 // commit makes the plan true, if the ruleset is still of generation gen, or in
 // any case if that is 0.
 func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects bool) error {
-	var msgs []netlink.Message
-	if p.anew {
-		msgs = append(msgs, b.table.Create(), b.table.Delete())
-	}
-
-	if objects {
-		msgs = append(msgs, b.objects()...)
-	}
-
+	msgs := b.frame(p, objects)
 	base := len(msgs)
 	msgs, of := p.messages(b.table, msgs)
 
@@ -281,6 +281,8 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 			return &refusedError{delta: w.delta, err: &rowError{w.row, err}}
 		}
 	}
+
+	b.misfit = refused != nil && refused.Message < base && inPlaceOfOurs(refused)
 
 	switch {
 	case err == nil:
@@ -316,6 +318,23 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	return nil
 }
 
+// frame is what a transaction does besides to elements.
+func (b *nftBackend) frame(p *nftPlan, objects bool) (msgs []netlink.Message) {
+	if p.anew {
+		msgs = append(msgs, b.table.Create(), b.table.Delete())
+	}
+
+	if objects {
+		msgs = append(msgs, b.objects()...)
+	}
+
+	if !p.anew {
+		msgs = append(msgs, p.strangers...)
+	}
+
+	return msgs
+}
+
 // learnSeal returns how the rules just made are recognised, or "" if somebody
 // else may have changed them since, in another generation than gen.
 func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
@@ -332,19 +351,38 @@ func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
 }
 
 // readSeal reads our table, and what changes if anybody makes, deletes or replaces
-// a rule of it, or the table itself, or if it comes to have more or fewer chains and
-// sets. Without a table it is "".
+// a rule of it, one of our chains or its policy, or the table itself, or if it comes
+// to have more or fewer chains and sets. Without a table it is "".
 //
-// Our own chains and sets need no look besides: as long as a rule is there, the
-// kernel keeps the chain that it is in, and those it refers to.
+// Our sets need no look besides: as long as a rule is there, the kernel keeps those
+// it refers to.
 func (b *nftBackend) readSeal(ctx context.Context) (table nfnetlink.TableInfo, seal string, err error) {
-	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
+	ours := b.chains()
+	requests := append(make([]netlink.Message, 0, 1+len(ours)), b.table.Get())
+
+	for _, c := range ours {
+		requests = append(requests, b.table.GetChain(c.Name))
+	}
+
+	answers, err := b.ruleset.conn.Get(ctx, requests...)
 	if err != nil || answers[0] == nil {
 		return table, "", err
 	}
 
 	if table, err = nfnetlink.ParseTable(*answers[0]); err != nil {
 		return table, "", err
+	}
+
+	chains := make([]nfnetlink.ChainInfo, len(answers)-1)
+
+	for i, answer := range answers[1:] {
+		if answer == nil {
+			continue
+		}
+
+		if chains[i], err = nfnetlink.ParseChain(*answer); err != nil {
+			return table, "", err
+		}
 	}
 
 	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
@@ -359,7 +397,7 @@ func (b *nftBackend) readSeal(ctx context.Context) (table nfnetlink.TableInfo, s
 		}
 	}
 
-	return table, fmt.Sprint(table, rules), nil
+	return table, fmt.Sprint(table, chains, rules), nil
 }
 
 // look puts into the plan what the kernel holds, and tells whether our rules are
@@ -372,7 +410,7 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 
 	var have map[nftKey]nftElement
 
-	if intact = seal != "" && seal == b.seal || b.before; intact {
+	if intact = seal != "" && seal == b.seal; intact {
 		have, err = b.lookUp(ctx, p.order)
 	} else if have, err = b.dump(ctx); err == nil {
 		p.wantAll(b, table)
@@ -435,6 +473,8 @@ type nftPlan struct {
 	order    []nftKey                  // in which the deltas came to them
 	hairpins map[netip.Addr]nftHairpin // what becomes of those that the deltas touch
 	anew     bool                      // the table is deleted first
+	// strangers are what takes out what others have put into the table.
+	strangers []netlink.Message
 }
 
 // nftWanted is one element as it is, as far as that is known, and as it is to be.

@@ -45,23 +45,91 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 	}
 
 	p := b.planAll(have, rows, purge)
-	intact := seal != "" && seal == b.seal || b.before
-	crowded := purge && !b.before && int(table.Use) > len(b.sets())+len(b.chains())
+	intact := seal != "" && seal == b.seal
+	p.anew = !intact && b.misfit
 	repairs := p.differences(b)
 
-	if !intact && b.seal != "" || crowded {
+	if purge && seal != "" {
+		var others bool
+		if p.strangers, others, err = b.strangers(ctx, table); err != nil {
+			return nil, err
+		}
+
+		p.anew = p.anew || others
+		intact = intact && !others && len(p.strangers) == 0 // and sealed again
+	}
+
+	if !intact && b.seal != "" || len(p.strangers) > 0 {
 		repairs = append(repairs, "rules of table "+nftTable)
 	}
 
-	p.anew = crowded || purge && !intact // whoever's chains and sets there may be
-
-	if err := b.commit(ctx, gen, p, !intact || crowded); err != nil {
+	if err := b.commit(ctx, gen, p, !intact); err != nil {
 		return repairs, err
 	}
 
 	b.hairpins = p.hairpins
 
 	return repairs, nil
+}
+
+// strangers returns what takes out the chains and sets that others have put into our
+// table. To make the table anew would do as well, but not unnoticed: between two
+// chains of one hook, the old one and the new, a packet may meet neither. others is
+// set if there is something of another kind, which nothing less takes out.
+func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (msgs []netlink.Message, others bool, err error) {
+	ours := map[string]bool{}
+	for _, c := range b.chains() {
+		ours["chain "+c.Name] = true
+	}
+
+	for _, s := range b.sets() {
+		ours["set "+s.Name] = true
+	}
+
+	var flush, sets, chains []netlink.Message
+
+	found := 0
+
+	answers, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
+	if err != nil {
+		return nil, false, err
+	}
+
+	for _, m := range answers {
+		c, err := nfnetlink.ParseChain(m)
+		if err != nil {
+			return nil, false, err
+		}
+
+		if c.Table != nftTable {
+			continue
+		}
+
+		found++
+
+		if !ours["chain "+c.Name] {
+			flush, chains = append(flush, b.table.FlushChain(c.Name)), append(chains, b.table.DeleteChain(c.Name))
+		}
+	}
+
+	if answers, err = b.ruleset.conn.Dump(ctx, b.table.Sets()); err != nil {
+		return nil, false, err
+	}
+
+	for _, m := range answers {
+		name, anonymous, err := nfnetlink.ParseSet(m)
+		if err != nil {
+			return nil, false, err
+		}
+
+		found++
+
+		if !anonymous && !ours["set "+name] {
+			sets = append(sets, b.table.DeleteSet(name))
+		}
+	}
+
+	return slices.Concat(flush, sets, chains), int(table.Use) > found, nil
 }
 
 // planAll works out what it takes for the kernel, which has the elements given,
@@ -193,10 +261,6 @@ func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error)
 
 // missingRules looks for the rules, chain by chain.
 func (b *nftBackend) missingRules(ctx context.Context) ([]string, error) {
-	if b.before {
-		return nil, nil
-	}
-
 	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
 	if err != nil {
 		return nil, err

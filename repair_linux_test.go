@@ -160,6 +160,13 @@ func TestFlowsAfterRepair(t *testing.T) {
 func (n *node) mislead(t *testing.T, port uint16) *sender {
 	t.Helper()
 	n.wipeAll()
+
+	return n.sendUntranslated(t, port)
+}
+
+// sendUntranslated begins a flow that no rule leads anywhere.
+func (n *node) sendUntranslated(t *testing.T, port uint16) *sender {
+	t.Helper()
 	n.command("nft", `add table ip others; add chain ip others tracks { type nat hook prerouting priority 0; }; add rule ip others tracks ct state new counter`)
 
 	s := n.send(netip.AddrPortFrom(n.nodeIP(IPv4), port))
@@ -171,6 +178,41 @@ func (n *node) mislead(t *testing.T, port uint16) *sender {
 	})
 
 	return s
+}
+
+// They are also when a new process has made anew rules that somebody had flushed.
+func TestFlowsAfterRestart(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.serve(0, "udp", IPv4, 53)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}))
+	n.wipe(IPv4)
+
+	s := n.sendUntranslated(t, 5353)
+	n.manager()
+	s.reaches(t, "web")
+}
+
+// Somebody who comes between the look and the transaction is looked at again, also
+// where everything is to go.
+func TestDemolishOvertaken(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		fake := &fakeIPTables{IPTables: n.realIPTables()}
+		m := n.oneFamily(fake)
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		fake.restore = func(input []byte) ([]byte, error) {
+			fake.restore = nil
+
+			n.feed(cmdDelete + natRules(IPv4, true)[0].String())
+
+			return input, nil
+		}
+		n.do(func() {
+			_, err := m.backend.demolish(t.Context())
+			require.NoError(t, err)
+		})
+		assert.Empty(t, n.ours(IPv4))
+	})
 }
 
 // Flows go where they should also after an operation, or a repair, whose time was

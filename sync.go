@@ -194,12 +194,17 @@ const repairPause = time.Second
 // restore repairs what may be damaged, and tells of it.
 func (m *hostportManager) restore(ctx context.Context) {
 	repairs, err := m.repair(ctx, m.leaked)
+	told := m.told
+	m.told = ""
 
 	switch {
 	case errors.Is(err, context.Canceled): // Run ends
 	case err != nil:
-		m.repairAt = time.Now().Add(repairPause)
-		m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
+		m.repairAt, m.told = time.Now().Add(repairPause), err.Error()
+
+		if m.told != told {
+			m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
+		}
 	case len(repairs) > 0:
 		const some = 5 // of what may be thousands
 

@@ -239,6 +239,7 @@ func (n *node) leak(f ipFamily) {
 			l.table.AppendRule("alien", nfnetlink.Drop()),
 			l.table.CreateSet(nfnetlink.Set{Name: "alien", Key: []nfnetlink.DataType{nfnetlink.InetService}}))
 		n.commit(l.table.AddElement(nftHostPorts, stale), l.table.AddElement(nftHostPorts, odd),
+			l.table.AddElement(nftHostPorts, nfnetlink.Element{Data: stale.Data}), // for all other keys
 			l.table.AddElement(nftHairpins, nfnetlink.Element{Key: slices.Concat(n.otherNodeIP(f).AsSlice(), ip.AsSlice()), Comment: "?"}))
 
 		return
@@ -770,6 +771,141 @@ func TestSyncAfterChainReplaced(t *testing.T) {
 	m := n.manager()
 	require.NoError(t, n.sync(m, pods))
 	n.exactly(m, pods)
+
+	// One of another kind bears the name.
+	replace := func() {
+		n.commit(l.table.FlushChain(nftOutput), l.table.DeleteChain(nftOutput), l.table.CreateChain(nfnetlink.Chain{Name: nftOutput}))
+	}
+
+	replace()
+	require.NoError(t, n.sync(m, pods))
+	n.exactly(m, pods)
+
+	replace()
+	pods["more"] = []*PodPortMapping{n.pod(1, IPv6, &PortMapping{HostPort: 9090, ContainerPort: 80})}
+	require.NoError(t, n.add(m, "more", pods["more"][0]))
+	n.exactly(m, pods)
+
+	n.run(m)
+	replace()
+	n.soon(func() bool { return len(n.deviations(IPv6, rowsOfAll(t, IPv6, pods))) == 0 })
+}
+
+// The table stays, whatever Sync takes out of it: a packet that comes while one
+// chain takes the place of another may meet neither.
+func TestSyncKeepsTable(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m := n.manager()
+	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+	require.NoError(t, n.sync(m, pods))
+
+	l := newNFTLayout(IPv4)
+	b, ok := m.families[0].backend.(*layers).backend.(*nftBackend)
+	require.True(t, ok)
+
+	handle := func() (handle uint64) {
+		answers, err := n.nfnetlink().Get(t.Context(), l.table.Get())
+		require.NoError(t, err)
+
+		info, err := nfnetlink.ParseTable(*answers[0])
+		require.NoError(t, err)
+
+		return info.Handle
+	}
+	before := handle()
+
+	for _, breakIt := range []func(){
+		func() { n.leak(IPv4) },
+		func() { // one that leads to another, by a rule and by a map
+			n.command("nft", "add chain ip crio-hostports one; add chain ip crio-hostports two;"+
+				"add map ip crio-hostports verdicts { type inet_service : verdict; elements = { 1 : jump two } };"+
+				"add rule ip crio-hostports one tcp dport vmap @verdicts; add rule ip crio-hostports one udp dport { 1, 2 } jump two;"+
+				"insert rule ip crio-hostports hostports jump one")
+		},
+		func() { n.commit(l.table.FlushChain(nftPrerouting)) },
+		func() { n.command("nft", "chain ip crio-hostports prerouting { policy drop; }") },
+		func() { b.seal = "" }, // others have committed while it was learnt
+	} {
+		breakIt()
+		require.NoError(t, n.sync(m, pods))
+		n.exactly(m, pods)
+		assert.Equal(t, before, handle())
+		assert.NotContains(t, n.command("nft", "list", "ruleset"), "drop;")
+	}
+
+	// Of other kinds of objects there are none of ours to keep beside.
+	n.command("nft", "add counter ip crio-hostports odd; add chain ip crio-hostports odd")
+	require.NoError(t, n.sync(m, pods))
+	n.exactly(m, pods)
+	assert.NotContains(t, n.command("nft", "list", "ruleset"), "counter")
+}
+
+// Rows from before are looked after where they stand.
+func TestRunRepairsBefore(t *testing.T) {
+	for _, from := range []variant{viaNFTables, variantNFT, variantLegacy} {
+		t.Run(string(from), func(t *testing.T) {
+			n := newNode(t, from)
+			n.serve(0, "tcp", IPv4, 80)
+
+			pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+			n.leftBehind("id", pods["id"][0])
+
+			before := *n
+			breaks := before.ways()
+
+			if from == viaNFTables {
+				n.change(variantLegacy)
+			} else {
+				n.change(viaNFTables)
+			}
+
+			m := n.manager()
+			check := func() (err error) {
+				n.do(func() { err = m.Check(t.Context(), "id", pods["id"][0]) })
+
+				return err
+			}
+			require.NoError(t, check())
+
+			for name, breakIt := range breaks {
+				if name == "raw flushed" { // the guard stands with what is in use
+					continue
+				}
+
+				breakIt()
+				require.Error(t, check(), name)
+
+				ctx, stop := context.WithCancel(t.Context())
+				ended := make(chan error)
+
+				go func() { _ = n.Host.Do(func() error { ended <- m.Run(ctx); return nil }) }()
+				n.soon(func() bool { return check() == nil })
+				stop()
+				require.Equal(t, context.Canceled, <-ended)
+				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+			}
+		})
+	}
+}
+
+// What there is no program for is not said to be gone, and what nothing leads to
+// any more is found.
+func TestSyncFindsWhatIsFromBefore(t *testing.T) {
+	n := newNode(t, variantNFT)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+	n.feed("-F "+dnatDispatch, "-F "+preRouting, "-F "+output, "-X "+dnatDispatch)
+	n.change(viaNFTables)
+
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", t.TempDir())
+
+	m := n.manager()
+	require.ErrorContains(t, n.sync(m, nil), "iptables")
+
+	t.Setenv("PATH", path)
+	require.NoError(t, n.sync(m, nil))
+	n.change(variantNFT)
+	assert.Empty(t, n.ours(IPv4))
 }
 
 // What is missing is named.
@@ -995,7 +1131,9 @@ func (n *node) ways() map[string]func() {
 	return map[string]func(){
 		"all flushed":   func() { n.wipeAll() },
 		"chain flushed": func() { n.iptables(IPv4, "-F", dnatDispatch) },
+		"hook flushed":  func() { n.iptables(IPv4, "-F", preRouting) },
 		"raw flushed":   func() { n.command(tool, "-t", rawTable, "-F") },
+		"rule inserted": func() { n.feed("-I " + dnatPrefix + rowHash("id", 8080, "", "") + " -j RETURN") },
 	}
 }
 

@@ -15,6 +15,7 @@ const (
 	nftaTableUserdata = 6 // Linux 5.10; ignored before
 	nfDrop            = 0 // linux/netfilter.h
 	nfAccept          = 1
+	setElemCatchall   = 2 // NFT_SET_ELEM_CATCHALL
 )
 
 // Types of user data, from libnftnl's udata.h: a type, a length and a value
@@ -43,7 +44,7 @@ type TableInfo struct {
 	Handle uint64
 	// Flags are those of enum nft_table_flags: a table may be dormant.
 	Flags uint32
-	// Use is how many chains and sets it has.
+	// Use is how many chains, sets and other objects it has.
 	Use uint32
 }
 
@@ -54,6 +55,15 @@ type Chain struct {
 	Type     string
 	Hook     uint32 // unix.NF_INET_*
 	Priority int32
+}
+
+// ChainInfo is what the kernel tells of a chain.
+type ChainInfo struct {
+	Table, Name string
+	// Handle is of this chain alone, as long as its table lives.
+	Handle uint64
+	// Policy is what becomes of packets that come to its end.
+	Policy uint32
 }
 
 // RuleInfo is what the kernel tells of a rule.
@@ -170,12 +180,35 @@ func (t Table) CreateChain(c Chain) netlink.Message {
 	})
 }
 
-// GetChain asks for a chain.
+// GetChain asks for a chain; ParseChain reads the answer.
 func (t Table) GetChain(name string) netlink.Message {
 	return t.message(unix.NFT_MSG_GETCHAIN, 0, func(ae *netlink.AttributeEncoder) {
 		ae.String(unix.NFTA_CHAIN_TABLE, t.Name)
 		ae.String(unix.NFTA_CHAIN_NAME, name)
 	})
+}
+
+// Chains asks for all chains of the table's family, other tables' too, with Dump.
+func (t Table) Chains() netlink.Message { return t.message(unix.NFT_MSG_GETCHAIN, 0, nil) }
+
+// ParseChain reads an answer to GetChain or Chains.
+func ParseChain(m netlink.Message) (ChainInfo, error) {
+	var info ChainInfo
+
+	err := decode(m.Data, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.NFTA_CHAIN_TABLE:
+			info.Table = ad.String()
+		case unix.NFTA_CHAIN_NAME:
+			info.Name = ad.String()
+		case unix.NFTA_CHAIN_HANDLE:
+			info.Handle = ad.Uint64()
+		case unix.NFTA_CHAIN_POLICY:
+			info.Policy = ad.Uint32()
+		}
+	})
+
+	return info, err
 }
 
 // DeleteChain deletes a chain, which must be empty.
@@ -262,13 +295,44 @@ func (t Table) CreateSet(s Set) netlink.Message {
 	})
 }
 
+// Sets asks for all sets and maps of the table, with Dump.
+func (t Table) Sets() netlink.Message {
+	return t.message(unix.NFT_MSG_GETSET, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_SET_TABLE, t.Name)
+	})
+}
+
+// ParseSet reads an answer to Sets: the name of the set, and whether it is part of
+// a rule, and goes with that.
+func ParseSet(m netlink.Message) (name string, anonymous bool, err error) {
+	err = decode(m.Data, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.NFTA_SET_NAME:
+			name = ad.String()
+		case unix.NFTA_SET_FLAGS:
+			anonymous = ad.Uint32()&unix.NFT_SET_ANONYMOUS != 0
+		}
+	})
+
+	return name, anonymous, err
+}
+
+// DeleteSet deletes a set or map, which no rule may use.
+func (t Table) DeleteSet(name string) netlink.Message {
+	return t.message(unix.NFT_MSG_DELSET, 0, func(ae *netlink.AttributeEncoder) {
+		ae.String(unix.NFTA_SET_TABLE, t.Name)
+		ae.String(unix.NFTA_SET_NAME, name)
+	})
+}
+
 // AddElement adds an element. If there is one with its key, that is EEXIST,
 // whatever else is the same: else the old one's comment would silently stay.
 func (t Table) AddElement(set string, e Element) netlink.Message {
 	return t.element(unix.NFT_MSG_NEWSETELEM, netlink.Create|netlink.Excl, set, e)
 }
 
-// DeleteElement deletes the element with e's key.
+// DeleteElement deletes the element with e's key, and without one that which
+// stands for all others (nft's *, Linux 5.13).
 func (t Table) DeleteElement(set string, e Element) netlink.Message {
 	return t.element(unix.NFT_MSG_DELSETELEM, 0, set, Element{Key: e.Key})
 }
@@ -284,7 +348,11 @@ func (t Table) element(kind uint16, flags netlink.HeaderFlags, set string, e Ele
 		ae.String(unix.NFTA_SET_ELEM_LIST_SET, set)
 		nested(ae, unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(ae *netlink.AttributeEncoder) {
 			nested(ae, unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) {
-				value(ae, unix.NFTA_SET_ELEM_KEY, e.Key)
+				if len(e.Key) > 0 {
+					value(ae, unix.NFTA_SET_ELEM_KEY, e.Key)
+				} else {
+					ae.Uint32(unix.NFTA_SET_ELEM_FLAGS, setElemCatchall)
+				}
 
 				if len(e.Data) > 0 {
 					value(ae, unix.NFTA_SET_ELEM_DATA, e.Data)
@@ -533,9 +601,9 @@ func nfMessage(subsystem, kind uint16, flags netlink.HeaderFlags, family uint8, 
 func describe(m netlink.Message) string {
 	kinds := map[netlink.HeaderType]string{
 		unix.NFT_MSG_NEWTABLE: "add table", unix.NFT_MSG_DELTABLE: "delete table",
-		unix.NFT_MSG_NEWCHAIN: "add chain",
-		unix.NFT_MSG_NEWRULE:  "add rule to chain", unix.NFT_MSG_DELRULE: "delete rules of chain",
-		unix.NFT_MSG_NEWSET:     "add set",
+		unix.NFT_MSG_NEWCHAIN: "add chain", unix.NFT_MSG_DELCHAIN: "delete chain",
+		unix.NFT_MSG_NEWRULE: "add rule to chain", unix.NFT_MSG_DELRULE: "delete rules of chain",
+		unix.NFT_MSG_NEWSET: "add set", unix.NFT_MSG_DELSET: "delete set",
 		unix.NFT_MSG_NEWSETELEM: "add element to set", unix.NFT_MSG_DELSETELEM: "delete element of set",
 	}
 
@@ -547,7 +615,7 @@ func describe(m netlink.Message) string {
 	what := kinds[kind]
 	nameAttr := uint16(unix.NFTA_RULE_CHAIN) // as in sets and elements
 
-	if kind == unix.NFT_MSG_NEWCHAIN {
+	if kind == unix.NFT_MSG_NEWCHAIN || kind == unix.NFT_MSG_DELCHAIN {
 		nameAttr = unix.NFTA_CHAIN_NAME
 	}
 
