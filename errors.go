@@ -45,8 +45,8 @@ type ConflictError struct {
 	// Pod and OtherPod are the pods, "namespace/name" where these are known
 	// and the sandbox id otherwise. OtherPod has the port.
 	Pod, OtherPod string
-	// ID and OtherID are their sandbox ids. A pod has several while an old sandbox
-	// of its has yet to be removed.
+	// ID and OtherID are their sandbox ids. A pod has two while an old sandbox of it
+	// has yet to be removed.
 	ID, OtherID string
 	// Protocol and HostPort are what both pods want.
 	Protocol v1.Protocol

@@ -68,9 +68,9 @@ type hostportManager struct {
 
 	localhost localhost
 	warned    bool // of a node that does not forward, or it does
-	// damaged is set when the kernel may not hold the table, doubtful when it may
-	// hold rows of operations that failed besides, and leaked when it may hold
-	// anything besides. Run does not try again before repairAt.
+	// damaged is set when the backend in use may not hold the table, doubtful when it
+	// may hold rows of operations that failed besides, and leaked when it or another
+	// may hold anything besides. Run does not try again before repairAt.
 	damaged, doubtful, leaked bool
 	repairAt                  time.Time
 	told                      string // the last error of a repair

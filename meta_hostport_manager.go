@@ -174,7 +174,8 @@ const (
 // reload of firewalld, within a second or two, and holds ports that could not be
 // held because an outgoing connection had them. It takes from no one: what it does
 // not know it leaves, for Sync, and takes out only where a Sync has failed. Each
-// repair is logged. One that fails is tried again a second later.
+// repair is logged. One that fails is tried again a second later, or some ten where
+// only what is from before is left to be taken out.
 //
 // It returns ctx's error when that ends, os.ErrClosed after Close, and
 // errors.ErrUnsupported on systems other than Linux. It is to run once at a time,

@@ -181,7 +181,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 // clearUp makes it true for removes that nothing of their pods is left: what failed
 // before may have left rows that are not in the table.
 func (m *hostportManager) clearUp(ctx context.Context, removes []*operation) {
-	if len(removes) == 0 || !m.doubtful && !m.leaked {
+	if len(removes) == 0 || !m.doubtful {
 		return
 	}
 

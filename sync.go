@@ -153,7 +153,9 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 		repairs, err = m.backend.demolish(ctx)
 	}
 
-	m.damaged, m.doubtful, m.leaked = err != nil, err != nil && m.doubtful, err != nil && purge
+	leftBehind := (*leftBehindError)(nil)
+	inUse := err != nil && !errors.As(err, &leftBehind)
+	m.damaged, m.doubtful, m.leaked = inUse, inUse && (m.doubtful || purge), err != nil && purge
 
 	if len(repairs) > 0 {
 		m.endMisled(ctx)
@@ -181,15 +183,27 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.sockets.retry()
 
-	if m.damaged = disturbed(m.backend) || m.damaged || m.doubtful; m.damaged && time.Now().After(m.repairAt) {
+	m.damaged = disturbed(m.backend) || m.damaged || m.doubtful
+
+	due := m.repairAt
+	if !m.damaged {
+		due = due.Add(leftoverPause)
+	}
+
+	if (m.damaged || m.leaked) && time.Now().After(due) {
 		m.restore(ctx)
 	}
 
 	return nil
 }
 
-// repairPause is how long a repair that has failed is not tried again.
-const repairPause = time.Second
+const (
+	// repairPause is how long a repair that has failed is not tried again.
+	repairPause = time.Second
+	// leftoverPause is how much longer where it is only about what is from before:
+	// a lock that is held, or a program that is missing, would hold up others.
+	leftoverPause = 10 * time.Second
+)
 
 // restore repairs what may be damaged, and tells of it.
 func (m *hostportManager) restore(ctx context.Context) {
