@@ -195,6 +195,12 @@ type leftBehindError struct{ err error }
 func (e *leftBehindError) Error() string { return "take out what is from before: " + e.err.Error() }
 func (e *leftBehindError) Unwrap() error { return e.err }
 
+func isLeftBehind(err error) bool {
+	leftBehind := (*leftBehindError)(nil)
+
+	return errors.As(err, &leftBehind)
+}
+
 // repair takes the backend in use first, so that a row that has moved over is at
 // all times in one of the two. If another fails after it, the error is a
 // *leftBehindError.

@@ -125,7 +125,7 @@ func (m *hostportManager) commit(ops []*operation) {
 	err := m.ready(ctx)
 	if err == nil {
 		m.commitAll(ctx, ops)
-		m.clearUp(ctx, slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return !op.remove || op.err != nil }))
+		m.clearUp(ctx, ops)
 	}
 
 	for _, op := range ops {
@@ -178,15 +178,20 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 	}
 }
 
-// clearUp makes it true for removes that nothing of their pods is left: what failed
-// before may have left rows that are not in the table.
-func (m *hostportManager) clearUp(ctx context.Context, removes []*operation) {
-	if len(removes) == 0 || !m.doubtful {
+// clearUp makes it true for the Removes among ops that nothing of their pods is left:
+// what failed before may have left rows that are not in the table.
+func (m *hostportManager) clearUp(ctx context.Context, ops []*operation) {
+	if !m.doubtful {
+		return
+	}
+
+	removes := slices.DeleteFunc(slices.Clone(ops), func(op *operation) bool { return !op.remove || op.err != nil })
+	if len(removes) == 0 {
 		return
 	}
 
 	_, err := m.repair(ctx, m.leaked)
-	if leftBehind := (*leftBehindError)(nil); err == nil || errors.As(err, &leftBehind) {
+	if err == nil || isLeftBehind(err) {
 		return
 	}
 

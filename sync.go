@@ -58,7 +58,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	if err != nil {
 		errs = append(errs, m.inFamily(err))
 
-		if leftBehind := (*leftBehindError)(nil); !errors.As(err, &leftBehind) {
+		if !isLeftBehind(err) {
 			c.undo()
 
 			return errors.Join(errs...)
@@ -153,8 +153,7 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 		repairs, err = m.backend.demolish(ctx)
 	}
 
-	leftBehind := (*leftBehindError)(nil)
-	inUse := err != nil && !errors.As(err, &leftBehind)
+	inUse := err != nil && !isLeftBehind(err)
 	m.damaged, m.doubtful, m.leaked = inUse, inUse && (m.doubtful || purge), err != nil && purge
 
 	if len(repairs) > 0 {
