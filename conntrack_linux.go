@@ -3,121 +3,207 @@ package hostport
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
-// flows ends the UDP flows that a change of rows has made stale. The kernel
-// translates the packets of a flow as it did the first, for as long as the
-// sender does not pause: without this a flow would go on to a pod that has gone
-// or to whoever gets its address next, and one that began without a row would
-// never reach the pod.
-type flows struct {
-	family ipFamily
-	conn   *nfnetlink.Conn // nil until it is needed
+// turnover is what may have made flows stale: those of TCP, or those of UDP and SCTP.
+type turnover struct {
+	tcp    bool
+	ports  map[portKey]bool    // whose rows have changed
+	gone   []*row              // whose pods are to get nothing any more
+	before *nodeaddr.Addresses // of the node; nil: they have not changed
 }
 
-func newFlows(f ipFamily) flows { return flows{family: f} }
-
-func (f *flows) close() error {
-	if f.conn == nil {
-		return nil
-	}
-
-	return f.conn.Close()
-}
-
-// flush ends the flows that do not go where they would if they began now, of
-// the UDP ports that deltas are about. It comes after the rules: a packet in
-// between would bring a flow back. rowFor returns the row for a destination, if
-// that is the node's. One list is made, for as many deltas and ports as there
-// are, and none where there is no UDP row.
-func (f *flows) flush(ctx context.Context, deltas []delta, rowFor func(portKey, netip.Addr) *row) error {
-	var removed []*row
-
-	ports := map[uint16]bool{}
+// turnovers is what deltas come to: for UDP and SCTP, and for TCP. Connections and
+// associations of a row that moves go on to where they began.
+func turnovers(deltas []delta, before *nodeaddr.Addresses) (datagrams, connections turnover) {
+	datagrams = turnover{ports: map[portKey]bool{}, before: before}
+	connections = turnover{ports: map[portKey]bool{}, before: before, tcp: true}
 
 	for _, d := range deltas {
 		for _, r := range slices.Concat(d.del, d.add, d.keep) {
-			if r.proto == udp {
-				ports[r.port] = true
+			if r.proto != tcp {
+				datagrams.ports[r.portKey] = true
 			}
 		}
 
-		removed = append(removed, d.del...)
+		for _, r := range d.del {
+			switch moved := slices.ContainsFunc(d.add, r.movesTo); {
+			case r.proto == udp, r.proto == sctp && !moved:
+				datagrams.gone = append(datagrams.gone, r)
+			case r.proto == tcp && !moved:
+				connections.gone = append(connections.gone, r)
+				connections.ports[r.portKey] = true
+			}
+		}
 	}
 
-	if len(ports) == 0 {
+	return datagrams, connections
+}
+
+func (t *turnover) empty() bool { return len(t.ports) == 0 && t.before == nil }
+
+// concerns reports whether flows to a port may be stale.
+func (t *turnover) concerns(k portKey) bool {
+	return (k.proto == tcp) == t.tcp && (t.before != nil || t.ports[k])
+}
+
+// filter is what the flows concerned have in common; 0: nothing.
+func (t *turnover) filter() (protocol uint8, port uint16) {
+	if t.tcp {
+		protocol = unix.IPPROTO_TCP
+	}
+
+	if t.before != nil {
+		return protocol, 0
+	}
+
+	for k := range t.ports {
+		protocol, port = protocolNumber(k.proto), k.port
+	}
+
+	for k := range t.ports {
+		if k.port != port {
+			port = 0
+		}
+
+		if protocolNumber(k.proto) != protocol {
+			return 0, 0
+		}
+	}
+
+	return protocol, port
+}
+
+// nodeView is what flows are compared with.
+type nodeView struct {
+	now    *nodeaddr.Addresses // of the node
+	rowFor func(portKey, netip.Addr) *row
+	// localhost is set if flows from loopback addresses are translated.
+	localhost bool
+}
+
+// isStale reports whether a flow does not go where it would if it began now. What
+// others translate is theirs, whatever its port.
+func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
+	to := flow.Destination
+	key := portKey{proto: protocolOf(flow.Protocol), port: to.Port()}
+
+	if !t.concerns(key) {
+		return false
+	}
+
+	r := v.rowFor(key, to.Addr())
+	has := v.leads(flow)
+	had := t.nodeHad(to.Addr(), has)
+
+	switch {
+	case has && r != nil && r.pod == flow.Responder:
+		return false
+	case flow.Translated:
+		return had && !has && r != nil && r.hasLedTo(flow.Responder) || t.ended(key, flow)
+	case t.tcp && had: // of somebody who had the port before
+		return false
+	default: // begun before there was the row, or the address
+		return has && r != nil
+	}
+}
+
+// leads reports whether rows are asked where a flow is to go.
+func (v nodeView) leads(flow nfnetlink.Flow) bool {
+	return v.now.Has(flow.Destination.Addr()) && (v.localhost || !flow.Source.Addr().IsLoopback())
+}
+
+// nodeHad reports whether the node had an address before, if it has it now or not.
+func (t *turnover) nodeHad(ip netip.Addr, has bool) bool {
+	if t.before == nil {
+		return has
+	}
+
+	return t.before.Has(ip)
+}
+
+// ended reports whether a flow leads to the pod of a row that has gone.
+func (t *turnover) ended(key portKey, flow nfnetlink.Flow) bool {
+	return slices.ContainsFunc(t.gone, func(r *row) bool {
+		return r.portKey == key && r.overlaps(endpoint{ip: flow.Destination.Addr()}) && r.hasLedTo(flow.Responder)
+	})
+}
+
+// flowConn is what flows take of a nfnetlink.Conn.
+type flowConn interface {
+	Flows(ctx context.Context, family, protocol uint8, port uint16) ([]nfnetlink.Flow, error)
+	DeleteFlows(ctx context.Context, family uint8, flows []nfnetlink.Flow) error
+	Close() error
+}
+
+// flowTable is the kernel's table of a family's flows.
+type flowTable struct {
+	family ipFamily
+	conn   flowConn // nil until it is needed
+}
+
+// open opens a socket in the namespace of the calling thread, unless there is one.
+func (f *flowTable) open() error {
+	if f.conn != nil {
 		return nil
 	}
 
-	list, family, err := f.list(ctx, ports)
-	if err != nil || len(list) == 0 {
+	conn, err := nfnetlink.Dial()
+	if err == nil {
+		f.conn = conn
+	}
+
+	return err
+}
+
+// end ends what t has made stale. Once the flows are listed, view calls look with what
+// they are compared with.
+func (f *flowTable) end(ctx context.Context, t turnover, view func(ctx context.Context, look func(nodeView)) error) error {
+	if t.empty() {
+		return nil
+	}
+
+	if err := f.open(); err != nil {
 		return err
 	}
 
-	local, err := localAddrs()
+	family := newNFTLayout(f.family).table.Family
+	protocol, port := t.filter()
+
+	list, err := f.conn.Flows(ctx, family, protocol, port)
 	if err != nil {
-		return err
+		return fmt.Errorf("list flows: %w", err)
 	}
 
-	stale := slices.DeleteFunc(list, func(flow nfnetlink.Flow) bool {
-		to := flow.Destination
-		key := portKey{proto: udp, port: to.Port()}
+	if len(list) == 0 {
+		return nil
+	}
 
-		if r := rowFor(key, to.Addr()); r != nil && (to.Addr().IsLoopback() || local[to.Addr()]) {
-			return flow.Responder == r.pod
-		}
-
-		// Nobody translates it now. Was it one of the rows that have gone?
-		return !flow.Translated || !slices.ContainsFunc(removed, func(r *row) bool {
-			return r.portKey == key && r.overlaps(endpoint{ip: to.Addr()}) && r.pod == flow.Responder
-		})
+	err = view(ctx, func(v nodeView) {
+		list = slices.DeleteFunc(list, func(flow nfnetlink.Flow) bool { return !t.isStale(flow, v) })
 	})
-
-	return f.conn.DeleteFlows(ctx, family, stale)
-}
-
-// list returns the flows to some ports, and if they are several, others besides.
-func (f *flows) list(ctx context.Context, ports map[uint16]bool) (list []nfnetlink.Flow, family uint8, err error) {
-	if f.conn == nil {
-		if f.conn, err = nfnetlink.Dial(); err != nil {
-			return nil, 0, err
-		}
-	}
-
-	only := uint16(0)
-	if len(ports) == 1 {
-		for port := range ports {
-			only = port
-		}
-	}
-
-	family = newNFTLayout(f.family).table.Family
-	list, err = f.conn.Flows(ctx, family, unix.IPPROTO_UDP, only)
-
-	return list, family, err
-}
-
-// localAddrs are the node's addresses.
-func localAddrs() (map[netip.Addr]bool, error) {
-	addrs, err := net.InterfaceAddrs()
 	if err != nil {
-		return nil, fmt.Errorf("list the node's addresses: %w", err)
+		return err
 	}
 
-	local := map[netip.Addr]bool{}
-
-	for _, a := range addrs {
-		if prefix, err := netip.ParsePrefix(a.String()); err == nil {
-			local[prefix.Addr()] = true
-		}
+	if err := f.conn.DeleteFlows(ctx, family, list); err != nil {
+		return fmt.Errorf("delete flows: %w", err)
 	}
 
-	return local, nil
+	return nil
+}
+
+func (f *flowTable) close() error {
+	if f.conn == nil {
+		return nil
+	}
+
+	return f.conn.Close() //nolint:wrapcheck // says itself what it is about
 }

@@ -215,18 +215,17 @@ func TestOthersFlowsStay(t *testing.T) {
 	})
 }
 
-// Where there is no UDP row, the kernel is not asked.
+// Where there is neither a UDP nor an SCTP row, an operation does not ask the kernel.
 func TestNoFlowsOfTCP(t *testing.T) {
 	n := anyNode(t)
 	m := n.manager()
-	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80},
-		&PortMapping{HostPort: 8081, ContainerPort: 80, Protocol: "SCTP"})))
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	require.NoError(t, n.remove(m, "id", nil))
-	assert.Nil(t, m.families[0].flows.conn)
+	assert.Nil(t, m.families[0].flows.datagrams.conn)
 
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))
-	assert.NotNil(t, m.families[0].flows.conn)
-	assert.Nil(t, m.families[1].flows.conn)
+	assert.NotNil(t, m.families[0].flows.datagrams.conn)
+	assert.Nil(t, m.families[1].flows.datagrams.conn)
 }
 
 // An operation does not fail because stale flows cannot be ended.
@@ -237,7 +236,7 @@ func TestFlushFails(t *testing.T) {
 	conn := n.nfnetlink()
 	require.NoError(t, conn.Close())
 
-	m.families[0].flows.conn = conn
+	m.families[0].flows.datagrams.conn = conn
 
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
 	require.NoError(t, n.add(m, "id", pod))

@@ -38,9 +38,12 @@
 // takes one from another pod that is known. Two live pods cannot have overlapping
 // rows: the second one's Add fails with a [ConflictError] and changes nothing.
 //
-// The kernel goes on with a UDP flow as it began, for as long as its sender does
-// not pause. Flows to the ports of an operation that would go elsewhere if they
-// began after it are ended.
+// The kernel goes on with a flow as it began, for as long as its sender does not
+// pause. UDP and SCTP flows to the ports of an operation that would go elsewhere if
+// they began after it are ended before it returns. TCP connections to a pod whose row
+// was removed are reset at their next packet, within a second; those of a row that
+// stays or moves live on. The same holds where an address comes to the node or leaves
+// it: Run follows that, and so does the family's next operation.
 //
 // Operations of several goroutines that meet are committed together, each with
 // its own result. With nftables an operation costs what its own pod costs.

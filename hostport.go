@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -126,8 +127,10 @@ func (e endpoint) hostIP(f ipFamily) netip.Addr {
 type row struct {
 	endpoint
 
-	pod   netip.AddrPort
-	owner owner
+	pod netip.AddrPort
+	// former are where the row led before it was moved: connections go on there.
+	former []netip.AddrPort
+	owner  owner
 	// ownerHash is the comment of the row's element in nftables; "" where a row
 	// was found in iptables.
 	ownerHash string
@@ -173,6 +176,25 @@ func (r *row) become(o owner) {
 
 // ownerMark is what the kernel carries of the owner.
 func (r *row) ownerMark() string { return cmp.Or(r.ownerHash, r.hash) }
+
+// movesTo reports whether w takes over r's endpoint for the same pod, whose
+// connections stay then.
+func (r *row) movesTo(w *row) bool {
+	return r.endpoint == w.endpoint && r.owner.known() && r.owner.id == w.owner.id
+}
+
+// movedFrom notes that r takes over from another row of its pod.
+func (r *row) movedFrom(before *row) {
+	r.former = before.former
+	if !r.hasLedTo(before.pod) {
+		r.former = append(slices.Clip(r.former), before.pod)
+	}
+}
+
+// hasLedTo reports whether a row leads to a pod endpoint, or did before it was moved.
+func (r *row) hasLedTo(pod netip.AddrPort) bool {
+	return r.pod == pod || slices.Contains(r.former, pod)
+}
 
 // forLoopback tells whether some loopback address leads to the row.
 func (r *row) forLoopback() bool { return !r.ip.IsValid() || r.ip.IsLoopback() }

@@ -2,12 +2,15 @@ package hostport
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"net/netip"
 	"os"
 	"sync"
 	"time"
+
+	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // HostPortManager maps host ports to pods. It is safe for concurrent use.
@@ -52,6 +55,7 @@ type hostportManager struct {
 	family ipFamily
 	cfg    config
 	open   func(ctx context.Context) (backend, error)
+	addrs  *nodeaddr.Table // shared with the other family
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
@@ -63,8 +67,12 @@ type hostportManager struct {
 	rows    map[portKey][]*row // the table; slices are replaced, never changed
 	names   map[string]*row    // the table by what names a row in the kernel, where that may collide
 	sockets sockets
-	flows   flows
+	flows   *flows
 	closed  bool
+	node    *nodeaddr.Addresses // as the family has last seen them
+	// nodeBefore are the node's addresses as they were when flows were last compared
+	// with them, if they were others.
+	nodeBefore *nodeaddr.Addresses
 
 	localhost localhost
 	warned    bool // of a node that does not forward, or it does
@@ -86,25 +94,30 @@ func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
 	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
 		return newIPTablesBackend(iptables, cfg), nil
-	})
+	}, nodeaddr.New())
 	_ = m.start() // told by the first Add
 
 	return m
 }
 
-func newHostportManager(f ipFamily, cfg config, open func(context.Context) (backend, error)) *hostportManager {
-	return &hostportManager{
+func newHostportManager(
+	f ipFamily, cfg config, open func(context.Context) (backend, error), addrs *nodeaddr.Table,
+) *hostportManager {
+	m := &hostportManager{
 		family:  f,
 		cfg:     cfg,
 		open:    open,
+		addrs:   addrs,
 		turn:    make(chan struct{}, 1),
 		rows:    map[portKey][]*row{},
 		names:   map[string]*row{},
 		sockets: newSockets(f, cfg.sockets),
-		flows:   newFlows(f),
 
 		localhost: newLocalhost(cfg.log),
 	}
+	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView)
+
+	return m
 }
 
 // Add implements HostPortManager.
@@ -195,6 +208,7 @@ func (m *hostportManager) place(c *change, w *row) error {
 				r.label, kept = w.label, true // of a row from before it may be lost
 				c.keep(r)
 			case r.endpoint == w.endpoint:
+				w.movedFrom(r)
 				c.del(r)
 			case r.astray: // beside w, on any address or on one: both stand, in order
 				again := *r
@@ -289,6 +303,10 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	b, err := m.open(ctx)
 	if err != nil {
+		return err
+	}
+
+	if m.node, err = m.addrs.Now(ctx); err != nil {
 		return err
 	}
 
@@ -408,6 +426,8 @@ func (m *hostportManager) mappings() []Mapping {
 // those that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *hostportManager) Close() error {
+	m.flows.stop()
+
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
 
@@ -415,5 +435,5 @@ func (m *hostportManager) Close() error {
 	m.sockets.close()
 	m.localhost.close()
 
-	return m.flows.close()
+	return errors.Join(m.flows.close(m.view()), m.addrs.Close())
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // Manager maps host ports for both IP families. It implements HostPortManager. Its
@@ -20,6 +22,7 @@ import (
 type Manager struct {
 	families []*hostportManager
 	opener   *opener
+	addrs    *nodeaddr.Table
 }
 
 var _ HostPortManager = (*Manager)(nil)
@@ -51,12 +54,12 @@ func New(opts ...Option) (*Manager, error) {
 // newManager returns a manager in any case, and an error if no family works.
 func newManager(opts []Option) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{opener: newOpener(cfg)}
+	m := &Manager{opener: newOpener(cfg), addrs: nodeaddr.New()}
 
 	var errs []error
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		fm := newHostportManager(f, cfg, m.opener.open(f))
+		fm := newHostportManager(f, cfg, m.opener.open(f), m.addrs)
 		m.families = append(m.families, fm)
 
 		if err := fm.start(); err != nil {
@@ -190,6 +193,11 @@ func (m *Manager) Run(ctx context.Context) error {
 
 	var heard []nfnetlink.Transaction
 
+	addresses, err := m.addrs.Watch(ctx)
+	if err != nil && !errors.Is(err, net.ErrClosed) { // they are looked at all the same, if later
+		m.families[0].cfg.log.Error(err, "No news of the node's addresses")
+	}
+
 	transactions := m.opener.watch(ctx)
 	look := time.NewTicker(lookInterval)
 	settled := time.NewTimer(0)
@@ -207,6 +215,10 @@ func (m *Manager) Run(ctx context.Context) error {
 			}
 
 			heard = append(heard, t)
+
+			continue
+		case <-addresses:
+			settled.Reset(debounce)
 
 			continue
 		case <-look.C:

@@ -295,11 +295,7 @@ func (l nftLayout) row(e nftElement) (r *row, ok bool) {
 	r.pod = netip.AddrPortFrom(pod, binary.BigEndian.Uint16(data[size:]))
 	r.port = binary.BigEndian.Uint16(key[4:])
 
-	for _, p := range []protocol{tcp, udp, sctp} {
-		if protocolNumber(p) == key[0] {
-			r.proto = p
-		}
-	}
+	r.proto = protocolOf(key[0])
 
 	return r, r.proto != "" && r.port != 0 && r.pod.Port() != 0 && !r.ip.IsUnspecified() && rowElement(r) == e
 }
@@ -317,4 +313,15 @@ func protocolNumber(p protocol) byte {
 	default:
 		return unix.IPPROTO_SCTP
 	}
+}
+
+// protocolOf is the protocol with a number; "" if it is none that has host ports.
+func protocolOf(number uint8) protocol {
+	for _, p := range []protocol{tcp, udp, sctp} {
+		if protocolNumber(p) == number {
+			return p
+		}
+	}
+
+	return ""
 }

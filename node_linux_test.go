@@ -156,18 +156,30 @@ func (n *node) command(name string, args ...string) string {
 func (n *node) commandWith(stdin, name string, args ...string) string {
 	n.t.Helper()
 
-	var out []byte
+	var out string
 
 	n.do(func() {
-		cmd := exec.CommandContext(n.t.Context(), name, args...)
-		cmd.Stdin = strings.NewReader(stdin)
-
 		var err error
-		out, err = cmd.CombinedOutput()
-		require.NoError(n.t, err, "%s %v: %s", name, args, out)
+		out, err = execute(n.t, stdin, name, args...)
+		require.NoError(n.t, err)
 	})
 
-	return string(out)
+	return out
+}
+
+// execute runs a program in the thread's namespace and returns what it prints.
+func execute(tb testing.TB, stdin, name string, args ...string) (string, error) {
+	tb.Helper()
+
+	cmd := exec.CommandContext(tb.Context(), name, args...)
+	cmd.Stdin = strings.NewReader(stdin)
+
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%s %v: %w: %s", name, args, err, out)
+	}
+
+	return string(out), err
 }
 
 // iptables runs the node's iptables for the nat table.

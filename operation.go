@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -124,6 +125,7 @@ func (m *hostportManager) commit(ops []*operation) {
 
 	err := m.ready(ctx)
 	if err == nil {
+		m.observeNode(ctx)
 		m.commitAll(ctx, ops)
 		m.clearUp(ctx, ops)
 	}
@@ -251,13 +253,50 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 	}
 }
 
-// endStale ends the flows that deltas have made stale.
+// endStale ends the flows that deltas, or a change of the node's addresses, have made
+// stale.
 func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	if err := m.flows.flush(ctx, deltas, m.rowFor); err != nil {
-		m.cfg.log.Error(err, "Cannot end stale UDP flows", "family", m.family)
+	if err := m.flows.flush(ctx, deltas, m.nodeBefore, m.view()); err != nil {
+		m.flows.cannotEnd(err)
+
+		return
+	}
+
+	m.nodeBefore = nil
+}
+
+// view is what flows are compared with.
+func (m *hostportManager) view() nodeView {
+	return nodeView{now: m.node, rowFor: m.rowFor, localhost: m.cfg.localhostIn(m.family)}
+}
+
+// withView calls look with the turn held, unless the manager is closed.
+func (m *hostportManager) withView(ctx context.Context, look func(nodeView)) error {
+	if err := m.takeTurn(ctx); err != nil {
+		return err
+	}
+	defer func() { <-m.turn }()
+
+	look(m.view())
+
+	return nil
+}
+
+// observeNode takes note of the node's addresses. What could not be looked at is
+// looked at by the next operation.
+func (m *hostportManager) observeNode(ctx context.Context) {
+	now, err := m.addrs.Now(ctx)
+	if err != nil {
+		m.cfg.log.Error(err, "Cannot follow the node's addresses", "family", m.family)
+
+		return
+	}
+
+	if now != m.node {
+		m.node, m.nodeBefore = now, cmp.Or(m.nodeBefore, m.node)
 	}
 }
 

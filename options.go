@@ -87,7 +87,7 @@ func WithoutLocalhost() Option {
 // WithTimeout bounds how long Add and Remove wait for their turn, and then how
 // long the transaction may take, in each family; the default is 30 seconds each. For
 // Sync and Check it bounds both together. Up to five seconds more go into ending UDP
-// flows. An operation that runs out of it returns an error with
+// and SCTP flows. An operation that runs out of it returns an error with
 // context.DeadlineExceeded in its chain. Durations that are not positive stand for
 // the default.
 func WithTimeout(d time.Duration) Option {

@@ -43,6 +43,8 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		return m.inFamily(err)
 	}
 
+	m.observeNode(ctx)
+
 	var errs []error
 
 	c := &change{m: m}
@@ -181,6 +183,12 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 	}
 
 	m.sockets.retry()
+
+	m.observeNode(ctx)
+
+	if m.nodeBefore != nil {
+		m.endStale(ctx, nil)
+	}
 
 	m.damaged = disturbed(m.backend) || m.damaged || m.doubtful
 

@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
@@ -48,10 +49,18 @@ func (*sockets) close()                 {}
 // flows ends nothing.
 type flows struct{}
 
-func newFlows(ipFamily) flows { return flows{} }
+type nodeView struct {
+	now       *nodeaddr.Addresses
+	rowFor    func(portKey, netip.Addr) *row
+	localhost bool
+}
 
-func (*flows) flush(context.Context, []delta, func(portKey, netip.Addr) *row) error { return nil }
-func (*flows) close() error                                                         { return nil }
+func newFlows(ipFamily, klog.Logger, func(context.Context, func(nodeView)) error) *flows { return nil }
+
+func (*flows) flush(context.Context, []delta, *nodeaddr.Addresses, nodeView) error { return nil }
+func (*flows) cannotEnd(error)                                                     {}
+func (*flows) stop()                                                               {}
+func (*flows) close(nodeView) error                                                { return nil }
 
 // localhost opens nothing.
 type localhost struct{}

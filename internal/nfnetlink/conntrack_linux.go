@@ -44,24 +44,29 @@ type Flow struct {
 	Source, Destination netip.AddrPort
 	// Responder is who answers: Destination, unless that was translated.
 	Responder netip.AddrPort
-	// Translated tells whether the destination was translated.
+	// Translated reports whether the destination was translated.
 	Translated bool
+	// Protocol is unix.IPPROTO_*.
+	Protocol uint8
 
-	protocol uint8
-	id       []byte
+	id []byte
 }
 
 // Flows lists the flows of a family and protocol whose first packets had the
-// destination port given, or any if that is 0.
+// destination port given. 0 stands for any protocol, and for any port.
 //
 // The kernel leaves out the others from Linux 5.8 on; before, it passes over the
-// attribute that asks for that, and the list that is gone through here is longer.
+// attribute that asks for that, and the list that is gone through here is longer. It
+// knows no port without a protocol, nor those of SCTP (6.18).
 // Addresses are for the caller to compare: Linux 6.18 inverts a filter for those
 // of IPv6.
 func (c *Conn) Flows(ctx context.Context, family, protocol uint8, port uint16) ([]Flow, error) {
-	flags := uint32(filterProtoNum)
-	if port != 0 {
-		flags |= filterProtoDstPort
+	flags := uint32(0)
+	if protocol != 0 {
+		flags |= filterProtoNum
+		if port != 0 {
+			flags |= filterProtoDstPort
+		}
 	}
 
 	msgs, err := c.Dump(ctx, ctMessage(ctGet, 0, family, func(ae *netlink.AttributeEncoder) {
@@ -87,7 +92,7 @@ func (c *Conn) Flows(ctx context.Context, family, protocol uint8, port uint16) (
 			return nil, err
 		}
 
-		if ok && f.protocol == protocol && (port == 0 || f.Destination.Port() == port) {
+		if ok && (protocol == 0 || f.Protocol == protocol) && (port == 0 || f.Destination.Port() == port) {
 			flows = append(flows, f)
 		}
 	}
@@ -122,7 +127,7 @@ func (f Flow) encode(ae *netlink.AttributeEncoder) {
 		ae.Bytes(dst, f.Destination.Addr().AsSlice())
 	})
 	nested(ae, ctaTupleProto, func(ae *netlink.AttributeEncoder) {
-		ae.Uint8(ctaProtoNum, f.protocol)
+		ae.Uint8(ctaProtoNum, f.Protocol)
 		ae.Uint16(ctaProtoSrcPort, f.Source.Port())
 		ae.Uint16(ctaProtoDstPort, f.Destination.Port())
 	})
@@ -135,7 +140,7 @@ func parseFlow(m netlink.Message) (f Flow, ok bool, err error) {
 	err = decode(m.Data, func(ad *netlink.AttributeDecoder) {
 		switch ad.Type() {
 		case ctaTupleOrig:
-			f.Source, f.Destination, f.protocol = parseTuple(ad)
+			f.Source, f.Destination, f.Protocol = parseTuple(ad)
 		case ctaTupleReply:
 			f.Responder, _, _ = parseTuple(ad)
 		case ctaStatus:

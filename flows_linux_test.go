@@ -1,0 +1,564 @@
+package hostport
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/testbed"
+)
+
+// vip is an address that the node does not have, and that the client sends to it.
+func vip(f ipFamily) netip.Addr {
+	if f == IPv6 {
+		return netip.MustParseAddr("2001:db8:9::9")
+	}
+
+	return netip.MustParseAddr("203.0.113.9")
+}
+
+// Every way in which an address comes to be the node's, or ceases to be.
+func eachVIP(t *testing.T, n *node, f ipFamily, test func(t *testing.T, n *node, come, goes func() error)) {
+	t.Helper()
+
+	prefix := hostPrefix(vip(f))
+
+	t.Run("of an interface", func(t *testing.T) {
+		test(t, n.within(t),
+			func() error { return n.Host.AddAddress("eth1", prefix) },
+			func() error { return n.Host.RemoveAddress("eth1", prefix) })
+	})
+	t.Run("by route alone", func(t *testing.T) {
+		test(t, n.within(t),
+			func() error { return n.Host.AddLocalRoute("eth1", prefix) },
+			func() error { return n.Host.RemoveLocalRoute("eth1", prefix) })
+	})
+}
+
+// A flow to an address of the node that began before there was a row, however the
+// node has the address.
+func TestFlowsToEachAddress(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+
+		eachVIP(t, n, f, func(t *testing.T, n *node, come, goes func() error) {
+			require.NoError(t, come())
+
+			s := n.send(netip.AddrPortFrom(vip(f), 5353))
+			n.tracks(f, unix.IPPROTO_UDP, 5353)
+			require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+			s.reaches(t, "web")
+			require.NoError(t, n.remove(m, "id", nil))
+			require.NoError(t, goes())
+		})
+	})
+}
+
+// tracks waits until the kernel tracks a flow to a port.
+func (n *node) tracks(f ipFamily, protocol uint8, port uint16) {
+	n.t.Helper()
+
+	conn := n.nfnetlink()
+
+	require.Eventually(n.t, func() bool {
+		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, protocol, port)
+		require.NoError(n.t, err)
+
+		return len(list) > 0
+	}, patience, time.Millisecond)
+}
+
+// A sender that never pauses reaches the pod when the address comes to the node, and
+// its old destination when that goes: with Run, or with the family's next operation.
+func TestFlowsFollowAddresses(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		// Who has the address while the node does not.
+		require.NoError(t, n.Peer.AddAddress("eth0", hostPrefix(vip(f))))
+		require.NoError(t, n.Host.AddRoute(hostPrefix(vip(f)), n.PeerIP(f == IPv6)))
+
+		_, err := n.Peer.Serve("udp", netip.AddrPortFrom(vip(f), 5353))
+		require.NoError(t, err)
+
+		for _, running := range []bool{false, true} {
+			t.Run(fmt.Sprintf("run=%t", running), func(t *testing.T) {
+				n := n.within(t)
+				m := n.manager()
+
+				for _, hostIP := range []string{"", vip(f).String()} {
+					require.NoError(t, n.add(m, "id"+hostIP, n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: hostIP})))
+
+					settle := func() {}
+					if running {
+						n.run(m)
+					} else {
+						settle = func() {
+							require.NoError(t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99})))
+							require.NoError(t, n.remove(m, "else", nil))
+						}
+					}
+
+					eachVIP(t, n, f, func(t *testing.T, n *node, come, goes func() error) {
+						s := n.send(netip.AddrPortFrom(vip(f), 5353))
+						s.reaches(t, "peer")
+						require.NoError(t, come())
+						settle()
+						s.reaches(t, "web")
+						require.NoError(t, goes())
+						settle()
+						s.reaches(t, "peer")
+					})
+
+					require.NoError(t, n.remove(m, "id"+hostIP, nil))
+
+					if running {
+						break // Run is for one time
+					}
+				}
+			})
+		}
+	})
+}
+
+// connection is a TCP connection of the client's.
+type connection struct {
+	net.Conn
+
+	t *testing.T
+}
+
+func (n *node) connect(t *testing.T, to netip.AddrPort) *connection {
+	t.Helper()
+
+	c := &connection{t: t}
+
+	require.NoError(t, n.Client.Do(func() error {
+		var err error
+		c.Conn, err = (&net.Dialer{Timeout: patience}).DialContext(t.Context(), "tcp", to.String())
+
+		return err
+	}))
+	t.Cleanup(func() { _ = c.Close() })
+
+	return c
+}
+
+// asks sends a line and returns who has answered.
+func (c *connection) asks() string {
+	c.t.Helper()
+	require.NoError(c.t, c.SetDeadline(time.Now().Add(patience)))
+
+	_, err := fmt.Fprintln(c, "hello")
+	require.NoError(c.t, err)
+
+	line, err := bufio.NewReader(c).ReadString('\n')
+	require.NoError(c.t, err)
+
+	name, _, _ := strings.Cut(line, " ")
+
+	return name
+}
+
+// isReset waits until a packet of the connection's is answered with a reset.
+func (c *connection) isReset() {
+	c.t.Helper()
+	assert.Eventually(c.t, func() bool {
+		_ = c.SetDeadline(time.Now().Add(20 * time.Millisecond))
+		_, writeErr := fmt.Fprintln(c, "hello")
+		_, readErr := c.Read(make([]byte, 100))
+
+		return errors.Is(writeErr, syscall.ECONNRESET) || errors.Is(readErr, syscall.ECONNRESET) || errors.Is(writeErr, syscall.EPIPE)
+	}, patience, 10*time.Millisecond, "no reset")
+}
+
+// silence makes a pod drop whatever comes, as one does that has died without a word.
+func (n *node) silence(i int) {
+	n.t.Helper()
+	require.NoError(n.t, n.Pods[i].Do(func() error {
+		_, err := execute(n.t, `add table inet dead
+			add chain inet dead input { type filter hook input priority 0; }
+			add rule inet dead input meta l4proto { tcp, udp } drop`, "nft", "-f", "-")
+
+		return err
+	}))
+}
+
+// A client of a pod that has died without a word is reset after Remove, Run or not;
+// connections of rows that stay or move, and those of others, live on.
+func TestTCPFlows(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.serve(0, "tcp", f, 81)
+		n.serve(1, "tcp", f, 80)
+		_, err := n.Peer.Serve("tcp", netip.AddrPortFrom(n.PeerIP(f == IPv6), 8080))
+		require.NoError(t, err)
+
+		m := n.manager()
+		port := func(hostPort, containerPort int32) *PortMapping {
+			return &PortMapping{HostPort: hostPort, ContainerPort: containerPort}
+		}
+		at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
+
+		require.NoError(t, n.add(m, "dies", n.pod(0, f, port(8080, 80), port(8081, 81))))
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, port(7777, 80))))
+		require.NoError(t, n.add(m, "moves", n.pod(1, f, port(7778, 80))))
+
+		dies, too := n.connect(t, at(8080)), n.connect(t, at(8081))
+		stays, moves := n.connect(t, at(7777)), n.connect(t, at(7778))
+		theirs := n.connect(t, netip.AddrPortFrom(n.PeerIP(f == IPv6), 8080))
+		others := []*connection{stays, moves}
+
+		assert.Equal(t, "web", dies.asks())
+		assert.Equal(t, "web", too.asks())
+		assert.Equal(t, "peer", theirs.asks())
+
+		for _, c := range others {
+			assert.Equal(t, "other", c.asks())
+		}
+
+		require.NoError(t, n.add(m, "moves", n.pod(1, f, port(7778, 81))))
+		n.silence(0)
+
+		// One that is being made.
+		answered := make(chan string, 1)
+
+		go func() {
+			a, err := n.Client.Ask(context.Background(), "tcp", at(8080))
+			answered <- fmt.Sprint(a.From, err)
+		}()
+
+		n.dials(f, 8080, 2)
+
+		require.NoError(t, n.remove(m, "dies", n.pod(0, f, port(8080, 80))))
+		require.NoError(t, n.add(m, "next", n.pod(1, f, port(8080, 80))))
+		dies.isReset()
+		assert.Equal(t, "other<nil>", <-answered, "the SYN reaches the new pod")
+
+		require.NoError(t, n.remove(m, "dies", nil))
+		too.isReset()
+
+		for _, c := range others {
+			assert.Equal(t, "other", c.asks())
+		}
+
+		assert.Equal(t, "peer", theirs.asks())
+
+		// And in the end all of one's connections, wherever they began.
+		require.NoError(t, n.remove(m, "moves", nil))
+		moves.isReset()
+		assert.Equal(t, "other", stays.asks())
+	})
+}
+
+// dials waits until as many connections to a port are tracked.
+func (n *node) dials(f ipFamily, port uint16, count int) {
+	n.t.Helper()
+
+	conn := n.nfnetlink()
+
+	require.Eventually(n.t, func() bool {
+		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, port)
+		require.NoError(n.t, err)
+
+		translated := 0
+
+		for _, flow := range list {
+			if flow.Translated {
+				translated++
+			}
+		}
+
+		return translated == count
+	}, patience, time.Millisecond)
+}
+
+// What is to end behind a Remove ends with Close at the latest.
+func TestCloseEndsTCPFlows(t *testing.T) {
+	n := anyNode(t)
+	n.serve(0, "tcp", IPv4, 80)
+
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+	c := n.connect(t, netip.AddrPortFrom(n.nodeIP(IPv4), 8080))
+	require.Equal(t, "web", c.asks())
+	n.silence(0)
+	require.NoError(t, n.remove(m, "id", nil))
+	require.NoError(t, m.Close())
+
+	list, err := n.nfnetlink().Flows(t.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_TCP, 8080)
+	require.NoError(t, err)
+	assert.Empty(t, list)
+	c.isReset()
+}
+
+// An SCTP association that is being made, from a fixed port, is with whom it would be
+// if it began now.
+func TestSCTPFlows(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		port := &PortMapping{HostPort: 5060, ContainerPort: 5061, Protocol: "SCTP"}
+		web, other := n.hearsSCTP(n.Pods[0].Namespace, f, 5061), n.hearsSCTP(n.Pods[1].Namespace, f, 5061)
+
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+		n.sendSCTP(f, 5060) // to nobody, to begin with
+		n.tracks(f, unix.IPPROTO_SCTP, 5060)
+
+		require.NoError(t, n.add(m, "a", n.pod(0, f, port)))
+		web.hears(t)
+
+		require.NoError(t, n.remove(m, "a", nil))
+		require.NoError(t, n.add(m, "b", n.pod(1, f, port)))
+		other.hears(t)
+
+		heard := other.count.Load()
+
+		require.NoError(t, n.add(m, "b", n.pod(0, f, port)), "moved: the association lives on")
+		require.Eventually(t, func() bool { return other.count.Load() > heard+10 }, patience, time.Millisecond)
+
+		require.NoError(t, n.remove(m, "b", nil))
+		require.NoError(t, n.add(m, "c", n.pod(0, f, port)))
+		web.hears(t)
+	})
+}
+
+// sctpService counts the packets that come to an SCTP port.
+type sctpService struct{ count atomic.Int64 }
+
+// hears waits for one more packet.
+func (s *sctpService) hears(t *testing.T) {
+	t.Helper()
+
+	before := s.count.Load()
+
+	assert.Eventually(t, func() bool { return s.count.Load() > before }, patience, time.Millisecond)
+}
+
+// rawSCTP opens a socket for SCTP packets, which takes no SCTP in the kernel.
+func rawSCTP(t testing.TB, ns *testbed.Namespace, f ipFamily) int {
+	t.Helper()
+
+	domain := unix.AF_INET
+	if f == IPv6 {
+		domain = unix.AF_INET6
+	}
+
+	var fd int
+
+	require.NoError(t, ns.Do(func() (err error) {
+		fd, err = unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+
+		return err
+	}))
+	require.NoError(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 10_000}))
+
+	return fd
+}
+
+func (n *node) hearsSCTP(ns *testbed.Namespace, f ipFamily, port uint16) *sctpService {
+	n.t.Helper()
+
+	s := &sctpService{}
+	fd := rawSCTP(n.t, ns, f)
+	done := make(chan struct{})
+	ctx, stop := context.WithCancel(context.Background())
+
+	go func() {
+		defer close(done)
+
+		buf := make([]byte, 1500)
+
+		for ctx.Err() == nil {
+			size, _, err := unix.Recvfrom(fd, buf, 0)
+			if err != nil {
+				continue
+			}
+
+			packet := buf[:size]
+			if f == IPv4 {
+				packet = packet[4*(packet[0]&0xf):] // behind the IP header
+			}
+
+			if binary.BigEndian.Uint16(packet[2:]) == port {
+				s.count.Add(1)
+			}
+		}
+	}()
+
+	n.t.Cleanup(func() {
+		stop()
+		<-done
+		assert.NoError(n.t, unix.Close(fd))
+	})
+
+	return s
+}
+
+// sendSCTP has the client repeat an INIT from one port to a port of the node, until the
+// test ends.
+func (n *node) sendSCTP(f ipFamily, port uint16) {
+	n.t.Helper()
+
+	// RFC 9260, sections 3.1 and 3.3.2.
+	packet := binary.BigEndian.AppendUint16(nil, 40_000)
+	packet = binary.BigEndian.AppendUint16(packet, port)
+	packet = append(packet,
+		0, 0, 0, 0, 0, 0, 0, 0, // verification tag, checksum
+		1, 0, 0, 20, // INIT and its length
+		1, 2, 3, 4, 0, 1, 0, 0, 0, 1, 0, 1, 5, 6, 7, 8)
+	binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
+
+	fd := rawSCTP(n.t, n.Client, f)
+	to := sockaddr(n.nodeIP(f), 0)
+	done := make(chan struct{})
+	ctx, stop := context.WithCancel(context.Background())
+
+	go func() {
+		defer close(done)
+
+		for tick := time.NewTicker(time.Millisecond); ctx.Err() == nil; {
+			_ = unix.Sendto(fd, packet, 0, to)
+
+			select {
+			case <-ctx.Done():
+			case <-tick.C:
+			}
+		}
+	}()
+
+	n.t.Cleanup(func() {
+		stop()
+		<-done
+		assert.NoError(n.t, unix.Close(fd))
+	})
+}
+
+// What others translate is theirs, to the number of a host port as well.
+func TestTranslatedFlowsOfOthers(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		for _, network := range []string{"tcp", "udp"} {
+			n.serve(0, network, f, 80)
+			n.serve(1, network, f, 80)
+		}
+
+		ip := map[ipFamily]string{IPv4: "ip", IPv6: "ip6"}[f]
+		to := netip.AddrPortFrom(n.nodeIP(f), 8080)
+		// As a Service does, before anything else.
+		n.commandWith(fmt.Sprintf(`add table %[1]s others
+			add chain %[1]s others prerouting { type nat hook prerouting priority -150; }
+			add rule %[1]s others prerouting %[1]s daddr %[2]s meta l4proto { tcp, udp } th dport 8080 dnat %[1]s to %[3]s`,
+			ip, n.nodeIP(f), netip.AddrPortFrom(n.Pods[1].IP(f == IPv6), 80)), "nft", "-f", "-")
+
+		m := n.manager()
+		conn := n.nfnetlink()
+		theirs := n.connect(t, to)
+		assert.Equal(t, "other", theirs.asks())
+		n.send(to).reaches(t, "other")
+
+		flows := func() (list []nfnetlink.Flow) {
+			for _, protocol := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+				some, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, protocol, 8080)
+				require.NoError(t, err)
+
+				list = append(list, some...)
+			}
+
+			return list
+		}
+		before := flows()
+		require.Len(t, before, 2)
+
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Equal(t, before, flows())
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Equal(t, before, flows())
+		require.NoError(t, n.remove(m, "id", nil))
+		require.NoError(t, m.Close())
+		assert.Equal(t, before, flows())
+		assert.Equal(t, "other", theirs.asks())
+	})
+}
+
+// countingFlows counts the lists that are asked for.
+type countingFlows struct {
+	flowConn
+
+	lists atomic.Int64
+}
+
+func (c *countingFlows) Flows(ctx context.Context, family, protocol uint8, port uint16) ([]nfnetlink.Flow, error) {
+	c.lists.Add(1)
+
+	return c.flowConn.Flows(ctx, family, protocol, port)
+}
+
+// One list for all operations of one moment, whatever rows they have.
+func TestOneListOfFlows(t *testing.T) {
+	n := anyNode(t)
+	m := n.manager()
+	fl := m.families[0].flows
+	atOnce, late := &countingFlows{flowConn: n.nfnetlink()}, &countingFlows{flowConn: n.nfnetlink()}
+	fl.datagrams.conn, fl.connections.conn = atOnce, late
+
+	pod := func(i int) *PodPortMapping {
+		return &PodPortMapping{IP: net.IPv4(10, 88, 9, byte(i)), PortMappings: []*PortMapping{
+			{HostPort: int32(8000 + i), ContainerPort: 80},
+			{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: "UDP"},
+			{HostPort: int32(9000 + i), ContainerPort: 80, Protocol: "UDP"},
+			{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: "SCTP"},
+		}}
+	}
+
+	const pods = 20
+
+	for _, do := range []func(i int) error{
+		func(i int) error { return m.Add(strconv.Itoa(i), pod(i), "") },
+		func(i int) error { return m.Remove(strconv.Itoa(i), nil) },
+	} {
+		before := atOnce.lists.Load()
+
+		m.families[0].turn <- struct{}{} // until all of them wait
+		done := make(chan []error)
+
+		go func() { done <- n.atOnce(pods, do) }()
+
+		require.Eventually(t, func() bool {
+			m.families[0].queueMu.Lock()
+			defer m.families[0].queueMu.Unlock()
+
+			return len(m.families[0].queue) == pods
+		}, patience, time.Millisecond)
+
+		<-m.families[0].turn
+
+		for _, err := range <-done {
+			require.NoError(t, err)
+		}
+
+		assert.Equal(t, before+1, atOnce.lists.Load())
+	}
+
+	assert.Eventually(t, func() bool { return late.lists.Load() == 1 }, patience, time.Millisecond)
+	require.NoError(t, m.Close())
+	assert.EqualValues(t, 1, late.lists.Load())
+}

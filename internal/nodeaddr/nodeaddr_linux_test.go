@@ -1,0 +1,186 @@
+package nodeaddr_test
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/testbed"
+)
+
+// node is a machine whose addresses are followed.
+func node(t *testing.T) (*testbed.Namespace, *nodeaddr.Table) {
+	t.Helper()
+
+	bed, err := testbed.New()
+	require.NoError(t, err)
+	t.Cleanup(func() { assert.NoError(t, bed.Close()) })
+
+	table := nodeaddr.New()
+	t.Cleanup(func() { assert.NoError(t, table.Close()) })
+	require.NoError(t, bed.Host.Do(func() error {
+		_, err := table.Now(t.Context())
+
+		return err
+	}))
+
+	return bed.Host, table
+}
+
+func addrs(list ...string) []netip.Addr {
+	ips := make([]netip.Addr, len(list))
+	for i, ip := range list {
+		ips[i] = netip.MustParseAddr(ip)
+	}
+
+	return ips
+}
+
+// What is local in the routing table is the node's, but not what kube-ipvs0 alone
+// has, nor what is link-local. Each change is seen by the next look.
+func TestAddresses(t *testing.T) {
+	host, table := node(t)
+	prefix := netip.MustParsePrefix
+
+	require.NoError(t, host.AddDevice("d0", true))
+	require.NoError(t, host.AddDevice("other", true))
+
+	for _, step := range []struct {
+		name     string
+		do       func() error
+		has, not []netip.Addr
+		services []netip.Addr
+	}{
+		{
+			"at first", func() error { return nil },
+			addrs("127.0.0.1", "127.8.9.10", "::1", "192.0.2.1", "192.0.2.11", "10.88.0.1", "2001:db8:1::1", "fd00:10:88::1"),
+			addrs("192.0.2.2", "192.0.2.0", "192.0.2.255", "10.88.0.2", "2001:db8:1::2", "fd00:10:88::", "203.0.113.7", "fd00:9::7", "ff02::1"), nil,
+		},
+		{"an address", func() error { return host.AssignAddress("d0", prefix("203.0.113.7/24")) }, addrs("203.0.113.7"), addrs("203.0.113.8"), nil},
+		{"and gone", func() error { return host.RemoveAddress("d0", prefix("203.0.113.7/24")) }, nil, addrs("203.0.113.7"), nil},
+		{"of IPv6", func() error { return host.AssignAddress("d0", prefix("fd00:9::7/64")) }, addrs("fd00:9::7"), addrs("fd00:9::8"), nil},
+		{"by route alone", func() error { return host.AddLocalRoute("d0", prefix("203.0.113.9/32")) }, addrs("203.0.113.9"), nil, nil},
+		{"by route, IPv6", func() error { return host.AddLocalRoute("d0", prefix("fd00:9::9/128")) }, addrs("fd00:9::9"), nil, nil},
+		{"a network", func() error { return host.AddLocalRoute("lo", prefix("198.18.0.0/15")) }, addrs("198.18.0.1", "198.19.255.254"), addrs("198.20.0.1"), nil},
+		{"and gone again", func() error { return host.RemoveLocalRoute("lo", prefix("198.18.0.0/15")) }, nil, addrs("198.18.0.1"), nil},
+		{"their device goes", func() error { return host.RemoveDevice("d0") }, nil, addrs("203.0.113.9", "fd00:9::7", "fd00:9::9"), nil},
+		{"the device of Services", func() error { return host.AddDevice(nodeaddr.ServiceDevice, false) }, nil, nil, nil},
+		{
+			"a Service", func() error { return host.AssignAddress(nodeaddr.ServiceDevice, prefix("10.96.0.1/32")) },
+			nil, addrs("10.96.0.1"), addrs("10.96.0.1"),
+		},
+		{
+			"an address that is the node's as well", func() error { return host.AssignAddress(nodeaddr.ServiceDevice, prefix("192.0.2.11/32")) },
+			addrs("192.0.2.11"), addrs("10.96.0.1"), addrs("10.96.0.1"),
+		},
+		{
+			"which it loses", func() error { return host.RemoveAddress("eth0", prefix("192.0.2.11/24")) },
+			nil, addrs("192.0.2.11"), addrs("10.96.0.1", "192.0.2.11"),
+		},
+		{
+			"a Service goes", func() error { return host.RemoveAddress(nodeaddr.ServiceDevice, prefix("10.96.0.1/32")) },
+			nil, addrs("10.96.0.1"), addrs("192.0.2.11"),
+		},
+		{"the device goes", func() error { return host.RemoveDevice(nodeaddr.ServiceDevice) }, nil, addrs("192.0.2.11"), nil},
+	} {
+		t.Run(step.name, func(t *testing.T) {
+			require.NoError(t, step.do())
+
+			now, err := table.Now(t.Context())
+			require.NoError(t, err)
+
+			for _, ip := range step.has {
+				assert.True(t, now.Has(ip), "%s", ip)
+			}
+
+			for _, ip := range step.not {
+				assert.False(t, now.Has(ip), "%s", ip)
+			}
+
+			assert.Equal(t, step.services, slices.SortedFunc(slices.Values(now.Services()), netip.Addr.Compare))
+
+			again, err := table.Now(t.Context())
+			require.NoError(t, err)
+			assert.Same(t, now, again)
+		})
+	}
+}
+
+// What is no address of the node changes nothing: pods come and go.
+func TestOthersChange(t *testing.T) {
+	host, table := node(t)
+
+	before, err := table.Now(t.Context())
+	require.NoError(t, err)
+
+	news, err := table.Watch(t.Context())
+	require.NoError(t, err)
+
+	require.NoError(t, host.AddDevice("pod", true))
+	require.NoError(t, host.AddAddress("eth0", netip.MustParsePrefix("fe80::77/64")))
+	require.NoError(t, host.RemoveDevice("pod"))
+
+	after, err := table.Now(t.Context())
+	require.NoError(t, err)
+	assert.Same(t, before, after)
+	assert.Empty(t, news)
+}
+
+// Whoever watches is told, as often as there is something new to be read.
+func TestWatch(t *testing.T) {
+	host, table := node(t)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+
+	news, err := table.Watch(ctx)
+	require.NoError(t, err)
+
+	for i := range 3 {
+		addr := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 32)
+		require.NoError(t, host.AssignAddress("eth0", addr))
+
+		select {
+		case <-news:
+		case <-time.After(10 * time.Second):
+			require.Fail(t, "no news")
+		}
+
+		now, err := table.Now(t.Context())
+		require.NoError(t, err)
+		assert.True(t, now.Has(addr.Addr()))
+	}
+}
+
+// Where more has come than fits, nothing is missed.
+func TestOverflow(t *testing.T) {
+	host, table := node(t)
+
+	for i := range 3000 {
+		addr := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 32)
+		require.NoError(t, host.AddLocalRoute("eth0", addr))
+	}
+
+	now, err := table.Now(t.Context())
+	require.NoError(t, err)
+	assert.True(t, now.Has(netip.MustParseAddr("203.0.11.183")))
+	assert.False(t, now.Has(netip.MustParseAddr("203.0.11.184")))
+}
+
+func TestClosed(t *testing.T) {
+	_, table := node(t)
+	require.NoError(t, table.Close())
+
+	_, err := table.Now(t.Context())
+	require.ErrorIs(t, err, net.ErrClosed)
+
+	_, err = table.Watch(t.Context())
+	require.ErrorIs(t, err, net.ErrClosed)
+}

@@ -1,0 +1,352 @@
+package nodeaddr
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ServiceDevice is the dummy device on which kube-proxy puts the addresses of
+// Services in its IPVS mode, to have their packets come in.
+const ServiceDevice = "kube-ipvs0"
+
+// eventsBuffer takes what a busy node says before anybody reads it.
+const eventsBuffer = 1 << 20
+
+// Table follows the node's addresses in the network namespace of the thread that
+// first asks for them. Its methods may be called from several goroutines.
+type Table struct {
+	news chan struct{}
+
+	mu       sync.Mutex // guards what follows
+	requests *netlink.Conn
+	events   *netlink.Conn
+	closed   bool
+	last     *Addresses      // as they were read last
+	devices  map[uint32]bool // that had any of these, by index
+	stale    bool            // something has changed since
+	buf      [4096]byte
+}
+
+// New returns a table that has yet to ask.
+func New() *Table { return &Table{news: make(chan struct{}, 1), stale: true} }
+
+// open opens the sockets, unless they are open. The caller holds the lock.
+func (t *Table) open() (err error) {
+	if t.closed {
+		return net.ErrClosed
+	}
+
+	if t.requests == nil {
+		if t.requests, err = netlink.Dial(unix.NETLINK_ROUTE, nil); err != nil {
+			return fmt.Errorf("open rtnetlink: %w", err)
+		}
+
+		// The kernel leaves out other tables then, from Linux 4.20 on.
+		_ = t.requests.SetOption(netlink.GetStrictCheck, true)
+	}
+
+	if t.events == nil {
+		// An address that comes or goes is a local route that does. Only of IPv4 routes
+		// that go with their device the kernel says no more than that the device goes
+		// (Linux 6.18).
+		t.events, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{
+			Groups: unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE | 1<<(unix.RTNLGRP_LINK-1),
+		})
+		if err != nil {
+			return fmt.Errorf("listen to rtnetlink: %w", err)
+		}
+
+		_ = t.events.SetReadBuffer(eventsBuffer) // with less, more is lost, and said to be
+	}
+
+	return nil
+}
+
+// Close ends it. Closing again does nothing.
+func (t *Table) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+
+	t.closed = true
+
+	var errs []error
+
+	for _, conn := range []**netlink.Conn{&t.requests, &t.events} {
+		if *conn != nil {
+			errs = append(errs, (*conn).Close())
+			*conn = nil
+		}
+	}
+
+	return errors.Join(errs...)
+}
+
+// Now returns the addresses. It returns the same pointer as before where they are
+// the same, and asks the kernel for them only if something has changed.
+func (t *Table) Now(ctx context.Context) (*Addresses, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+
+	const tries = 3 // then somebody changes them faster than they can be read
+
+	if err := t.open(); err != nil {
+		return nil, err
+	}
+
+	if err := t.drain(); err != nil {
+		return nil, err
+	}
+
+	for try := 0; t.stale && try < tries; try++ {
+		t.stale = false
+
+		now, err := t.read(ctx)
+		if err != nil {
+			t.stale = true
+
+			return nil, fmt.Errorf("list the node's addresses: %w", err)
+		}
+
+		if t.last == nil || !now.equal(t.last) {
+			t.last = now
+		}
+
+		if err := t.drain(); err != nil { // what came meanwhile may be missing
+			return nil, err
+		}
+	}
+
+	return t.last, nil
+}
+
+// Watch returns what is sent to when the addresses may have changed, until ctx
+// ends. It is to be called once at a time.
+func (t *Table) Watch(ctx context.Context) (<-chan struct{}, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+
+	if err := t.open(); err != nil {
+		return nil, err
+	}
+
+	events := t.events
+
+	raw, err := events.SyscallConn()
+	if err == nil {
+		err = events.SetReadDeadline(time.Time{})
+	}
+
+	if err != nil {
+		return nil, fmt.Errorf("listen to rtnetlink: %w", err)
+	}
+
+	go func() {
+		defer context.AfterFunc(ctx, func() { _ = events.SetReadDeadline(time.Unix(1, 0)) })()
+
+		_ = raw.Read(func(uintptr) bool { // waits for more while that returns false
+			t.mu.Lock()
+			defer t.mu.Unlock()
+
+			return t.closed || t.drain() != nil || ctx.Err() != nil
+		})
+	}()
+
+	return t.news, nil
+}
+
+// drain reads what has come, and notes whether the addresses may have changed. The
+// caller holds the lock.
+func (t *Table) drain() error {
+	raw, err := t.events.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("listen to rtnetlink: %w", err)
+	}
+
+	news := false
+
+	ctlErr := raw.Control(func(fd uintptr) {
+		for err == nil || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR) {
+			var n int
+
+			n, _, err = unix.Recvfrom(int(fd), t.buf[:], unix.MSG_DONTWAIT)
+			news = news || err == nil && t.concerns(t.buf[:n]) || errors.Is(err, unix.ENOBUFS) // something has been lost
+		}
+	})
+
+	if news {
+		t.stale = true
+
+		select {
+		case t.news <- struct{}{}:
+		default: // it has been said
+		}
+	}
+
+	if ctlErr == nil && errors.Is(err, unix.EAGAIN) {
+		return nil
+	}
+
+	return fmt.Errorf("listen to rtnetlink: %w", errors.Join(ctlErr, err))
+}
+
+// concerns reports whether a message is about addresses of the node, or may be
+// because it did not fit.
+func (t *Table) concerns(data []byte) bool {
+	msgs, err := syscall.ParseNetlinkMessage(data)
+	if err != nil {
+		return true
+	}
+
+	for _, m := range msgs {
+		switch m.Header.Type {
+		case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+			if r, err := parseRoute(m.Data); err != nil || r.local() {
+				return true
+			}
+		case unix.RTM_DELLINK:
+			if len(m.Data) < unix.SizeofIfInfomsg || t.devices[binary.NativeEndian.Uint32(m.Data[4:])] {
+				return true
+			}
+		}
+	}
+
+	return false
+}
+
+// read asks for the addresses of both families.
+func (t *Table) read(ctx context.Context) (*Addresses, error) {
+	deadline, _ := ctx.Deadline() // the zero time is none
+	if err := t.requests.SetDeadline(deadline); err != nil {
+		return nil, err //nolint:wrapcheck // Now does, as below
+	}
+
+	services, err := t.index(ServiceDevice)
+	if err != nil {
+		return nil, err
+	}
+
+	a := &Addresses{own: map[netip.Prefix]bool{}, services: map[netip.Addr]bool{}}
+	t.devices = map[uint32]bool{}
+
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		routes, err := t.localRoutes(family)
+		if err != nil {
+			return nil, err
+		}
+
+		for _, r := range routes {
+			t.devices[r.device] = true
+			a.add(r.to, services != 0 && r.device == services)
+		}
+	}
+
+	a.settle()
+
+	return a, nil
+}
+
+// localRoutes lists the local routes of a family, and none if the kernel does not
+// have that.
+func (t *Table) localRoutes(family uint8) ([]route, error) {
+	msgs, err := t.requests.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.RTM_GETROUTE, Flags: netlink.Request | netlink.Dump},
+		Data:   []byte{family, 0, 0, 0, unix.RT_TABLE_LOCAL, 0, 0, unix.RTN_LOCAL, 0, 0, 0, 0}, // struct rtmsg, linux/rtnetlink.h
+	})
+	if err != nil && !errors.Is(err, unix.ENOENT) { // no such table yet
+		return nil, err //nolint:wrapcheck // likewise
+	}
+
+	var list []route
+
+	for _, m := range msgs {
+		r, err := parseRoute(m.Data)
+		if err != nil {
+			return nil, err
+		}
+
+		if r.family == family && r.local() {
+			list = append(list, r)
+		}
+	}
+
+	return list, nil
+}
+
+// route is what there is to know of a route here.
+type route struct {
+	family, table, kind uint8
+	to                  netip.Prefix
+	device              uint32
+}
+
+// local reports whether the route makes addresses local that may be the node's.
+func (r route) local() bool {
+	linkLocal := r.family == unix.AF_INET6 && r.to.Addr().IsLinkLocalUnicast()
+
+	return r.table == unix.RT_TABLE_LOCAL && r.kind == unix.RTN_LOCAL && !linkLocal
+}
+
+func parseRoute(data []byte) (route, error) {
+	if len(data) < unix.SizeofRtMsg {
+		return route{}, fmt.Errorf("a route of %d bytes", len(data))
+	}
+
+	r := route{family: data[0], table: data[4], kind: data[7]}
+
+	ad, err := netlink.NewAttributeDecoder(data[unix.SizeofRtMsg:])
+	if err != nil {
+		return route{}, err //nolint:wrapcheck // likewise
+	}
+
+	ip := netip.IPv4Unspecified()
+	if r.family == unix.AF_INET6 {
+		ip = netip.IPv6Unspecified()
+	}
+
+	for ad.Next() {
+		switch ad.Type() {
+		case unix.RTA_DST:
+			ip, _ = netip.AddrFromSlice(ad.Bytes())
+		case unix.RTA_OIF:
+			r.device = ad.Uint32()
+		}
+	}
+
+	r.to = netip.PrefixFrom(ip, int(data[1]))
+
+	return r, ad.Err() //nolint:wrapcheck // likewise
+}
+
+// index is the index of an interface, or 0 if there is none of the name.
+func (t *Table) index(name string) (uint32, error) {
+	request, err := unix.NewIfreq(name)
+	if err != nil {
+		return 0, err //nolint:wrapcheck // likewise
+	}
+
+	raw, err := t.requests.SyscallConn()
+	if err != nil {
+		return 0, err //nolint:wrapcheck // likewise
+	}
+
+	ctlErr := raw.Control(func(fd uintptr) { err = unix.IoctlIfreq(int(fd), unix.SIOCGIFINDEX, request) })
+
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return 0, nil
+	case errors.Join(ctlErr, err) != nil:
+		return 0, errors.Join(ctlErr, err)
+	default:
+		return request.Uint32(), nil
+	}
+}
