@@ -643,7 +643,11 @@ func (c *chaos) allFaults() map[string]func() {
 		table := newNFTLayout(f).table
 		faults["table deleted"] = func() { c.tryCommit(table.Delete()) }
 		faults["chain flushed"] = func() {
-			c.tryCommit(table.FlushChain([]string{nftHostPorts, nftPrerouting, nftMasquerade}[c.random.IntN(3)]))
+			c.tryCommit(table.FlushChain([]string{nftHostPorts, nftNATPrerouting, nftMasquerade}[c.random.IntN(3)]))
+		}
+		faults["CRI-O's rule"] = func() {
+			c.tryCommit(table.AppendRule([]string{nftPrerouting, nftOutput}[c.random.IntN(2)],
+				nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
 		}
 		faults["element deleted"] = func() {
 			if r := c.anyRow(f); r != nil {

@@ -22,16 +22,28 @@ const (
 	nftMasquerade  = "masquerading"
 )
 
-// nftGuard is a chain of our own.
-const nftGuard = "guard"
-
-// Priorities of hooks (linux/netfilter_ipv4.h). Those of NAT are CRI-O's: were
-// they others, the kernel would refuse its transactions.
+// Chains of our own.
 const (
-	priorityRaw  = -300
-	priorityDNAT = -100
-	prioritySNAT = 100
+	nftNATPrerouting = "nat-prerouting"
+	nftNATOutput     = "nat-output"
+	nftGuard         = "guard"
 )
+
+// Priorities of hooks (linux/netfilter_ipv4.h). What translates destinations
+// comes one later than kube-proxy, which is at priorityDNAT: of two hooks at one
+// priority the kernel takes the newest first, and services are to come first
+// whoever was started first (CVE-2019-9946).
+const (
+	priorityRaw       = -300
+	priorityDNAT      = -100
+	priorityAfterDNAT = priorityDNAT + 1
+	prioritySNAT      = 100
+)
+
+// keptForCRIO begins the comment of the chains that have no rules. CRI-O puts its
+// own there, at priorityDNAT: where a chain of the name has another priority, the
+// kernel refuses its transactions.
+const keptForCRIO = "kept for CRI-O; hostport's rules are in "
 
 // loopbackIndex is the interface index of lo, in every network namespace
 // (LOOPBACK_IFINDEX, net/flow.h).
@@ -112,8 +124,10 @@ func (l nftLayout) sets() []nfnetlink.Set {
 func (l nftLayout) chains() []nfnetlink.Chain {
 	chains := []nfnetlink.Chain{
 		{Name: nftHostPorts},
-		{Name: nftPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT},
-		{Name: nftOutput, Type: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityDNAT},
+		{Name: nftPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT, Comment: keptForCRIO + nftNATPrerouting},
+		{Name: nftOutput, Type: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityDNAT, Comment: keptForCRIO + nftNATOutput},
+		{Name: nftNATPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityAfterDNAT},
+		{Name: nftNATOutput, Type: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: priorityAfterDNAT},
 		{Name: nftMasquerade, Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT},
 	}
 	if l.guard {
@@ -141,8 +155,8 @@ func (l nftLayout) header() header {
 //
 //	guard:            iif != lo ip daddr 127.0.0.0/8 drop
 //	                  iif != lo ip saddr 127.0.0.0/8 drop
-//	prerouting:       ip daddr != 127.0.0.0/8 fib daddr type local goto hostports
-//	output:           fib daddr type local goto hostports
+//	nat-prerouting:   ip daddr != 127.0.0.0/8 fib daddr type local goto hostports
+//	nat-output:       fib daddr type local goto hostports
 //	hostports:        dnat ip to ip daddr . meta l4proto . th dport map @hostipports
 //	                  dnat ip to meta l4proto . th dport map @hostports
 //	masquerading:     ct status & (dnat|snat) == dnat ip saddr . ip daddr @hairpins masquerade
@@ -150,7 +164,7 @@ func (l nftLayout) header() header {
 //
 // and where it is not, without the last and with
 //
-//	output:           ip saddr != 127.0.0.0/8 fib daddr type local goto hostports
+//	nat-output:       ip saddr != 127.0.0.0/8 fib daddr type local goto hostports
 //
 // Only packets for an address of the node may be translated (CVE-2025-67499).
 // The row for one address comes before the one for any.
@@ -192,8 +206,8 @@ func (l nftLayout) rules() []netlink.Message {
 		t.AppendRule(nftHostPorts,
 			nfnetlink.LoadProtocol(reg1), nfnetlink.LoadTransportHeader(dport, portSize, piece(1)),
 			nfnetlink.LookUp(nftHostPorts, reg1, reg1), nfnetlink.DNAT(t.Family, reg1, h.behind)),
-		t.AppendRule(nftPrerouting, slices.Concat(l.loopback(h.daddr, nfnetlink.NotEqual), local)...),
-		t.AppendRule(nftOutput, slices.Concat(outgoing, local)...),
+		t.AppendRule(nftNATPrerouting, slices.Concat(l.loopback(h.daddr, nfnetlink.NotEqual), local)...),
+		t.AppendRule(nftNATOutput, slices.Concat(outgoing, local)...),
 		t.AppendRule(nftMasquerade, slices.Concat(translated, masquerade(h.saddr))...),
 	}
 

@@ -149,7 +149,7 @@ func (n *node) wipe(f ipFamily) {
 	}
 
 	t := newNFTLayout(f).table
-	n.commit(t.FlushChain(nftHostPorts), t.FlushChain(nftPrerouting), t.FlushChain(nftOutput), t.FlushChain(nftMasquerade))
+	n.commit(t.FlushChain(nftHostPorts), t.FlushChain(nftNATPrerouting), t.FlushChain(nftNATOutput), t.FlushChain(nftMasquerade))
 
 	if f == IPv4 {
 		n.commit(t.FlushChain(nftGuard))
@@ -305,9 +305,9 @@ func TestTableIsRepaired(t *testing.T) {
 			l.table.FlushChain(nftMasquerade))
 
 		for name, breakIt := range map[string][]netlink.Message{
-			"flush table":         {l.table.FlushChain(nftHostPorts), l.table.FlushChain(nftPrerouting), l.table.FlushChain(nftOutput), l.table.FlushChain(nftMasquerade)},
+			"flush table":         {l.table.FlushChain(nftHostPorts), l.table.FlushChain(nftNATPrerouting), l.table.FlushChain(nftNATOutput), l.table.FlushChain(nftMasquerade)},
 			"flush one chain":     {l.table.FlushChain(nftMasquerade)},
-			"delete chain":        {l.table.FlushChain(nftOutput), l.table.DeleteChain(nftOutput)},
+			"delete chain":        {l.table.FlushChain(nftNATOutput), l.table.DeleteChain(nftNATOutput)},
 			"delete table":        {l.table.Delete()},
 			"delete and make":     append([]netlink.Message{l.table.Delete()}, l.objects()...),
 			"delete and make all": append([]netlink.Message{l.table.Delete()}, crio...),

@@ -157,6 +157,18 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		list = append(list, missing...)
 	}
 
+	msgs, err := conn.Dump(n.t.Context(), b.table.Rules())
+	require.NoError(n.t, err)
+
+	for _, m := range msgs {
+		rule, err := nfnetlink.ParseRule(m)
+		require.NoError(n.t, err)
+
+		if rule.Chain == nftPrerouting || rule.Chain == nftOutput {
+			list = append(list, "rule in chain "+rule.Chain)
+		}
+	}
+
 	table, _, err := b.readSeal(n.t.Context())
 	require.NoError(n.t, err)
 
@@ -766,7 +778,7 @@ func TestSyncAfterChainReplaced(t *testing.T) {
 	require.NoError(t, gone.Close())
 
 	l := newNFTLayout(IPv6)
-	n.commit(l.table.FlushChain(nftOutput), l.table.DeleteChain(nftOutput), l.table.CreateChain(nfnetlink.Chain{Name: "alien"}))
+	n.commit(l.table.FlushChain(nftNATOutput), l.table.DeleteChain(nftNATOutput), l.table.CreateChain(nfnetlink.Chain{Name: "alien"}))
 
 	m := n.manager()
 	require.NoError(t, n.sync(m, pods))
@@ -774,7 +786,7 @@ func TestSyncAfterChainReplaced(t *testing.T) {
 
 	// One of another kind bears the name.
 	replace := func() {
-		n.commit(l.table.FlushChain(nftOutput), l.table.DeleteChain(nftOutput), l.table.CreateChain(nfnetlink.Chain{Name: nftOutput}))
+		n.commit(l.table.FlushChain(nftNATOutput), l.table.DeleteChain(nftNATOutput), l.table.CreateChain(nfnetlink.Chain{Name: nftNATOutput}))
 	}
 
 	replace()
@@ -822,7 +834,7 @@ func TestSyncKeepsTable(t *testing.T) {
 				"add rule ip crio-hostports one tcp dport vmap @verdicts; add rule ip crio-hostports one udp dport { 1, 2 } jump two;"+
 				"insert rule ip crio-hostports hostports jump one")
 		},
-		func() { n.commit(l.table.FlushChain(nftPrerouting)) },
+		func() { n.commit(l.table.FlushChain(nftNATPrerouting)) },
 		func() { n.command("nft", "chain ip crio-hostports prerouting { policy drop; }") },
 		func() { b.seal = "" }, // others have committed while it was learnt
 	} {
@@ -958,7 +970,7 @@ func TestCheck(t *testing.T) {
 				n.commit(table.DeleteElement(nftHairpins, hairpinElement(n.Pods[0].IPv4, "").element()))
 			})
 
-			for _, chain := range []string{nftHostPorts, nftPrerouting, nftOutput, nftMasquerade, nftGuard} {
+			for _, chain := range []string{nftHostPorts, nftNATPrerouting, nftNATOutput, nftMasquerade, nftGuard} {
 				broken("rule of chain "+chain, func() { n.commit(table.FlushChain(chain)) })
 			}
 

@@ -12,8 +12,9 @@ import (
 // What linux/netfilter/nf_tables.h defines and x/sys/unix does not.
 const (
 	nftaTableHandle   = 4
-	nftaTableUserdata = 6 // Linux 5.10; ignored before
-	nfDrop            = 0 // linux/netfilter.h
+	nftaTableUserdata = 6  // Linux 5.10; ignored before
+	nftaChainUserdata = 12 // the same
+	nfDrop            = 0  // linux/netfilter.h
 	nfAccept          = 1
 	setElemCatchall   = 2 // NFT_SET_ELEM_CATCHALL
 )
@@ -22,6 +23,7 @@ const (
 // each, numbers in the machine's byte order.
 const (
 	udataTableComment     = 0
+	udataChainComment     = 0
 	udataSetKeyByteOrder  = 0
 	udataSetDataByteOrder = 1
 	udataSetDataInterval  = 6
@@ -55,6 +57,8 @@ type Chain struct {
 	Type     string
 	Hook     uint32 // unix.NF_INET_*
 	Priority int32
+	// Comment is what a new chain gets; the kernel leaves that of an old one.
+	Comment string
 }
 
 // ChainInfo is what the kernel tells of a chain.
@@ -166,6 +170,10 @@ func (t Table) CreateChain(c Chain) netlink.Message {
 	return t.message(unix.NFT_MSG_NEWCHAIN, netlink.Create, func(ae *netlink.AttributeEncoder) {
 		ae.String(unix.NFTA_CHAIN_TABLE, t.Name)
 		ae.String(unix.NFTA_CHAIN_NAME, c.Name)
+
+		if c.Comment != "" {
+			ae.Bytes(nftaChainUserdata, comment(udataChainComment, c.Comment))
+		}
 
 		if c.Type == "" {
 			return
