@@ -18,8 +18,9 @@ type HostPortManager interface {
 	// Add maps the host ports of a pod. id is the pod's sandbox id, one per
 	// pod and never empty. natInterfaceName is the host's interface towards
 	// the pod, with a bridge that and not its port. Where it is empty, "lo" or
-	// none that exists, it is the one that the route to the pod IP leads to. On
-	// that interface Add sets the sysctl route_localnet; see WithoutLocalhost.
+	// none that exists, as "all" is, it is the one that the route to the pod IP
+	// leads to. On that interface Add sets the sysctl route_localnet; see
+	// WithoutLocalhost.
 	//
 	// Either all rows of podPortMapping work when Add returns nil, or nothing
 	// has changed. Add again puts back what is missing, adds rows that are new

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -40,7 +41,7 @@ func (l *localhost) close() {
 // an interface may have been made anew, or somebody may have taken it back.
 func (l *localhost) open(device string, pod netip.Addr) error {
 	// Runtimes that know no interface give that of loopback.
-	if device != filepath.Base(device) || device == loopbackDevice || !exists(routeLocalnet(device)) {
+	if device == loopbackDevice || !isInterface(device) {
 		var err error
 		if device, err = l.deviceTo(pod); err != nil {
 			return fmt.Errorf("look up the interface to %s: %w", pod, err)
@@ -89,10 +90,26 @@ func (l *localhost) deviceTo(pod netip.Addr) (string, error) {
 	return link.Attrs().Name, nil
 }
 
-func exists(path string) bool {
-	_, err := os.Stat(path)
+// isInterface reports whether there is an interface of that name. Each has a
+// directory with its sysctls, and to look for that takes a tenth of the time that
+// rtnetlink takes to answer. The two others there, which stand for all interfaces
+// and for those to come, can be no interface's: the kernel refuses to make one of
+// that name (sysctl_dev_name_is_allowed in net/ipv4/devinet.c).
+func isInterface(name string) bool {
+	if !validInterfaceName(name) || name == "all" || name == "default" {
+		return false
+	}
+
+	_, err := os.Stat(routeLocalnet(name))
 
 	return err == nil
+}
+
+// validInterfaceName is dev_valid_name of the kernel (net/core/dev.c). Its isspace
+// goes by bytes and knows the no-break space of Latin-1 besides those of ASCII.
+func validInterfaceName(name string) bool {
+	return name != "" && len(name) < unix.IFNAMSIZ && name != "." && name != ".." &&
+		!slices.ContainsFunc([]byte(name), func(c byte) bool { return strings.IndexByte("/: \t\n\v\f\r\xa0\x00", c) >= 0 })
 }
 
 // localnetRouted tells whether some interface has route_localnet.

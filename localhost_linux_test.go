@@ -13,6 +13,8 @@ import (
 	"github.com/mdlayher/netlink"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	rtnetlink "github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2/ktesting"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
@@ -156,6 +158,75 @@ func TestLocalhost(t *testing.T) {
 			assert.Equal(t, []string{"cni0"}, n.localnet(), "connections that are still open need it")
 		})
 	}
+}
+
+// A name that no interface has, or can have, is as none at all: it opens neither
+// every interface nor those to come, which have directories beside the others.
+func TestInterfaceNameIsNoPath(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		m := n.manager()
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+		for _, device := range []string{
+			"all", "default", "none0", "longer-than-any-name", ".", "..", "/", "all/", "eth0/", "eth0/.", "./eth0", "../conf/eth0",
+			"../../ipv4/conf/all", "/proc/sys/net/ipv4/conf/eth0", "eth0:1", "eth0 ", "eth0\n", "eth0\x00",
+		} {
+			n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
+			n.do(func() { require.NoError(t, m.Add("id", pod, device)) })
+			require.Equal(t, []string{"cni0"}, n.localnet(), "%q", device)
+		}
+
+		n.answers(n.Host, "tcp", netip.MustParseAddrPort("127.0.0.1:8080"), "web")
+
+		// What somebody else has set for all of them counts, for the guard.
+		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
+		n.do(func() { assert.False(t, localnetRouted()) })
+		n.sysctl("net/ipv4/conf/all/route_localnet", "1")
+		n.do(func() { assert.True(t, localnetRouted()) })
+	})
+}
+
+// Names are valid that the kernel gives an interface, which may be unusual ones.
+func TestInterfaceNames(t *testing.T) {
+	n := anyNode(t)
+	m := n.manager()
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+	n.do(func() {
+		h, err := rtnetlink.NewHandle(unix.NETLINK_ROUTE)
+		require.NoError(t, err)
+
+		defer h.Close()
+
+		for name, valid := range map[string]bool{
+			"br.1": true, "...": true, "-": true, "fifteen-letters": true, "brücke": true, "br\xff": true, "br\x85": true, "br\x01": true,
+			".": false, "..": false, "br/1": false, "br:1": false, "br 1": false, "br\t": false, "br\n": false,
+			"br\v": false, "br\f": false, "br\r": false, "br\xa0": false, "sixteen-letters-": false,
+		} {
+			attrs := rtnetlink.NewLinkAttrs()
+			attrs.Name = name
+			err := h.LinkAdd(&rtnetlink.Bridge{LinkAttrs: attrs})
+			assert.Equal(t, valid, err == nil, "the kernel and %q: %v", name, err)
+			assert.Equal(t, valid, validInterfaceName(name), "%q", name)
+
+			if valid {
+				require.NoError(t, m.Add("id", pod, name))
+				assert.True(t, isSet(routeLocalnet(name)), "%q", name)
+			}
+		}
+
+		// These would be valid, but for their directories (net/ipv4/devinet.c).
+		for _, name := range []string{"all", "default"} {
+			attrs := rtnetlink.NewLinkAttrs()
+			attrs.Name = name
+			require.Error(t, h.LinkAdd(&rtnetlink.Bridge{LinkAttrs: attrs}))
+			assert.True(t, validInterfaceName(name), "%q", name)
+			assert.FileExists(t, routeLocalnet(name))
+			assert.False(t, isInterface(name), "%q", name)
+		}
+	})
 }
 
 // Each interface that leads to a pod is opened, and again if need be.
