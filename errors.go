@@ -11,7 +11,8 @@ import (
 
 // ErrInvalidMapping is in the chain of every error that Add, Sync or Check returns for
 // arguments it cannot accept. The error's text names the pod, the row and the
-// field. Nothing has been changed then, the pod's good rows included.
+// field, and says what would be accepted. Nothing has been changed then, the pod's
+// good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")
 
 // errUnavailable is in the chain of errors that say that a node does not have
@@ -32,11 +33,6 @@ func holdsNothing(err error) bool {
 
 	return !slices.ContainsFunc(causes, func(cause error) bool { return !errors.Is(cause, errUnavailable) })
 }
-
-var (
-	errMissing  = errors.New("missing")
-	errNotPodIP = errors.New("not the address of a pod")
-)
 
 // ConflictError says that Add was refused because another live pod has the
 // port: the same family, protocol and port, and the same host IP or any

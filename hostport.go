@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/base32"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -32,7 +33,8 @@ type PodPortMapping struct {
 	PortMappings []*PortMapping
 	// HostNetwork pods have no host ports: Add and Remove do nothing.
 	HostNetwork bool
-	// IP is the pod's address. Remove does not need it.
+	// IP is the pod's address: not unspecified, loopback or multicast. Remove does
+	// not need it.
 	IP net.IP
 }
 
@@ -46,7 +48,7 @@ type PortMapping struct {
 	Protocol v1.Protocol
 	// HostIP is the address on the node: "" for any in the pod's family,
 	// "0.0.0.0" and "::" for any in theirs, else a literal IP without zone. It
-	// need not be on the node (yet).
+	// need not be on the node (yet). "::ffff:192.0.2.1" is 192.0.2.1.
 	HostIP string
 }
 
@@ -243,11 +245,7 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 	}
 
 	o := owner{id: id, namespace: pod.Namespace, name: pod.Name}
-	invalid := func(format string, args ...any) error {
-		return fmt.Errorf("pod %s: %w: %s", o, ErrInvalidMapping, fmt.Sprintf(format, args...))
-	}
-
-	podIP, podErr := parsePodIP(pod.IP)
+	podIP, badIP := parsePodIP(pod.IP)
 
 	var (
 		rows      []*row
@@ -260,25 +258,20 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 			continue
 		}
 
-		field := func(name string, value any) error {
-			return invalid("row %d (hostPort %d): %s %q", i, pm.HostPort, name, fmt.Sprint(value))
+		invalid := func(err error) error {
+			return fmt.Errorf("pod %s: %w: row %d (hostPort %d): %w", o, ErrInvalidMapping, i, pm.HostPort, err)
 		}
 
-		e, f, bad := endpointOf(pm)
-		if bad != nil {
-			return nil, field(bad.field, bad.value)
+		e, f, err := endpointOf(pm)
+		if err == nil {
+			err = refusal(id, pod.IP, badIP, pm)
 		}
 
-		containerPort := portOf(pm.ContainerPort)
+		if err != nil {
+			return nil, invalid(err)
+		}
 
-		switch {
-		case containerPort == 0:
-			return nil, field("containerPort", pm.ContainerPort)
-		case podErr != nil:
-			return nil, invalid("row %d (hostPort %d): pod IP %q: %v", i, pm.HostPort, pod.IP, podErr)
-		case id == "":
-			return nil, invalid("row %d (hostPort %d): empty sandbox id", i, pm.HostPort)
-		case f != "" && f != familyOf(podIP):
+		if f != "" && f != familyOf(podIP) {
 			continue
 		}
 
@@ -288,7 +281,7 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 		r := &row{
 			endpoint:  e,
-			pod:       netip.AddrPortFrom(podIP, containerPort),
+			pod:       netip.AddrPortFrom(podIP, portOf(pm.ContainerPort)),
 			owner:     o,
 			ownerHash: ownerHash,
 			hash:      rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
@@ -299,12 +292,27 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 			seen[e] = r
 			rows = append(rows, r)
 		} else if first.pod != r.pod {
-			return nil, invalid("row %d (hostPort %d): containerPort %d, but %d in an earlier row of the same host port",
-				i, pm.HostPort, pm.ContainerPort, first.pod.Port())
+			return nil, invalid(fmt.Errorf("containerPort %d: want %d, as in an earlier row of the same host port",
+				pm.ContainerPort, first.pod.Port()))
 		}
 	}
 
 	return rows, nil
+}
+
+// refusal says what keeps a mapping with an endpoint from being a row of a pod, and
+// what would not. badIP is what is wrong with podIP, if anything.
+func refusal(id string, podIP net.IP, badIP string, pm *PortMapping) error {
+	switch {
+	case portOf(pm.ContainerPort) == 0:
+		return fmt.Errorf("containerPort %d: %s", pm.ContainerPort, wantPort)
+	case badIP != "":
+		return fmt.Errorf("pod IP %s (%s): %s", podIP, badIP, wantPodIP)
+	case id == "":
+		return errors.New(`sandbox id "": want one for each pod`)
+	default:
+		return nil
+	}
 }
 
 // rowsOfPod is rowsOf for all IPs of a pod, by family.
@@ -332,7 +340,8 @@ func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row, owne
 				seen[f][r.endpoint] = r.pod
 				rows[f] = append(rows[f], r)
 			} else if other != r.pod {
-				return nil, o, fmt.Errorf("pod %s: %w: row %s leads to %s as well", o, ErrInvalidMapping, r, other)
+				return nil, o, fmt.Errorf("pod %s: %w: row %s: want %s, as in an earlier mapping of the pod",
+					o, ErrInvalidMapping, r, other)
 			}
 		}
 	}
@@ -365,23 +374,26 @@ func claimsOf(id string, pod *PodPortMapping, f ipFamily) []claim {
 	return claims
 }
 
-// badField is a field of a PortMapping that is not acceptable.
-type badField struct {
-	field string
-	value any
-}
+// What is allowed, for errors.
+const (
+	wantPort     = "want 1 to 65535"
+	wantProtocol = "want TCP, UDP or SCTP"
+	wantHostIP   = `want an IP address that a node can have, without zone, or "", "0.0.0.0" or "::" for any`
+	wantPodIP    = "want an IP address that a node can forward to"
+)
 
 // endpointOf returns the host side of a mapping and the family that its host
-// IP confines it to, "" where that is left to the pod IP.
-func endpointOf(pm *PortMapping) (endpoint, ipFamily, *badField) {
+// IP confines it to, "" where that is left to the pod IP. Its error names the
+// field.
+func endpointOf(pm *PortMapping) (endpoint, ipFamily, error) {
 	proto, ok := parseProtocol(pm.Protocol)
 	if !ok {
-		return endpoint{}, "", &badField{"protocol", pm.Protocol}
+		return endpoint{}, "", fmt.Errorf("protocol %q: %s", pm.Protocol, wantProtocol)
 	}
 
 	e := endpoint{portKey: portKey{proto: proto, port: portOf(pm.HostPort)}}
 	if e.port == 0 {
-		return endpoint{}, "", &badField{"hostPort", pm.HostPort}
+		return endpoint{}, "", fmt.Errorf("hostPort %d: %s", pm.HostPort, wantPort)
 	}
 
 	if pm.HostIP == "" {
@@ -390,7 +402,7 @@ func endpointOf(pm *PortMapping) (endpoint, ipFamily, *badField) {
 
 	ip, err := netip.ParseAddr(pm.HostIP)
 	if err != nil || ip.Zone() != "" {
-		return endpoint{}, "", &badField{"hostIP", pm.HostIP}
+		return endpoint{}, "", fmt.Errorf("hostIP %q: %s", pm.HostIP, wantHostIP)
 	}
 
 	if ip = ip.Unmap(); !ip.IsUnspecified() {
@@ -409,17 +421,25 @@ func portOf(p int32) uint16 {
 	return uint16(p)
 }
 
-func parsePodIP(ip net.IP) (netip.Addr, error) {
+// parsePodIP returns ip, and what makes it no address of a pod, "" where it may be
+// one's.
+func parsePodIP(ip net.IP) (netip.Addr, string) {
 	addr, ok := netip.AddrFromSlice(ip)
 	addr = addr.Unmap()
 
 	switch {
 	case len(ip) == 0:
-		return netip.Addr{}, errMissing
-	case !ok || addr.IsUnspecified() || addr.IsMulticast() || addr.IsLoopback():
-		return netip.Addr{}, errNotPodIP
+		return addr, "missing"
+	case !ok:
+		return addr, "neither 4 nor 16 bytes"
+	case addr.IsUnspecified():
+		return addr, "unspecified"
+	case addr.IsLoopback():
+		return addr, "loopback"
+	case addr.IsMulticast():
+		return addr, "multicast"
 	default:
-		return addr, nil
+		return addr, ""
 	}
 }
 

@@ -239,8 +239,8 @@ func (m *hostportManager) place(c *change, w *row) error {
 	// CRI-O's way to make names has these two in one hash: ids of different
 	// length, or 8 and 0::1 beside 80 and ::1.
 	if name := m.backend.name(w); m.names[name] != nil && m.names[name].endpoint != w.endpoint {
-		return &rowError{w, fmt.Errorf("%w: its name in the kernel, %s, is taken by row %s of pod %s",
-			ErrInvalidMapping, name, m.names[name], m.names[name].owner)}
+		return &rowError{w, fmt.Errorf("%w: its name in the kernel, %s, is taken by row %s of pod %s: "+
+			"want another sandbox id, hostPort or hostIP", ErrInvalidMapping, name, m.names[name], m.names[name].owner)}
 	}
 
 	c.add(w)

@@ -538,6 +538,7 @@ func TestNamesCollide(t *testing.T) {
 	err := n.add(m, "pod110", n.pod(1, IPv4, &PortMapping{HostPort: 80, ContainerPort: 80}))
 	require.ErrorIs(t, err, ErrInvalidMapping)
 	assert.ErrorContains(t, err, "ns/web")
+	assert.ErrorContains(t, err, "want another sandbox id, hostPort or hostIP")
 	assert.Equal(t, before, n.dump(m))
 }
 

@@ -67,6 +67,27 @@ func TestRowsOf(t *testing.T) {
 			},
 		},
 		{
+			name: "host IPs that are unusual",
+			pod: podAt("169.254.1.1",
+				&PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "169.254.7.7"},
+				&PortMapping{HostPort: 2, ContainerPort: 2, HostIP: "127.0.0.1"},
+				&PortMapping{HostPort: 3, ContainerPort: 3, HostIP: "::ffff:0.0.0.0"},
+				&PortMapping{HostPort: 4, ContainerPort: 4, HostIP: "1.0.0.0"},
+				&PortMapping{HostPort: 5, ContainerPort: 5, HostIP: "223.255.255.255"}),
+			want: []string{
+				"TCP 169.254.7.7:1 -> 169.254.1.1:1", "TCP 127.0.0.1:2 -> 169.254.1.1:2", "TCP 0.0.0.0:3 -> 169.254.1.1:3",
+				"TCP 1.0.0.0:4 -> 169.254.1.1:4", "TCP 223.255.255.255:5 -> 169.254.1.1:5",
+			},
+		},
+		{
+			name: "host IPs of IPv6 that are unusual",
+			pod: podAt("fec0::5",
+				&PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "fe80::1"},
+				&PortMapping{HostPort: 2, ContainerPort: 2, HostIP: "::1"},
+				&PortMapping{HostPort: 3, ContainerPort: 3, HostIP: "::192.0.2.1"}),
+			want: []string{"TCP [fe80::1]:1 -> [fec0::5]:1", "TCP [::1]:2 -> [fec0::5]:2", "TCP [::c000:201]:3 -> [fec0::5]:3"},
+		},
+		{
 			name: "the same row twice",
 			pod: podAt(v4,
 				&PortMapping{HostPort: 1, ContainerPort: 1},
@@ -101,63 +122,68 @@ func TestRowsOfInvalid(t *testing.T) {
 	t.Parallel()
 
 	good := &PortMapping{HostPort: 80, ContainerPort: 80}
+	hostIP := func(ip string) *PortMapping { return &PortMapping{HostPort: 81, ContainerPort: 1, HostIP: ip} }
+
+	const (
+		wantHost = `want an IP address that a node can have, without zone, or "", "0.0.0.0" or "::" for any`
+		wantPod  = "want an IP address that a node can forward to"
+	)
 
 	for _, tc := range []struct {
 		name string
 		id   string
 		pod  *PodPortMapping
-		want []string
+		want string
 	}{
 		{
-			"host port below range", "id",
-			podAt("10.0.0.1", good, &PortMapping{HostPort: -1, ContainerPort: 1}),
-			[]string{"row 1", "hostPort", "-1"},
+			"host port below range", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: -1, ContainerPort: 1}),
+			"row 1 (hostPort -1): hostPort -1: want 1 to 65535",
 		},
 		{
-			"host port above range", "id",
-			podAt("10.0.0.1", &PortMapping{HostPort: 65536, ContainerPort: 1}),
-			[]string{"row 0", "hostPort", "65536"},
-		},
-		{"container port 0", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1}), []string{"row 0", "containerPort", `"0"`}},
-		{
-			"container port above range", "id",
-			podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 65536}),
-			[]string{"containerPort", "65536"},
+			"host port above range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 70000, ContainerPort: 1}),
+			"row 0 (hostPort 70000): hostPort 70000: want 1 to 65535",
 		},
 		{
-			"protocol", "id",
-			podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, Protocol: "ICMP"}),
-			[]string{"protocol", "ICMP"},
+			"container port 0", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1}),
+			"row 0 (hostPort 1): containerPort 0: want 1 to 65535",
 		},
 		{
-			"host IP", "id",
-			podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "localhost"}),
-			[]string{"hostIP", "localhost"},
+			"container port below range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: -1}),
+			"row 0 (hostPort 1): containerPort -1: want 1 to 65535",
 		},
 		{
-			"host IP with zone", "id",
-			podAt("fd00::1", &PortMapping{HostPort: 1, ContainerPort: 1, HostIP: "fe80::1%eth0"}),
-			[]string{"hostIP", "fe80::1%eth0"},
+			"container port above range", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 65536}),
+			"row 0 (hostPort 1): containerPort 65536: want 1 to 65535",
 		},
 		{
-			"bad row of the other family", "id",
-			podAt("10.0.0.1", good, &PortMapping{HostPort: 1, HostIP: "::"}),
-			[]string{"row 1", "containerPort"},
+			"protocol", "id", podAt("10.0.0.1", &PortMapping{HostPort: 1, ContainerPort: 1, Protocol: "ICMP"}),
+			`row 0 (hostPort 1): protocol "ICMP": want TCP, UDP or SCTP`,
 		},
-		{"no pod IP", "id", podAt("", good), []string{"pod IP", "missing"}},
-		{"unspecified pod IP", "id", podAt("0.0.0.0", good), []string{"pod IP", "0.0.0.0"}},
-		{"multicast pod IP", "id", podAt("ff02::1", good), []string{"pod IP", "ff02::1"}},
-		{"loopback pod IP", "id", podAt("127.0.0.1", good), []string{"pod IP", "127.0.0.1"}},
+		{"host name", "id", podAt("10.0.0.1", hostIP("localhost")), `row 0 (hostPort 81): hostIP "localhost": ` + wantHost},
+		{"host IP with prefix", "id", podAt("10.0.0.1", hostIP("192.0.2.1/32")), `hostIP "192.0.2.1/32": ` + wantHost},
+		{"host IP with zone", "id", podAt("fd00::1", hostIP("fe80::1%eth0")), `hostIP "fe80::1%eth0": ` + wantHost},
+		{
+			"bad row of the other family", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: 1, HostIP: "::"}),
+			"row 1 (hostPort 1): containerPort 0: want 1 to 65535",
+		},
+		{"no pod IP", "id", podAt("", good), `row 0 (hostPort 80): pod IP <nil> (missing): ` + wantPod},
+		{"unspecified pod IP", "id", podAt("0.0.0.0", good), `pod IP 0.0.0.0 (unspecified): ` + wantPod},
+		{"unspecified pod IP in IPv6", "id", podAt("::", good), `pod IP :: (unspecified): ` + wantPod},
+		{"loopback pod IP", "id", podAt("127.0.0.1", good), `pod IP 127.0.0.1 (loopback): ` + wantPod},
+		{"last loopback pod IP", "id", podAt("127.255.255.255", good), `pod IP 127.255.255.255 (loopback): ` + wantPod},
+		{"loopback pod IP in IPv6", "id", podAt("::1", good), `pod IP ::1 (loopback): ` + wantPod},
+		{"multicast pod IP", "id", podAt("224.0.0.1", good), `pod IP 224.0.0.1 (multicast): ` + wantPod},
+		{"multicast pod IP in IPv6", "id", podAt("ff02::1", good), `pod IP ff02::1 (multicast): ` + wantPod},
 		{
 			"pod IP of odd length", "id",
 			&PodPortMapping{Namespace: "ns", Name: "pod", IP: net.IP{1, 2, 3}, PortMappings: []*PortMapping{good}},
-			[]string{"pod IP"},
+			"pod IP ?010203 (neither 4 nor 16 bytes): " + wantPod,
 		},
-		{"no sandbox id", "", podAt("10.0.0.1", good), []string{"sandbox id"}},
+		{"no sandbox id", "", podAt("10.0.0.1", good), "row 0 (hostPort 80): sandbox id \"\": want one for each pod"},
 		{
 			"rows that differ in the container port", "id",
 			podAt("10.0.0.1", good, &PortMapping{HostPort: 80, ContainerPort: 81, HostIP: "0.0.0.0"}),
-			[]string{"row 1", "containerPort 81", "80"},
+			"row 1 (hostPort 80): containerPort 81: want 80, as in an earlier row of the same host port",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -166,12 +192,21 @@ func TestRowsOfInvalid(t *testing.T) {
 			rows, err := rowsOf(tc.id, tc.pod)
 			require.ErrorIs(t, err, ErrInvalidMapping)
 			assert.Nil(t, rows)
-
-			for _, want := range append(tc.want, "ns/pod") {
-				assert.ErrorContains(t, err, want)
-			}
+			assert.ErrorContains(t, err, "pod ns/pod: invalid port mapping: row ")
+			assert.ErrorContains(t, err, tc.want)
 		})
 	}
+}
+
+// Of two mappings of a pod that lead elsewhere, the second is wrong.
+func TestRowsOfPodInvalid(t *testing.T) {
+	t.Parallel()
+
+	pm := &PortMapping{HostPort: 80, ContainerPort: 8080}
+	_, _, err := rowsOfPod("id", []*PodPortMapping{podAt("10.0.0.1", pm), podAt("fd00::1", pm), podAt("10.0.0.2", pm)})
+	require.ErrorIs(t, err, ErrInvalidMapping)
+	assert.EqualError(t, err, "pod ns/pod: invalid port mapping: row TCP 0.0.0.0:80 -> 10.0.0.2:8080: "+
+		"want 10.0.0.1:8080, as in an earlier mapping of the pod")
 }
 
 // The names are those that CRI-O gives: computed with sha256sum and base32.
@@ -223,6 +258,8 @@ func TestConflictErrorText(t *testing.T) {
 
 func FuzzRowsOf(f *testing.F) {
 	f.Add("id", "ns", "pod", []byte{10, 0, 0, 1}, int32(80), int32(80), "TCP", "", int32(80), "::1")
+	f.Add("id", "ns", "pod", []byte(net.ParseIP("ff02::1")), int32(1), int32(1), "UDP", "224.0.0.1", int32(2), "::ffff:255.255.255.255")
+	f.Add("id", "ns", "pod", []byte{169, 254, 1, 1}, int32(1), int32(1), "", "0.1.2.3", int32(2), "fe80::1")
 	f.Add("id", "ns", "a\"\n*filter", []byte(net.ParseIP("fd00::1")), int32(1), int32(65535), "", "::ffff:1.2.3.4", int32(-1), "0.0.0.0")
 
 	f.Fuzz(func(t *testing.T, id, namespace, name string, ip []byte,
