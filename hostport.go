@@ -33,8 +33,9 @@ type PodPortMapping struct {
 	PortMappings []*PortMapping
 	// HostNetwork pods have no host ports: Add and Remove do nothing.
 	HostNetwork bool
-	// IP is the pod's address: not unspecified, loopback or multicast. Remove does
-	// not need it.
+	// IP is the pod's address, one that the node can forward to: not unspecified,
+	// loopback, multicast, broadcast or of 0.0.0.0/8, and in IPv6 not link-local.
+	// Remove does not need it.
 	IP net.IP
 }
 
@@ -47,8 +48,9 @@ type PortMapping struct {
 	// Protocol is TCP, UDP or SCTP in any case; "" is TCP.
 	Protocol v1.Protocol
 	// HostIP is the address on the node: "" for any in the pod's family,
-	// "0.0.0.0" and "::" for any in theirs, else a literal IP without zone. It
-	// need not be on the node (yet). "::ffff:192.0.2.1" is 192.0.2.1.
+	// "0.0.0.0" and "::" for any in theirs, else a literal IP without zone, not
+	// multicast, broadcast or of 0.0.0.0/8. It need not be on the node (yet).
+	// "::ffff:192.0.2.1" is 192.0.2.1.
 	HostIP string
 }
 
@@ -264,7 +266,7 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 		e, f, err := endpointOf(pm)
 		if err == nil {
-			err = refusal(id, pod.IP, badIP, pm)
+			err = refusal(id, pod.IP, badIP, pm, e)
 		}
 
 		if err != nil {
@@ -302,8 +304,10 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 // refusal says what keeps a mapping with an endpoint from being a row of a pod, and
 // what would not. badIP is what is wrong with podIP, if anything.
-func refusal(id string, podIP net.IP, badIP string, pm *PortMapping) error {
-	switch {
+func refusal(id string, podIP net.IP, badIP string, pm *PortMapping, e endpoint) error {
+	switch kind := noMachine(e.ip); {
+	case kind != "":
+		return fmt.Errorf("hostIP %q (%s): %s", pm.HostIP, kind, wantHostIP)
 	case portOf(pm.ContainerPort) == 0:
 		return fmt.Errorf("containerPort %d: %s", pm.ContainerPort, wantPort)
 	case badIP != "":
@@ -356,8 +360,8 @@ type claim struct {
 	hash string
 }
 
-// claimsOf returns pod's rows in family f, leaving out those that Add would
-// have refused.
+// claimsOf returns pod's rows in family f, leaving out those that cannot be in
+// the kernel. An address that Add refuses can, from before.
 func claimsOf(id string, pod *PodPortMapping, f ipFamily) []claim {
 	var claims []claim
 
@@ -434,12 +438,36 @@ func parsePodIP(ip net.IP) (netip.Addr, string) {
 		return addr, "neither 4 nor 16 bytes"
 	case addr.IsUnspecified():
 		return addr, "unspecified"
-	case addr.IsLoopback():
+	case addr.IsLoopback(): // each machine's own: RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3
 		return addr, "loopback"
-	case addr.IsMulticast():
-		return addr, "multicast"
+	case addr.Is6() && addr.IsLinkLocalUnicast():
+		// Routers do not forward it (RFC 4291, section 2.5.6), and neither does the
+		// kernel. It does forward IPv4's, 169.254.0.0/16.
+		return addr, "link-local"
 	default:
-		return addr, ""
+		return addr, noMachine(addr)
+	}
+}
+
+// noMachine says what keeps ip from being the address of one machine, "" where
+// nothing does. No packet that a row is for goes to such an address, nor does any
+// reach a pod there.
+//
+// 240.0.0.0/4 is reserved (RFC 1112, section 4), but the kernel carries it, and there
+// are clusters that use it for their pods. And only the node knows which address is
+// the broadcast address of a network.
+func noMachine(ip netip.Addr) string {
+	switch {
+	case ip.IsMulticast(): // a group of machines: RFC 1112, section 4; RFC 4291, section 2.7
+		return "multicast"
+	case ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}): // all machines of a link: RFC 919, section 7
+		return "broadcast"
+	case ip.Is4() && ip.As4()[0] == 0:
+		// Never a destination (RFC 1122, section 3.2.1.3), though Linux 5.3 and later
+		// would carry it.
+		return "of 0.0.0.0/8"
+	default:
+		return ""
 	}
 }
 

@@ -2,6 +2,7 @@ package hostport
 
 import (
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -162,18 +163,35 @@ func TestRowsOfInvalid(t *testing.T) {
 		{"host name", "id", podAt("10.0.0.1", hostIP("localhost")), `row 0 (hostPort 81): hostIP "localhost": ` + wantHost},
 		{"host IP with prefix", "id", podAt("10.0.0.1", hostIP("192.0.2.1/32")), `hostIP "192.0.2.1/32": ` + wantHost},
 		{"host IP with zone", "id", podAt("fd00::1", hostIP("fe80::1%eth0")), `hostIP "fe80::1%eth0": ` + wantHost},
+		{"multicast host IP", "id", podAt("10.0.0.1", hostIP("224.0.0.1")), `hostIP "224.0.0.1" (multicast): ` + wantHost},
+		{"last multicast host IP", "id", podAt("10.0.0.1", hostIP("239.255.255.255")), `(multicast): ` + wantHost},
+		{"mapped multicast host IP", "id", podAt("10.0.0.1", hostIP("::ffff:224.0.0.1")), `hostIP "::ffff:224.0.0.1" (multicast): ` + wantHost},
+		{"multicast host IP in IPv6", "id", podAt("fd00::1", hostIP("ff02::1")), `hostIP "ff02::1" (multicast): ` + wantHost},
+		{"broadcast host IP", "id", podAt("10.0.0.1", hostIP("255.255.255.255")), `hostIP "255.255.255.255" (broadcast): ` + wantHost},
+		{"host IP of this network", "id", podAt("10.0.0.1", hostIP("0.1.2.3")), `hostIP "0.1.2.3" (of 0.0.0.0/8): ` + wantHost},
+		{"mapped host IP of this network", "id", podAt("10.0.0.1", hostIP("::ffff:0.0.0.1")), `(of 0.0.0.0/8): ` + wantHost},
 		{
 			"bad row of the other family", "id", podAt("10.0.0.1", good, &PortMapping{HostPort: 1, HostIP: "::"}),
 			"row 1 (hostPort 1): containerPort 0: want 1 to 65535",
 		},
+		{"bad host IP of the other family", "id", podAt("10.0.0.1", good, hostIP("ff02::1")), `row 1 (hostPort 81): hostIP "ff02::1"`},
 		{"no pod IP", "id", podAt("", good), `row 0 (hostPort 80): pod IP <nil> (missing): ` + wantPod},
 		{"unspecified pod IP", "id", podAt("0.0.0.0", good), `pod IP 0.0.0.0 (unspecified): ` + wantPod},
 		{"unspecified pod IP in IPv6", "id", podAt("::", good), `pod IP :: (unspecified): ` + wantPod},
+		{"pod IP of this network", "id", podAt("0.1.2.3", good), `pod IP 0.1.2.3 (of 0.0.0.0/8): ` + wantPod},
 		{"loopback pod IP", "id", podAt("127.0.0.1", good), `pod IP 127.0.0.1 (loopback): ` + wantPod},
 		{"last loopback pod IP", "id", podAt("127.255.255.255", good), `pod IP 127.255.255.255 (loopback): ` + wantPod},
 		{"loopback pod IP in IPv6", "id", podAt("::1", good), `pod IP ::1 (loopback): ` + wantPod},
 		{"multicast pod IP", "id", podAt("224.0.0.1", good), `pod IP 224.0.0.1 (multicast): ` + wantPod},
 		{"multicast pod IP in IPv6", "id", podAt("ff02::1", good), `pod IP ff02::1 (multicast): ` + wantPod},
+		{"broadcast pod IP", "id", podAt("255.255.255.255", good), `pod IP 255.255.255.255 (broadcast): ` + wantPod},
+		{"link-local pod IP in IPv6", "id", podAt("fe80::1", good), `pod IP fe80::1 (link-local): ` + wantPod},
+		{"last link-local pod IP in IPv6", "id", podAt("febf::1", good), `pod IP febf::1 (link-local): ` + wantPod},
+		{
+			"pod IP in four bytes", "id",
+			&PodPortMapping{Namespace: "ns", Name: "pod", IP: net.IP{255, 255, 255, 255}, PortMappings: []*PortMapping{good}},
+			"pod IP 255.255.255.255 (broadcast): " + wantPod,
+		},
 		{
 			"pod IP of odd length", "id",
 			&PodPortMapping{Namespace: "ns", Name: "pod", IP: net.IP{1, 2, 3}, PortMappings: []*PortMapping{good}},
@@ -207,6 +225,30 @@ func TestRowsOfPodInvalid(t *testing.T) {
 	require.ErrorIs(t, err, ErrInvalidMapping)
 	assert.EqualError(t, err, "pod ns/pod: invalid port mapping: row TCP 0.0.0.0:80 -> 10.0.0.2:8080: "+
 		"want 10.0.0.1:8080, as in an earlier mapping of the pod")
+}
+
+// What Add refuses may be there from before: Remove finds whatever can be an address.
+func TestClaimsOf(t *testing.T) {
+	t.Parallel()
+
+	pod := podAt("",
+		&PortMapping{HostPort: 1, HostIP: "224.0.0.1"}, &PortMapping{HostPort: 2, HostIP: "255.255.255.255"},
+		&PortMapping{HostPort: 3, HostIP: "0.1.2.3"}, &PortMapping{HostPort: 4, HostIP: "::ffff:224.0.0.1"},
+		&PortMapping{HostPort: 5, HostIP: "ff02::1"}, &PortMapping{HostPort: 6, ContainerPort: -1},
+		// And nothing else.
+		&PortMapping{HostPort: -1}, &PortMapping{HostPort: 7, HostIP: "localhost"}, &PortMapping{HostPort: 8, Protocol: "ICMP"}, nil)
+
+	for f, want := range map[ipFamily][]string{
+		IPv4: {"224.0.0.1:1", "255.255.255.255:2", "0.1.2.3:3", "224.0.0.1:4", "0.0.0.0:6"},
+		IPv6: {"[ff02::1]:5", "[::]:6"},
+	} {
+		var got []string
+		for _, c := range claimsOf("id", pod, f) {
+			got = append(got, netip.AddrPortFrom(c.hostIP(f), c.port).String())
+		}
+
+		assert.Equal(t, want, got)
+	}
 }
 
 // The names are those that CRI-O gives: computed with sha256sum and base32.
