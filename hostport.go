@@ -235,6 +235,16 @@ func (f ipFamily) loopback() netip.Prefix {
 	return hostPrefix(netip.IPv6Loopback())
 }
 
+// linkLocal is what addresses a machine on its own link alone, so that the kernel
+// does not forward it (RFC 4291, section 2.5.6). IPv4's 169.254.0.0/16 it does.
+func (f ipFamily) linkLocal() netip.Prefix {
+	if f == IPv4 {
+		return netip.Prefix{}
+	}
+
+	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfe, 0x80}), 10) //nolint:mnd // fe80::/10
+}
+
 // loopbackDevice is the interface of loopback addresses, in every network
 // namespace.
 const loopbackDevice = "lo"

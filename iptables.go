@@ -77,9 +77,18 @@ func guardRules(f ipFamily) []iptRule {
 // natRules lead packets into the dispatch chains. Only packets for an address
 // of the node may be translated (CVE-2025-67499), and services come first
 // (CVE-2019-9946). localhost tells whether loopback sources are translated.
+//
+// A rule takes one -s and one -d. Addresses that it excludes besides are those of
+// the connection, which in this table are the packet's.
 func natRules(f ipFamily, localhost bool) []iptRule {
-	fromOutside := iptRule{chain: preRouting, notDst: f.loopback(), comment: dnatComment, match: matchLocal, target: dnatDispatch}
-	fromHost := iptRule{chain: output, comment: dnatComment, match: matchLocal, target: dnatDispatch}
+	fromOutside := iptRule{
+		chain: preRouting, notSrc: f.linkLocal(), notDst: f.loopback(), notOrigDst: f.linkLocal(),
+		comment: dnatComment, match: matchLocal, target: dnatDispatch,
+	}
+	fromHost := iptRule{
+		chain: output, notOrigSrc: f.linkLocal(), notDst: f.linkLocal(),
+		comment: dnatComment, match: matchLocal, target: dnatDispatch,
+	}
 	masquerade := iptRule{chain: postRouting, comment: masqComment, match: matchDNATed, target: masqDispatch}
 
 	if !localhost {
@@ -242,6 +251,9 @@ type iptRule struct {
 	target    string
 	to        netip.AddrPort
 
+	// notOrigSrc and notOrigDst are addresses of the connection before NAT.
+	notOrigSrc, notOrigDst netip.Prefix
+
 	// other is set for a rule with anything else in it.
 	other bool
 }
@@ -266,6 +278,8 @@ func (n iptRule) String() string {
 	arg(n.proto != "", "-p %s", n.proto)
 	arg(n.comment != "", `-m comment --comment "%s"`, n.comment)
 	arg(n.match != "", "%s", n.match)
+	arg(n.notOrigSrc.IsValid(), "-m conntrack ! --ctorigsrc %s", n.notOrigSrc)
+	arg(n.notOrigDst.IsValid(), "-m conntrack ! --ctorigdst %s", n.notOrigDst)
 	arg(n.origPorts != ports{}, "-m conntrack --ctorigdstport %s", n.origPorts)
 	arg(n.dports != ports{}, "-m %s --dport %s", n.proto, n.dports)
 	arg(n.target != "", "-j %s", n.target)
@@ -358,6 +372,10 @@ func prefixField(n *iptRule, option string) *netip.Prefix {
 		return &n.notSrc
 	case "! -d":
 		return &n.notDst
+	case "! --ctorigsrc":
+		return &n.notOrigSrc
+	case "! --ctorigdst":
+		return &n.notOrigDst
 	default:
 		return nil
 	}

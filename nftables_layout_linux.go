@@ -2,6 +2,7 @@ package hostport
 
 import (
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -166,6 +167,9 @@ func (l nftLayout) header() header {
 //
 //	nat-output:       ip saddr != 127.0.0.0/8 fib daddr type local goto hostports
 //
+// For IPv6 both have "ip6 daddr != fe80::/10 ip6 saddr != fe80::/10" besides: what
+// has a link-local address the kernel does not forward.
+//
 // Only packets for an address of the node may be translated (CVE-2025-67499).
 // The row for one address comes before the one for any.
 func (l nftLayout) rules() []netlink.Message {
@@ -176,17 +180,11 @@ func (l nftLayout) rules() []netlink.Message {
 
 	t, h := l.table, l.header()
 
-	outgoing := l.loopback(h.saddr, nfnetlink.NotEqual)
-	if l.localhost {
-		outgoing = nil
-	}
+	incoming, outgoing := l.forNode()
 
 	var (
-		local = []nfnetlink.Expr{
-			nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts),
-		}
 		translated = []nfnetlink.Expr{
-			nfnetlink.LoadConntrackStatus(reg1), nfnetlink.Mask(reg1, statusDNAT|statusSNAT), nfnetlink.EqualTo(reg1, statusDNAT),
+			nfnetlink.LoadConntrackStatus(reg1), nfnetlink.MaskNumber(reg1, statusDNAT|statusSNAT), nfnetlink.EqualTo(reg1, statusDNAT),
 		}
 		// masquerade is for packets to a pod with the address at an offset as
 		// the source.
@@ -206,20 +204,20 @@ func (l nftLayout) rules() []netlink.Message {
 		t.AppendRule(nftHostPorts,
 			nfnetlink.LoadProtocol(reg1), nfnetlink.LoadTransportHeader(dport, portSize, piece(1)),
 			nfnetlink.LookUp(nftHostPorts, reg1, reg1), nfnetlink.DNAT(t.Family, reg1, h.behind)),
-		t.AppendRule(nftNATPrerouting, slices.Concat(l.loopback(h.daddr, nfnetlink.NotEqual), local)...),
-		t.AppendRule(nftNATOutput, slices.Concat(outgoing, local)...),
+		t.AppendRule(nftNATPrerouting, incoming...),
+		t.AppendRule(nftNATOutput, outgoing...),
 		t.AppendRule(nftMasquerade, slices.Concat(translated, masquerade(h.saddr))...),
 	}
 
 	if l.localhost {
 		msgs = append(msgs, t.AppendRule(nftMasquerade,
-			slices.Concat(translated, l.loopback(h.saddr, nfnetlink.Equal), masquerade(h.daddr))...))
+			slices.Concat(translated, l.within(l.family.loopback(), h.saddr, nfnetlink.Equal), masquerade(h.daddr))...))
 	}
 
 	if l.guard {
 		fromOutside := []nfnetlink.Expr{nfnetlink.LoadInputInterface(reg1), nfnetlink.NotEqualTo(reg1, loopbackIndex)}
 		for _, offset := range []uint32{h.daddr, h.saddr} {
-			loopback := slices.Concat(fromOutside, l.loopback(offset, nfnetlink.Equal))
+			loopback := slices.Concat(fromOutside, l.within(l.family.loopback(), offset, nfnetlink.Equal))
 			msgs = append(msgs, t.AppendRule(nftGuard, append(loopback, nfnetlink.Drop())...))
 		}
 	}
@@ -227,16 +225,43 @@ func (l nftLayout) rules() []netlink.Message {
 	return msgs
 }
 
-// loopback compares the address at an offset in the IP header with the loopback
-// network.
-func (l nftLayout) loopback(offset uint32, compare func(sreg uint32, data []byte) nfnetlink.Expr) []nfnetlink.Expr {
-	network := l.family.loopback()
-	prefix := network.Addr().AsSlice()[:network.Bits()/8]
+// forNode lead to the rows what comes from outside, or from the node itself, for an
+// address of the node.
+func (l nftLayout) forNode() (incoming, outgoing []nfnetlink.Expr) {
+	h := l.header()
+	incoming = l.within(l.family.loopback(), h.daddr, nfnetlink.NotEqual)
 
-	return []nfnetlink.Expr{
-		nfnetlink.LoadNetworkHeader(offset, uint32(len(prefix)), reg1), //nolint:gosec // 16 at the most
-		compare(reg1, prefix),
+	if !l.localhost {
+		outgoing = l.within(l.family.loopback(), h.saddr, nfnetlink.NotEqual)
 	}
+
+	var both []nfnetlink.Expr
+
+	if network := l.family.linkLocal(); network.IsValid() {
+		both = append(l.within(network, h.daddr, nfnetlink.NotEqual), l.within(network, h.saddr, nfnetlink.NotEqual)...)
+	}
+
+	both = append(both, nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts))
+
+	return append(incoming, both...), append(outgoing, both...)
+}
+
+// within compares the address at an offset in the IP header with a network, as nft
+// does: of one that ends between two bytes with a mask for the whole address, and
+// else without.
+func (l nftLayout) within(network netip.Prefix, offset uint32, compare func(sreg uint32, data []byte) nfnetlink.Expr) []nfnetlink.Expr {
+	var mask []nfnetlink.Expr
+
+	addr, bits := network.Addr().AsSlice(), network.Bits()
+	if bits%8 == 0 {
+		addr = addr[:bits/8]
+	} else {
+		mask = append(mask, nfnetlink.Mask(reg1, net.CIDRMask(bits, 8*len(addr))))
+	}
+
+	load := nfnetlink.LoadNetworkHeader(offset, uint32(len(addr)), reg1) //nolint:gosec // 16 at the most
+
+	return slices.Concat([]nfnetlink.Expr{load}, mask, []nfnetlink.Expr{compare(reg1, addr)})
 }
 
 // nftKey names an element: no two of one set have the same key.

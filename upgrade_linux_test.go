@@ -88,6 +88,48 @@ func TestFirstLayoutIsTakenOver(t *testing.T) {
 	})
 }
 
+// The first version's jumps, which let link-local addresses through, are replaced,
+// and no connection fails meanwhile.
+func TestFirstJumpsAreReplaced(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv6, 80)
+		n.serve(0, "udp", IPv6, 80)
+
+		pod := n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", pod))
+
+		rows := rowsOfAll(t, IPv6, map[string][]*PodPortMapping{"id": {pod}})
+
+		for name, do := range map[string]func(){
+			"New": func() {
+				require.NoError(t, m.Close())
+
+				m = n.manager()
+			},
+			"Sync": func() { require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}})) },
+			"Add":  func() { require.NoError(t, n.add(m, "id", pod)) },
+		} {
+			for range 5 {
+				n.commandWith(`*nat
+-F PREROUTING
+-A PREROUTING ! -d ::1/128 -m comment --comment "kube hostport portals" -m addrtype --dst-type LOCAL -j KUBE-HOSTPORTS
+-F OUTPUT
+-A OUTPUT ! -s ::1/128 -m comment --comment "kube hostport portals" -m addrtype --dst-type LOCAL -j KUBE-HOSTPORTS
+COMMIT
+`, "ip6tables-"+string(n.variant)+"-restore", "--noflush")
+				require.Len(t, n.deviations(IPv6, rows), 6, "of two rules: left over, missing, wrong")
+
+				ask := n.startAsking(netip.AddrPortFrom(n.nodeIP(IPv6), 8080))
+
+				do()
+				ask.stop()
+				assert.Empty(t, n.deviations(IPv6, rows), name)
+			}
+		}
+	})
+}
+
 // asking are requests over new connections that go on.
 type asking struct {
 	n     *node

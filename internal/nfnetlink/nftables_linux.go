@@ -497,17 +497,19 @@ func LoadDestinationType(dreg uint32) Expr {
 	}}
 }
 
-// Mask leaves in a register the bits of mask, a number in the machine's byte
-// order.
-func Mask(reg, mask uint32) Expr {
+// Mask leaves in a register the bits of mask.
+func Mask(reg uint32, mask []byte) Expr {
 	return Expr{"bitwise", func(ae *netlink.AttributeEncoder) {
 		ae.Uint32(unix.NFTA_BITWISE_SREG, reg)
 		ae.Uint32(unix.NFTA_BITWISE_DREG, reg)
-		ae.Uint32(unix.NFTA_BITWISE_LEN, 4)
-		value(ae, unix.NFTA_BITWISE_MASK, native(mask))
-		value(ae, unix.NFTA_BITWISE_XOR, native(0))
+		ae.Uint32(unix.NFTA_BITWISE_LEN, uint32(len(mask))) //nolint:gosec // 16 at the most
+		value(ae, unix.NFTA_BITWISE_MASK, mask)
+		value(ae, unix.NFTA_BITWISE_XOR, make([]byte, len(mask)))
 	}}
 }
+
+// MaskNumber leaves those of a number, in the machine's byte order.
+func MaskNumber(reg, mask uint32) Expr { return Mask(reg, native(mask)) }
 
 // Equal goes on if a register begins with the bytes given.
 func Equal(sreg uint32, data []byte) Expr { return compare(unix.NFT_CMP_EQ, sreg, data) }
