@@ -323,7 +323,7 @@ func (n *Namespace) SendLoopback() error {
 		return err
 	}
 	return n.configure(func(h *netlink.Handle) error {
-		routes, err := h.RouteList(nil, unix.AF_INET)
+		routes, err := undisturbed(func() ([]netlink.Route, error) { return h.RouteList(nil, unix.AF_INET) })
 		if err != nil {
 			return err
 		}
@@ -358,6 +358,18 @@ func (n *Namespace) configure(f func(*netlink.Handle) error) error {
 	return nil
 }
 
+// undisturbed repeats a dump until nobody changes anything meanwhile. What the kernel
+// lists in several messages may be incomplete else; it says so (NLM_F_DUMP_INTR).
+func undisturbed[T any](dump func() (T, error)) (T, error) {
+	const attempts = 100
+	for range attempts - 1 {
+		if list, err := dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return list, err
+		}
+	}
+	return dump()
+}
+
 // settle waits until the device carries traffic. The kernel reports a link as
 // up from a work queue, and only then does a bridge use its port and IPv6 have
 // a link-local address, without which it neither resolves nor forwards.
@@ -384,7 +396,7 @@ func settled(h *netlink.Handle, device string) (bool, error) {
 	if err != nil || link.Attrs().OperState != netlink.OperUp {
 		return false, err
 	}
-	addrs, err := h.AddrList(link, netlink.FAMILY_V6)
+	addrs, err := undisturbed(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_V6) })
 	linkLocal := slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.IsLinkLocalUnicast() })
 	tentative := slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 })
 	return err == nil && linkLocal && !tentative, err

@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -89,7 +90,7 @@ func TestHairpinMode(t *testing.T) {
 		for _, name := range []string{"veth1", "veth2"} {
 			port, err := h.LinkByName(name)
 			require.NoError(t, err)
-			info, err := h.LinkGetProtinfo(port)
+			info, err := undisturbed(func() (netlink.Protinfo, error) { return h.LinkGetProtinfo(port) })
 			require.NoError(t, err)
 			assert.True(t, info.Hairpin, name)
 		}
@@ -139,6 +140,72 @@ func TestSettled(t *testing.T) {
 		}
 		require.NoError(t, bed.Close())
 	}
+}
+
+// A dump is tried again while others change what it lists. It takes several
+// messages, and others between them, for the kernel to notice that.
+func TestDumpInterrupted(t *testing.T) {
+	bed := newBed(t)
+	link := func(h *netlink.Handle) netlink.Link {
+		link, err := h.LinkByName("eth0")
+		require.NoError(t, err)
+		return link
+	}
+	address := func(i int) *netlink.Addr {
+		ip := netip.AddrFrom16([16]byte{0: 0xfd, 14: byte(i >> 8), 15: byte(i)})
+		return &netlink.Addr{IPNet: &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(128, 128)}}
+	}
+	require.NoError(t, bed.Client.configure(func(h *netlink.Handle) error {
+		eth0 := link(h)
+		for i := range 1000 {
+			require.NoError(t, h.AddrAdd(eth0, address(i)))
+		}
+		return nil
+	}))
+
+	var others sync.WaitGroup
+	stop := make(chan struct{})
+	others.Go(func() {
+		assert.NoError(t, bed.Client.configure(func(h *netlink.Handle) error {
+			for eth0 := link(h); ; {
+				select {
+				case <-stop:
+					return nil
+				default:
+					if err := errors.Join(h.AddrAdd(eth0, address(1000)), h.AddrDel(eth0, address(1000))); err != nil {
+						return err
+					}
+				}
+			}
+		}))
+	})
+	defer others.Wait()
+	defer close(stop)
+
+	require.NoError(t, bed.Client.configure(func(h *netlink.Handle) error {
+		eth0 := link(h)
+		deadline := time.Now().Add(4 * patience)
+		for interrupted := 0; interrupted < 5; {
+			require.True(t, time.Now().Before(deadline), "%d dumps were interrupted", interrupted)
+			if _, err := h.AddrList(eth0, netlink.FAMILY_V6); errors.Is(err, netlink.ErrDumpInterrupted) {
+				interrupted++
+			}
+			_, err := settled(h, "eth0")
+			require.NoError(t, err)
+		}
+		return nil
+	}))
+}
+
+// It does not go on forever.
+func TestDumpAlwaysInterrupted(t *testing.T) {
+	dumps := 0
+	_, err := undisturbed(func() (int, error) {
+		dumps++
+		return 0, netlink.ErrDumpInterrupted
+	})
+	assert.ErrorIs(t, err, netlink.ErrDumpInterrupted)
+	assert.Equal(t, 100, dumps)
 }
 
 func TestFamiliesAreApart(t *testing.T) {
