@@ -580,19 +580,31 @@ func TestTimeout(t *testing.T) {
 	assert.Len(t, m.mappings(), 1)
 }
 
+// lateIPTables commits and then goes on until it is killed.
+type lateIPTables struct{ IPTables }
+
+func (l lateIPTables) Restore(ctx context.Context, input []byte) error {
+	if err := l.IPTables.Restore(context.WithoutCancel(ctx), input); err != nil {
+		return err
+	}
+
+	<-ctx.Done()
+
+	return ctx.Err()
+}
+
 // A process that is killed may have committed before: the row it left is not
 // the table's, and goes with whatever comes next.
 func TestKilledAfterCommit(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		ipt := n.realIPTables()
 		fake := &fakeIPTables{IPTables: ipt}
-		m := n.oneFamily(fake, WithTimeout(300*time.Millisecond))
-		slow := func(input []byte) ([]byte, error) {
-			assert.NoError(t, ipt.Restore(t.Context(), input))
-
-			<-time.After(400 * time.Millisecond) // past the deadline
-
-			return input, context.DeadlineExceeded
+		m := n.oneFamily(fake)
+		late := func(is bool) {
+			fake.IPTables, m.cfg.timeout = ipt, defaultTimeout
+			if is {
+				fake.IPTables, m.cfg.timeout = lateIPTables{ipt}, 100*time.Millisecond
+			}
 		}
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 
@@ -604,21 +616,18 @@ func TestKilledAfterCommit(t *testing.T) {
 			},
 			func() error { return m.Remove("id", pod) },
 		} {
-			m.cfg.timeout = 300 * time.Millisecond
-			fake.restore = slow
+			late(true)
 
 			require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
 			require.Len(t, parsedRows(t, n), len(m.mappings())+1, "it did commit")
 
-			fake.restore = nil
-			m.cfg.timeout = defaultTimeout
+			late(false)
 
 			n.do(func() { require.NoError(t, next()) })
 			require.Len(t, parsedRows(t, n), len(m.mappings()))
 		}
 
-		m.cfg.timeout = 300 * time.Millisecond
-		fake.restore = slow
+		late(true)
 
 		require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
 		require.ErrorIs(t, n.remove(m, "id", nil), context.DeadlineExceeded, "nobody knows what is left")
