@@ -34,7 +34,7 @@ type PodPortMapping struct {
 	// HostNetwork pods have no host ports: Add and Remove do nothing.
 	HostNetwork bool
 	// IP is the pod's address, one that the node can forward to: not unspecified,
-	// loopback, multicast, broadcast or of 0.0.0.0/8, and in IPv6 not link-local.
+	// loopback, multicast, of 0.0.0.0/8 or 240.0.0.0/4, and in IPv6 not link-local.
 	// Remove does not need it.
 	IP net.IP
 }
@@ -49,7 +49,7 @@ type PortMapping struct {
 	Protocol v1.Protocol
 	// HostIP is the address on the node: "" for any in the pod's family,
 	// "0.0.0.0" and "::" for any in theirs, else a literal IP without zone, not
-	// multicast, broadcast or of 0.0.0.0/8. It need not be on the node (yet).
+	// multicast, of 0.0.0.0/8 or 240.0.0.0/4. It need not be on the node (yet).
 	// "::ffff:192.0.2.1" is 192.0.2.1.
 	HostIP string
 }
@@ -463,9 +463,7 @@ func parsePodIP(ip net.IP) (netip.Addr, string) {
 // nothing does. No packet that a row is for goes to such an address, nor does any
 // reach a pod there.
 //
-// 240.0.0.0/4 is reserved (RFC 1112, section 4), but the kernel carries it, and there
-// are clusters that use it for their pods. And only the node knows which address is
-// the broadcast address of a network.
+// Only the node knows which address is the broadcast address of a network.
 func noMachine(ip netip.Addr) string {
 	switch {
 	case ip.IsMulticast(): // a group of machines: RFC 1112, section 4; RFC 4291, section 2.7
@@ -476,6 +474,8 @@ func noMachine(ip netip.Addr) string {
 		// Never a destination (RFC 1122, section 3.2.1.3), though Linux 5.3 and later
 		// would carry it.
 		return "of 0.0.0.0/8"
+	case ip.Is4() && ip.As4()[0] >= 0xf0: // reserved (RFC 1112, section 4), though the kernel would carry it
+		return "of 240.0.0.0/4"
 	default:
 		return ""
 	}

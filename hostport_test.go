@@ -168,6 +168,7 @@ func TestRowsOfInvalid(t *testing.T) {
 		{"mapped multicast host IP", "id", podAt("10.0.0.1", hostIP("::ffff:224.0.0.1")), `hostIP "::ffff:224.0.0.1" (multicast): ` + wantHost},
 		{"multicast host IP in IPv6", "id", podAt("fd00::1", hostIP("ff02::1")), `hostIP "ff02::1" (multicast): ` + wantHost},
 		{"broadcast host IP", "id", podAt("10.0.0.1", hostIP("255.255.255.255")), `hostIP "255.255.255.255" (broadcast): ` + wantHost},
+		{"reserved host IP", "id", podAt("10.0.0.1", hostIP("240.0.0.1")), `hostIP "240.0.0.1" (of 240.0.0.0/4): ` + wantHost},
 		{"host IP of this network", "id", podAt("10.0.0.1", hostIP("0.1.2.3")), `hostIP "0.1.2.3" (of 0.0.0.0/8): ` + wantHost},
 		{"mapped host IP of this network", "id", podAt("10.0.0.1", hostIP("::ffff:0.0.0.1")), `(of 0.0.0.0/8): ` + wantHost},
 		{
@@ -184,6 +185,8 @@ func TestRowsOfInvalid(t *testing.T) {
 		{"loopback pod IP in IPv6", "id", podAt("::1", good), `pod IP ::1 (loopback): ` + wantPod},
 		{"multicast pod IP", "id", podAt("224.0.0.1", good), `pod IP 224.0.0.1 (multicast): ` + wantPod},
 		{"multicast pod IP in IPv6", "id", podAt("ff02::1", good), `pod IP ff02::1 (multicast): ` + wantPod},
+		{"reserved pod IP", "id", podAt("240.0.0.1", good), `pod IP 240.0.0.1 (of 240.0.0.0/4): ` + wantPod},
+		{"last reserved pod IP", "id", podAt("255.255.255.254", good), `pod IP 255.255.255.254 (of 240.0.0.0/4): ` + wantPod},
 		{"broadcast pod IP", "id", podAt("255.255.255.255", good), `pod IP 255.255.255.255 (broadcast): ` + wantPod},
 		{"link-local pod IP in IPv6", "id", podAt("fe80::1", good), `pod IP fe80::1 (link-local): ` + wantPod},
 		{"last link-local pod IP in IPv6", "id", podAt("febf::1", good), `pod IP febf::1 (link-local): ` + wantPod},

@@ -19,7 +19,7 @@ func nowhere(f ipFamily) (hostIPs, podIPs []string) {
 		return hostIPs, append(slices.Clone(hostIPs), "::", "::1", "fe80::1")
 	}
 
-	hostIPs = []string{"224.0.0.1", "239.255.255.255", "255.255.255.255", "0.1.2.3"}
+	hostIPs = []string{"224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "0.1.2.3"}
 
 	return hostIPs, append(slices.Clone(hostIPs), "0.0.0.0", "127.0.0.1")
 }
@@ -133,7 +133,7 @@ func TestAddressesFromBefore(t *testing.T) {
 func TestAddressesThatAreUnusual(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		m := n.manager()
-		unusual := map[ipFamily][]string{IPv4: {"169.254.7.7", "240.1.2.3"}, IPv6: {"fec0::7", "::192.0.2.7"}}[f]
+		unusual := map[ipFamily][]string{IPv4: {"169.254.7.7"}, IPv6: {"fec0::7", "::192.0.2.7"}}[f]
 
 		for i, ip := range unusual {
 			addr := netip.MustParseAddr(ip)
