@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -38,13 +39,17 @@ type backend interface {
 	// with it.
 	//
 	// restored is set if it has put back what leads packets to rows, even if it
-	// fails then.
+	// fails then. Without any deltas it does what exempt has said is due.
 	//
 	// On an error nothing has changed, or the next apply or repair takes back what
 	// has: a process that was killed may have committed before. A *refusedError
 	// tells which delta was at fault; after any other error of several deltas,
 	// each may be tried alone.
 	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error)
+
+	// exempt makes the transactions to come leave addresses of Services untranslated,
+	// which are local and not the node's. due is set if that takes one.
+	exempt(services []netip.Addr) (due bool)
 
 	// repair makes the kernel hold the table, which it reads all of. With purge,
 	// whatever else bears our names is taken out. It returns what was missing, or
@@ -158,7 +163,7 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 
 	for b, layer := range l.each() {
 		part := l.part(deltas, b)
-		if allEmpty(part) {
+		if allEmpty(part) && (b != nil || len(deltas) > 0) {
 			continue
 		}
 

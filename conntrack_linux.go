@@ -115,9 +115,14 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 	}
 }
 
-// leads reports whether rows are asked where a flow is to go.
+// leads reports whether rows are asked where a flow is to go. What comes from a
+// link-local address of IPv6 is not translated, nor what does from a loopback address
+// without localhost.
 func (v nodeView) leads(flow nfnetlink.Flow) bool {
-	return v.now.Has(flow.Destination.Addr()) && (v.localhost || !flow.Source.Addr().IsLoopback())
+	from := flow.Source.Addr()
+
+	return v.now.Has(flow.Destination.Addr()) &&
+		!(from.Is6() && from.IsLinkLocalUnicast()) && (v.localhost || !from.IsLoopback())
 }
 
 // nodeHad reports whether the node had an address before, if it has it now or not.

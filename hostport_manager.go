@@ -56,7 +56,7 @@ type hostportManager struct {
 	family ipFamily
 	cfg    config
 	open   func(ctx context.Context) (backend, error)
-	addrs  *nodeaddr.Table // shared with the other family
+	addrs  *nodeaddr.Table
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
@@ -74,6 +74,7 @@ type hostportManager struct {
 	// nodeBefore are the node's addresses as they were when flows were last compared
 	// with them, if they were others.
 	nodeBefore *nodeaddr.Addresses
+	nodeErr    string // why they could not be looked at last
 
 	localhost localhost
 	warned    bool // of a node that does not forward, or it does
@@ -95,20 +96,18 @@ func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
 	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
 		return newIPTablesBackend(iptables, cfg), nil
-	}, nodeaddr.New())
+	})
 	_ = m.start() // told by the first Add
 
 	return m
 }
 
-func newHostportManager(
-	f ipFamily, cfg config, open func(context.Context) (backend, error), addrs *nodeaddr.Table,
-) *hostportManager {
+func newHostportManager(f ipFamily, cfg config, open func(context.Context) (backend, error)) *hostportManager {
 	m := &hostportManager{
 		family:  f,
 		cfg:     cfg,
 		open:    open,
-		addrs:   addrs,
+		addrs:   nodeaddr.New(f == IPv6),
 		turn:    make(chan struct{}, 1),
 		rows:    map[portKey][]*row{},
 		names:   map[string]*row{},
@@ -329,8 +328,10 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
 
+	due := b.exempt(m.node.Services())
+
 	// The rules may be of an earlier version, or nobody may have watched.
-	if !intact && m.ought() {
+	if (!intact || due) && m.ought() {
 		m.restore(ctx)
 		m.endMisled(ctx)
 	}

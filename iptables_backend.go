@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 )
@@ -73,6 +74,9 @@ func (b *iptablesBackend) kind(*row) Backend { return BackendIPTables }
 func (b *iptablesBackend) name(r *row) string { return r.hash }
 
 func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
+
+// exempt does nothing: kube-proxy's rules come first, and accept what is for a Service.
+func (b *iptablesBackend) exempt([]netip.Addr) (due bool) { return false }
 
 func (b *iptablesBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
 	t, state, err := b.read(ctx)

@@ -17,8 +17,6 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
-	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // In the steady state an operation is one process.
@@ -372,7 +370,7 @@ func TestVariantChangeFails(t *testing.T) {
 	inUse := n.realIPTables()
 	m = newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t))}), func(context.Context) (backend, error) {
 		return ofTwo(t, inUse, old), nil
-	}, nodeaddr.New())
+	})
 
 	n.do(func() { require.NoError(t, m.start()) })
 	t.Cleanup(func() { assert.NoError(t, m.Close()) })
@@ -614,7 +612,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(300 * time.Millisecond)}),
 		func(context.Context) (backend, error) {
 			return ofTwo(t, inUse, old), nil
-		}, nodeaddr.New())
+		})
 
 	n.do(func() { require.NoError(t, m.start()) })
 	t.Cleanup(func() { assert.NoError(t, m.Close()) })

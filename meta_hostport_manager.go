@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -14,7 +13,6 @@ import (
 	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
-	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // Manager maps host ports for both IP families. It implements HostPortManager. Its
@@ -22,7 +20,6 @@ import (
 type Manager struct {
 	families []*hostportManager
 	opener   *opener
-	addrs    *nodeaddr.Table
 }
 
 var _ HostPortManager = (*Manager)(nil)
@@ -54,12 +51,12 @@ func New(opts ...Option) (*Manager, error) {
 // newManager returns a manager in any case, and an error if no family works.
 func newManager(opts []Option) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{opener: newOpener(cfg), addrs: nodeaddr.New()}
+	m := &Manager{opener: newOpener(cfg)}
 
 	var errs []error
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		fm := newHostportManager(f, cfg, m.opener.open(f), m.addrs)
+		fm := newHostportManager(f, cfg, m.opener.open(f))
 		m.families = append(m.families, fm)
 
 		if err := fm.start(); err != nil {
@@ -193,9 +190,9 @@ func (m *Manager) Run(ctx context.Context) error {
 
 	var heard []nfnetlink.Transaction
 
-	addresses, err := m.addrs.Watch(ctx)
-	if err != nil && !errors.Is(err, net.ErrClosed) { // they are looked at all the same, if later
-		m.families[0].cfg.log.Error(err, "No news of the node's addresses")
+	addresses := make(chan struct{}, 1)
+	for _, fm := range m.families {
+		fm.watchNode(ctx, addresses)
 	}
 
 	transactions := m.opener.watch(ctx)

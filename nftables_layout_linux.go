@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // The objects, by the names that CRI-O gives them.
@@ -23,11 +24,12 @@ const (
 	nftMasquerade  = "masquerading"
 )
 
-// Chains of our own.
+// Chains and sets of our own.
 const (
 	nftNATPrerouting = "nat-prerouting"
 	nftNATOutput     = "nat-output"
 	nftGuard         = "guard"
+	nftServices      = "services"
 )
 
 // Priorities of hooks (linux/netfilter_ipv4.h). What translates destinations
@@ -119,6 +121,10 @@ func (l nftLayout) sets() []nfnetlink.Set {
 			Name: nftHairpins, Key: []nfnetlink.DataType{l.addr, l.addr},
 			Comment: "hostport hairpin connections",
 		},
+		{
+			Name: nftServices, Key: []nfnetlink.DataType{l.addr},
+			Comment: "addresses of Services that only " + nodeaddr.ServiceDevice + " has: not the node's",
+		},
 	}
 }
 
@@ -156,8 +162,8 @@ func (l nftLayout) header() header {
 //
 //	guard:            iif != lo ip daddr 127.0.0.0/8 drop
 //	                  iif != lo ip saddr 127.0.0.0/8 drop
-//	nat-prerouting:   ip daddr != 127.0.0.0/8 fib daddr type local goto hostports
-//	nat-output:       fib daddr type local goto hostports
+//	nat-prerouting:   ip daddr != 127.0.0.0/8 fib daddr type local ip daddr != @services goto hostports
+//	nat-output:       fib daddr type local ip daddr != @services goto hostports
 //	hostports:        dnat ip to ip daddr . meta l4proto . th dport map @hostipports
 //	                  dnat ip to meta l4proto . th dport map @hostports
 //	masquerading:     ct status & (dnat|snat) == dnat ip saddr . ip daddr @hairpins masquerade
@@ -165,7 +171,7 @@ func (l nftLayout) header() header {
 //
 // and where it is not, without the last and with
 //
-//	nat-output:       ip saddr != 127.0.0.0/8 fib daddr type local goto hostports
+//	nat-output:       ip saddr != 127.0.0.0/8 fib daddr type local ip daddr != @services goto hostports
 //
 // For IPv6 both have "ip6 daddr != fe80::/10 ip6 saddr != fe80::/10" besides: what
 // has a link-local address the kernel does not forward.
@@ -241,7 +247,10 @@ func (l nftLayout) forNode() (incoming, outgoing []nfnetlink.Expr) {
 		both = append(l.within(network, h.daddr, nfnetlink.NotEqual), l.within(network, h.saddr, nfnetlink.NotEqual)...)
 	}
 
-	both = append(both, nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts))
+	both = append(both,
+		nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL),
+		nfnetlink.LoadNetworkHeader(h.daddr, h.size, reg1), nfnetlink.NotInSet(nftServices, reg1),
+		nfnetlink.Goto(nftHostPorts))
 
 	return append(incoming, both...), append(outgoing, both...)
 }
@@ -305,6 +314,11 @@ func hairpinElement(pod netip.Addr, comment string) nftElement {
 	ip := string(pod.AsSlice())
 
 	return nftElement{nftKey: nftKey{nftHairpins, ip + ip}, comment: comment}
+}
+
+// serviceElement keeps an address from being translated.
+func serviceElement(ip netip.Addr) nftElement {
+	return nftElement{nftKey: nftKey{nftServices, string(ip.AsSlice())}}
 }
 
 // hairpinOf is the pod of an element of the set of hairpins.

@@ -86,6 +86,9 @@ type nftBackend struct {
 	// misfit is set while something that is not as ours bears one of our names.
 	misfit   bool
 	hairpins map[netip.Addr]nftHairpin
+	// services are the addresses that are not to be translated, exempted those that the
+	// kernel has for that.
+	services, exempted map[netip.Addr]bool
 	// doubtful are elements of transactions of which nobody knows whether they
 	// took effect, because the answer did not come.
 	doubtful map[nftKey]*nftWanted
@@ -102,6 +105,7 @@ func newNFTBackend(ruleset *nftRuleset, f ipFamily, cfg config) *nftBackend {
 	b := &nftBackend{
 		nftLayout: newNFTLayout(f), ruleset: ruleset, log: cfg.log,
 		hairpins: map[netip.Addr]nftHairpin{}, doubtful: map[nftKey]*nftWanted{},
+		services: map[netip.Addr]bool{}, exempted: map[netip.Addr]bool{},
 	}
 	b.localhost, b.guard = cfg.localhostIn(f), cfg.guardIn(f)
 
@@ -165,7 +169,7 @@ func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err er
 func (b *nftBackend) dump(ctx context.Context) (map[nftKey]nftElement, error) {
 	elements := map[nftKey]nftElement{}
 
-	for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins} {
+	for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins, nftServices} {
 		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Elements(set))
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", set, err)
@@ -192,22 +196,39 @@ func (b *nftBackend) adopt(elements map[nftKey]nftElement) []*row {
 	var rows []*row
 
 	clear(b.hairpins)
+	b.exempted = map[netip.Addr]bool{}
 
 	for _, e := range elements {
-		if e.set == nftHairpins {
+		switch e.set {
+		case nftHairpins:
 			if ip, ok := b.hairpinOf(e); ok {
 				b.hairpins[ip] = nftHairpin{there: true, comment: e.comment, rows: b.hairpins[ip].rows}
 			}
-		} else if r, ok := b.row(e); ok {
-			h := b.hairpins[r.pod.Addr()]
-			h.rows++
-			b.hairpins[r.pod.Addr()] = h
+		case nftServices:
+			if ip, ok := netip.AddrFromSlice([]byte(e.key)); ok {
+				b.exempted[ip] = true
+			}
+		default:
+			if r, ok := b.row(e); ok {
+				h := b.hairpins[r.pod.Addr()]
+				h.rows++
+				b.hairpins[r.pod.Addr()] = h
 
-			rows = append(rows, r)
+				rows = append(rows, r)
+			}
 		}
 	}
 
 	return rows
+}
+
+func (b *nftBackend) exempt(services []netip.Addr) (due bool) {
+	b.services = map[netip.Addr]bool{}
+	for _, ip := range services {
+		b.services[ip] = true
+	}
+
+	return !maps.Equal(b.services, b.exempted)
 }
 
 func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
@@ -302,6 +323,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	}
 
 	b.ruleset.gen, b.epoch = gen, b.ruleset.epoch
+	b.exempted = b.services
 
 	for ip, h := range p.hairpins {
 		if h.rows == 0 {
@@ -424,7 +446,7 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 		case !stranger:
 		case !w.want.there():
 			found = nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
-		case key.set != nftHairpins:
+		case key.set == nftHostPorts || key.set == nftHostIPPorts:
 			b.log.Info("Replacing a host port whose owner is unknown",
 				"row", b.describe(found), "podIDHash", found.comment, "pod", w.row.owner)
 		}
@@ -508,7 +530,24 @@ func (b *nftBackend) plan(deltas []delta) *nftPlan {
 		}
 	}
 
+	p.exempt(b.exempted, b.services)
+
 	return p
+}
+
+// exempt plans for the addresses that are not to be translated.
+func (p *nftPlan) exempt(have, want map[netip.Addr]bool) {
+	for ip := range want {
+		if e := serviceElement(ip); !have[ip] {
+			p.touch(shared, nil, e.nftKey, nftElement{}, e)
+		}
+	}
+
+	for ip := range have {
+		if e := serviceElement(ip); !want[ip] {
+			p.touch(shared, nil, e.nftKey, e, nftElement{})
+		}
+	}
 }
 
 // provesItself tells whether the kernel would refuse the plan if it did not hold
@@ -578,6 +617,8 @@ func (p *nftPlan) wantAll(b *nftBackend, table iter.Seq[*row]) {
 			p.hairpin(b, shared, r, 0)
 		}
 	}
+
+	p.exempt(nil, b.services)
 }
 
 // settleDoubts extends the plan to elements that may or may not be there: they
@@ -593,6 +634,11 @@ func (p *nftPlan) settleDoubts(b *nftBackend, table iter.Seq[*row]) {
 		for _, e := range []nftElement{rowElement(r), hairpinElement(r.pod.Addr(), r.ownerHash)} {
 			should[e.nftKey] = e
 		}
+	}
+
+	for ip := range b.services {
+		e := serviceElement(ip)
+		should[e.nftKey] = e
 	}
 
 	for key, w := range b.doubtful {

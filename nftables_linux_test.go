@@ -23,7 +23,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
-	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
 // nfnetlink is a socket on the node, until the test ends.
@@ -232,12 +231,12 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 	fake := &fakeNFT{nftConn: n.nfnetlink()}
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
 	ruleset := &nftRuleset{conn: fake}
-	m := &Manager{opener: newOpener(cfg), addrs: nodeaddr.New()}
+	m := &Manager{opener: newOpener(cfg)}
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
 			return newNFTBackend(ruleset, f, cfg), nil
-		}, m.addrs)
+		})
 		n.do(func() { require.NoError(n.t, fm.start()) })
 		m.families = append(m.families, fm)
 	}

@@ -157,11 +157,16 @@ func (b *nftBackend) planAll(have map[nftKey]nftElement, rows []*row, purge bool
 		p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
 	}
 
+	for ip := range b.services {
+		e := serviceElement(ip)
+		p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
+	}
+
 	for key, e := range have {
 		doubt := b.doubtful[key]
 		ours := doubt != nil && (e.comment == doubt.want.comment || e.comment == doubt.have.comment)
 
-		if p.wanted[key] == nil && (purge || ours) {
+		if p.wanted[key] == nil && (purge || ours || e.set == nftServices) {
 			p.touch(shared, nil, key, e, nftElement{})
 		}
 	}
@@ -192,6 +197,10 @@ func (b *nftBackend) describe(e nftElement) string {
 		return "hairpin of " + ip.String()
 	}
 
+	if ip, ok := netip.AddrFromSlice([]byte(e.key)); ok && e.set == nftServices {
+		return "address of a Service " + ip.String()
+	}
+
 	if r, ok := b.row(e); ok && e.set != nftHairpins {
 		return "host port " + r.String()
 	}
@@ -218,6 +227,7 @@ func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
 	b.seal = ""
 	clear(b.hairpins)
 	clear(b.doubtful)
+	b.exempted = map[netip.Addr]bool{}
 
 	return repairs, nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -286,17 +287,35 @@ func (m *hostportManager) withView(ctx context.Context, look func(nodeView)) err
 }
 
 // observeNode takes note of the node's addresses. What could not be looked at is
-// looked at by the next operation.
-func (m *hostportManager) observeNode(ctx context.Context) {
+// looked at by the next operation. due is set if the backend has something to do then.
+func (m *hostportManager) observeNode(ctx context.Context) (due bool) {
 	now, err := m.addrs.Now(ctx)
 	if err != nil {
-		m.cfg.log.Error(err, "Cannot follow the node's addresses", "family", m.family)
+		if m.nodeErr != err.Error() {
+			m.cfg.log.Error(err, "Cannot look at the node's addresses", "family", m.family)
+		}
 
-		return
+		m.nodeErr = err.Error()
+
+		return false
 	}
 
-	if now != m.node {
-		m.node, m.nodeBefore = now, cmp.Or(m.nodeBefore, m.node)
+	m.nodeErr = ""
+
+	if now == m.node {
+		return false
+	}
+
+	m.node, m.nodeBefore = now, cmp.Or(m.nodeBefore, m.node)
+
+	return m.backend.exempt(now.Services())
+}
+
+// watchNode sends to news when the node's addresses may have changed, until ctx ends. If
+// it cannot, Run still looks, if later.
+func (m *hostportManager) watchNode(ctx context.Context, news chan<- struct{}) {
+	if err := m.addrs.Watch(ctx, news); err != nil && !errors.Is(err, net.ErrClosed) {
+		m.cfg.log.Error(err, "No news of the node's addresses", "family", m.family)
 	}
 }
 

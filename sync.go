@@ -184,7 +184,10 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.sockets.retry()
 
-	m.observeNode(ctx)
+	if due := m.observeNode(ctx); due && m.ought() {
+		_, err := m.backend.apply(ctx, nil, m.table())
+		m.damaged = m.damaged || err != nil
+	}
 
 	if m.nodeBefore != nil {
 		m.endStale(ctx, nil)

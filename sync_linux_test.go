@@ -1263,7 +1263,7 @@ func TestRunWaitsForFamily(t *testing.T) {
 		}
 
 		return open(ctx)
-	}, m.addrs)
+	})
 	require.NoError(t, m.families[1].Close())
 
 	m.families[1] = late

@@ -539,6 +539,15 @@ func InSet(set string, sreg uint32) Expr {
 	}}
 }
 
+// NotInSet goes on if it has not.
+func NotInSet(set string, sreg uint32) Expr {
+	return Expr{"lookup", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
+		ae.Uint32(unix.NFTA_LOOKUP_FLAGS, unix.NFT_LOOKUP_F_INV)
+		ae.String(unix.NFTA_LOOKUP_SET, set)
+	}}
+}
+
 // LookUp goes on if a map has the key in the registers from sreg, and loads
 // what belongs to it.
 func LookUp(set string, sreg, dreg uint32) Expr {

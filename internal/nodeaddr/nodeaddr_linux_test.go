@@ -15,23 +15,44 @@ import (
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
-// node is a machine whose addresses are followed.
-func node(t *testing.T) (*testbed.Namespace, *nodeaddr.Table) {
+// tables are those of both families of a machine.
+type tables []*nodeaddr.Table
+
+// now returns the addresses of a family.
+func (l tables) now(t *testing.T, v6 bool) *nodeaddr.Addresses {
 	t.Helper()
 
-	bed, err := testbed.New()
+	table := l[0]
+	if v6 {
+		table = l[1]
+	}
+
+	now, err := table.Now(t.Context())
+	require.NoError(t, err)
+
+	return now
+}
+
+// node is a machine whose addresses are followed.
+func node(t *testing.T) (*testbed.Namespace, tables) {
+	t.Helper()
+
+	bed, err := testbed.New("pod") // with which the bridge's addresses are there
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, bed.Close()) })
 
-	table := nodeaddr.New()
-	t.Cleanup(func() { assert.NoError(t, table.Close()) })
-	require.NoError(t, bed.Host.Do(func() error {
-		_, err := table.Now(t.Context())
+	list := tables{nodeaddr.New(false), nodeaddr.New(true)}
 
-		return err
-	}))
+	for _, table := range list {
+		t.Cleanup(func() { assert.NoError(t, table.Close()) })
+		require.NoError(t, bed.Host.Do(func() error {
+			_, err := table.Now(t.Context())
 
-	return bed.Host, table
+			return err
+		}))
+	}
+
+	return bed.Host, list
 }
 
 func addrs(list ...string) []netip.Addr {
@@ -46,7 +67,7 @@ func addrs(list ...string) []netip.Addr {
 // What is local in the routing table is the node's, but not what kube-ipvs0 alone
 // has, nor what is link-local. Each change is seen by the next look.
 func TestAddresses(t *testing.T) {
-	host, table := node(t)
+	host, both := node(t)
 	prefix := netip.MustParsePrefix
 
 	require.NoError(t, host.AddDevice("d0", true))
@@ -93,94 +114,94 @@ func TestAddresses(t *testing.T) {
 		t.Run(step.name, func(t *testing.T) {
 			require.NoError(t, step.do())
 
-			now, err := table.Now(t.Context())
-			require.NoError(t, err)
-
 			for _, ip := range step.has {
-				assert.True(t, now.Has(ip), "%s", ip)
+				assert.Eventually(t, func() bool { // IPv6 addresses come a moment later
+					return both.now(t, ip.Is6()).Has(ip)
+				}, 10*time.Second, time.Millisecond, "%s", ip)
 			}
 
 			for _, ip := range step.not {
-				assert.False(t, now.Has(ip), "%s", ip)
+				assert.False(t, both.now(t, ip.Is6()).Has(ip), "%s", ip)
 			}
 
-			assert.Equal(t, step.services, slices.SortedFunc(slices.Values(now.Services()), netip.Addr.Compare))
-
-			again, err := table.Now(t.Context())
-			require.NoError(t, err)
-			assert.Same(t, now, again)
+			for _, v6 := range []bool{false, true} {
+				now := both.now(t, v6)
+				want := slices.DeleteFunc(slices.Clone(step.services), func(ip netip.Addr) bool { return ip.Is6() != v6 })
+				assert.ElementsMatch(t, want, now.Services())
+				assert.Same(t, now, both.now(t, v6), "again")
+			}
 		})
 	}
 }
 
 // What is no address of the node changes nothing: pods come and go.
 func TestOthersChange(t *testing.T) {
-	host, table := node(t)
+	host, both := node(t)
+	news := make(chan struct{}, 1)
+	before := []*nodeaddr.Addresses{both.now(t, false), both.now(t, true)}
 
-	before, err := table.Now(t.Context())
-	require.NoError(t, err)
-
-	news, err := table.Watch(t.Context())
-	require.NoError(t, err)
+	for _, table := range both {
+		require.NoError(t, table.Watch(t.Context(), news))
+	}
 
 	require.NoError(t, host.AddDevice("pod", true))
 	require.NoError(t, host.AddAddress("eth0", netip.MustParsePrefix("fe80::77/64")))
 	require.NoError(t, host.RemoveDevice("pod"))
 
-	after, err := table.Now(t.Context())
-	require.NoError(t, err)
-	assert.Same(t, before, after)
+	for i, v6 := range []bool{false, true} {
+		assert.Same(t, before[i], both.now(t, v6))
+	}
+
 	assert.Empty(t, news)
 }
 
 // Whoever watches is told, as often as there is something new to be read.
 func TestWatch(t *testing.T) {
-	host, table := node(t)
+	host, both := node(t)
+	news := make(chan struct{}, 1)
 
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
+	for range 2 { // again, once the first has ended
+		ctx, cancel := context.WithCancel(t.Context())
+		require.NoError(t, both[0].Watch(ctx, news))
 
-	news, err := table.Watch(ctx)
-	require.NoError(t, err)
+		for i := range 3 {
+			addr := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 32)
+			require.NoError(t, host.AssignAddress("eth0", addr))
 
-	for i := range 3 {
-		addr := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), 32)
-		require.NoError(t, host.AssignAddress("eth0", addr))
+			select {
+			case <-news:
+			case <-time.After(10 * time.Second):
+				require.Fail(t, "no news")
+			}
 
-		select {
-		case <-news:
-		case <-time.After(10 * time.Second):
-			require.Fail(t, "no news")
+			assert.True(t, both.now(t, false).Has(addr.Addr()))
+			require.NoError(t, host.RemoveAddress("eth0", addr))
+			assert.False(t, both.now(t, false).Has(addr.Addr()))
+			<-news
 		}
 
-		now, err := table.Now(t.Context())
-		require.NoError(t, err)
-		assert.True(t, now.Has(addr.Addr()))
+		cancel()
 	}
 }
 
 // Where more has come than fits, nothing is missed.
 func TestOverflow(t *testing.T) {
-	host, table := node(t)
+	host, both := node(t)
 
 	for i := range 3000 {
 		addr := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 32)
 		require.NoError(t, host.AddLocalRoute("eth0", addr))
 	}
 
-	now, err := table.Now(t.Context())
-	require.NoError(t, err)
-	assert.True(t, now.Has(netip.MustParseAddr("203.0.11.183")))
-	assert.False(t, now.Has(netip.MustParseAddr("203.0.11.184")))
+	assert.True(t, both.now(t, false).Has(netip.MustParseAddr("203.0.11.183")))
+	assert.False(t, both.now(t, false).Has(netip.MustParseAddr("203.0.11.184")))
 }
 
 func TestClosed(t *testing.T) {
-	_, table := node(t)
-	require.NoError(t, table.Close())
+	_, both := node(t)
+	require.NoError(t, both[0].Close())
 
-	_, err := table.Now(t.Context())
+	_, err := both[0].Now(t.Context())
 	require.ErrorIs(t, err, net.ErrClosed)
-
-	_, err = table.Watch(t.Context())
-	require.ErrorIs(t, err, net.ErrClosed)
+	require.ErrorIs(t, both[0].Watch(t.Context(), nil), net.ErrClosed)
 }

@@ -22,12 +22,14 @@ const ServiceDevice = "kube-ipvs0"
 // eventsBuffer takes what a busy node says before anybody reads it.
 const eventsBuffer = 1 << 20
 
-// Table follows the node's addresses in the network namespace of the thread that
-// first asks for them. Its methods may be called from several goroutines.
+// Table follows the node's addresses of one IP family, in the network namespace of the
+// thread that first asks for them. Its methods may be called from several goroutines.
 type Table struct {
-	news chan struct{}
+	family uint8
 
 	mu       sync.Mutex // guards what follows
+	news     chan<- struct{}
+	watching chan struct{} // closed when that ends
 	requests *netlink.Conn
 	events   *netlink.Conn
 	closed   bool
@@ -38,7 +40,13 @@ type Table struct {
 }
 
 // New returns a table that has yet to ask.
-func New() *Table { return &Table{news: make(chan struct{}, 1), stale: true} }
+func New(v6 bool) *Table {
+	if v6 {
+		return &Table{family: unix.AF_INET6, stale: true}
+	}
+
+	return &Table{family: unix.AF_INET, stale: true}
+}
 
 // open opens the sockets, unless they are open. The caller holds the lock.
 func (t *Table) open() (err error) {
@@ -59,9 +67,12 @@ func (t *Table) open() (err error) {
 		// An address that comes or goes is a local route that does. Only of IPv4 routes
 		// that go with their device the kernel says no more than that the device goes
 		// (Linux 6.18).
-		t.events, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{
-			Groups: unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE | 1<<(unix.RTNLGRP_LINK-1),
-		})
+		groups := uint32(unix.RTMGRP_IPV4_ROUTE)
+		if t.family == unix.AF_INET6 {
+			groups = unix.RTMGRP_IPV6_ROUTE
+		}
+
+		t.events, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: groups | 1<<(unix.RTNLGRP_LINK-1)})
 		if err != nil {
 			return fmt.Errorf("listen to rtnetlink: %w", err)
 		}
@@ -75,16 +86,15 @@ func (t *Table) open() (err error) {
 // Close ends it. Closing again does nothing.
 func (t *Table) Close() error {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-
-	t.closed = true
+	conns := []*netlink.Conn{t.requests, t.events}
+	t.requests, t.events, t.closed = nil, nil, true
+	t.mu.Unlock()
 
 	var errs []error
 
-	for _, conn := range []**netlink.Conn{&t.requests, &t.events} {
-		if *conn != nil {
-			errs = append(errs, (*conn).Close())
-			*conn = nil
+	for _, conn := range conns { // without the lock: to close waits for whoever watches
+		if conn != nil {
+			errs = append(errs, conn.Close())
 		}
 	}
 
@@ -129,14 +139,22 @@ func (t *Table) Now(ctx context.Context) (*Addresses, error) {
 	return t.last, nil
 }
 
-// Watch returns what is sent to when the addresses may have changed, until ctx
-// ends. It is to be called once at a time.
-func (t *Table) Watch(ctx context.Context) (<-chan struct{}, error) {
+// Watch sends to news when the addresses may have changed, until ctx ends; where news
+// is full it need not be told again. It is to be called once at a time.
+func (t *Table) Watch(ctx context.Context, news chan<- struct{}) error {
+	t.mu.Lock()
+	before := t.watching
+	t.mu.Unlock()
+
+	if before != nil { // it is about to end
+		<-before
+	}
+
 	t.mu.Lock()
 	defer t.mu.Unlock()
 
 	if err := t.open(); err != nil {
-		return nil, err
+		return err
 	}
 
 	events := t.events
@@ -147,10 +165,14 @@ func (t *Table) Watch(ctx context.Context) (<-chan struct{}, error) {
 	}
 
 	if err != nil {
-		return nil, fmt.Errorf("listen to rtnetlink: %w", err)
+		return fmt.Errorf("listen to rtnetlink: %w", err)
 	}
 
+	done := make(chan struct{})
+	t.news, t.watching = news, done
+
 	go func() {
+		defer close(done)
 		defer context.AfterFunc(ctx, func() { _ = events.SetReadDeadline(time.Unix(1, 0)) })()
 
 		_ = raw.Read(func(uintptr) bool { // waits for more while that returns false
@@ -161,7 +183,7 @@ func (t *Table) Watch(ctx context.Context) (<-chan struct{}, error) {
 		})
 	}()
 
-	return t.news, nil
+	return nil
 }
 
 // drain reads what has come, and notes whether the addresses may have changed. The
@@ -188,7 +210,7 @@ func (t *Table) drain() error {
 
 		select {
 		case t.news <- struct{}{}:
-		default: // it has been said
+		default: // has been told, or nobody watches
 		}
 	}
 
@@ -223,7 +245,7 @@ func (t *Table) concerns(data []byte) bool {
 	return false
 }
 
-// read asks for the addresses of both families.
+// read asks for the addresses.
 func (t *Table) read(ctx context.Context) (*Addresses, error) {
 	deadline, _ := ctx.Deadline() // the zero time is none
 	if err := t.requests.SetDeadline(deadline); err != nil {
@@ -235,19 +257,17 @@ func (t *Table) read(ctx context.Context) (*Addresses, error) {
 		return nil, err
 	}
 
+	routes, err := t.localRoutes()
+	if err != nil {
+		return nil, err
+	}
+
 	a := &Addresses{own: map[netip.Prefix]bool{}, services: map[netip.Addr]bool{}}
 	t.devices = map[uint32]bool{}
 
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		routes, err := t.localRoutes(family)
-		if err != nil {
-			return nil, err
-		}
-
-		for _, r := range routes {
-			t.devices[r.device] = true
-			a.add(r.to, services != 0 && r.device == services)
-		}
+	for _, r := range routes {
+		t.devices[r.device] = true
+		a.add(r.to, services != 0 && r.device == services)
 	}
 
 	a.settle()
@@ -255,12 +275,12 @@ func (t *Table) read(ctx context.Context) (*Addresses, error) {
 	return a, nil
 }
 
-// localRoutes lists the local routes of a family, and none if the kernel does not
+// localRoutes lists the local routes of the family, and none if the kernel does not
 // have that.
-func (t *Table) localRoutes(family uint8) ([]route, error) {
+func (t *Table) localRoutes() ([]route, error) {
 	msgs, err := t.requests.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.RTM_GETROUTE, Flags: netlink.Request | netlink.Dump},
-		Data:   []byte{family, 0, 0, 0, unix.RT_TABLE_LOCAL, 0, 0, unix.RTN_LOCAL, 0, 0, 0, 0}, // struct rtmsg, linux/rtnetlink.h
+		Data:   []byte{t.family, 0, 0, 0, unix.RT_TABLE_LOCAL, 0, 0, unix.RTN_LOCAL, 0, 0, 0, 0}, // struct rtmsg, linux/rtnetlink.h
 	})
 	if err != nil && !errors.Is(err, unix.ENOENT) { // no such table yet
 		return nil, err //nolint:wrapcheck // likewise
@@ -274,7 +294,7 @@ func (t *Table) localRoutes(family uint8) ([]route, error) {
 			return nil, err
 		}
 
-		if r.family == family && r.local() {
+		if r.family == t.family && r.local() {
 			list = append(list, r)
 		}
 	}

@@ -11,13 +11,13 @@ import (
 type Table struct{}
 
 // New returns a table.
-func New() *Table { return nil }
+func New(bool) *Table { return nil }
 
 // Now returns errors.ErrUnsupported.
 func (*Table) Now(context.Context) (*Addresses, error) { return nil, errors.ErrUnsupported }
 
 // Watch returns errors.ErrUnsupported.
-func (*Table) Watch(context.Context) (<-chan struct{}, error) { return nil, errors.ErrUnsupported }
+func (*Table) Watch(context.Context, chan<- struct{}) error { return errors.ErrUnsupported }
 
 // Close does nothing.
 func (*Table) Close() error { return nil }

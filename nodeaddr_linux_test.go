@@ -1,0 +1,118 @@
+package hostport
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/testbed"
+)
+
+// serviceIP is the address of the i-th Service.
+func serviceIP(f ipFamily, i int) netip.Addr {
+	if f == IPv6 {
+		return netip.MustParseAddr(fmt.Sprintf("fd00:10:96::%d", i))
+	}
+
+	return netip.AddrFrom4([4]byte{10, 96, 0, byte(i)})
+}
+
+// addService puts the address of a Service on the node as kube-proxy does in its IPVS
+// mode. A program of the host's stands for the Service.
+func (n *node) addService(f ipFamily, ip netip.Addr) {
+	n.t.Helper()
+	require.NoError(n.t, n.Host.AssignAddress(nodeaddr.ServiceDevice, hostPrefix(ip)))
+
+	if n.variant != viaNFTables { // kube-proxy asks an ipset
+		n.iptables(f, "-I", preRouting, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
+		n.iptables(f, "-I", output, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
+	}
+
+	require.Eventually(n.t, func() bool { // no longer tentative
+		_, err := n.Host.Serve("tcp", netip.AddrPortFrom(ip, 443))
+
+		return err == nil
+	}, patience, time.Millisecond)
+}
+
+// With kube-proxy's IPVS mode, the addresses of Services are local. A host port of a
+// Service's number is not for them: whether they were there before or come later, and
+// whoever asks.
+func TestServiceAddresses(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+
+		askers := []*testbed.Namespace{n.Pods[1].Namespace, n.Host, n.Client}
+		for _, ns := range askers[2:] {
+			require.NoError(t, ns.AddRoute(netip.PrefixFrom(serviceIP(f, 0), serviceIP(f, 0).BitLen()-8).Masked(), n.nodeIP(f)))
+		}
+
+		n.addService(f, serviceIP(f, 1))
+
+		asked := func(t *testing.T, services int) {
+			t.Helper()
+
+			n := n.within(t)
+
+			for _, from := range askers {
+				for i := range services {
+					n.answers(from, "tcp", netip.AddrPortFrom(serviceIP(f, i+1), 443), "host")
+				}
+
+				n.answers(from, "tcp", netip.AddrPortFrom(n.nodeIP(f), 443), "web")
+			}
+		}
+
+		m := n.manager(WithoutSockets())
+		pod := n.pod(0, f, &PortMapping{HostPort: 443, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+		asked(t, 1)
+
+		// With the next operation.
+		n.addService(f, serviceIP(f, 2))
+		require.NoError(t, n.add(m, "id", pod))
+		asked(t, 2)
+
+		// The table made anew.
+		if n.variant == viaNFTables {
+			n.command("nft", "flush", "ruleset")
+			require.NoError(t, n.add(m, "id", pod))
+			asked(t, 2)
+		}
+
+		// With Run.
+		n.run(m)
+		n.addService(f, serviceIP(f, 3))
+		require.Eventually(t, func() bool {
+			a, err := n.Host.Ask(t.Context(), "tcp", netip.AddrPortFrom(serviceIP(f, 3), 443))
+
+			return err == nil && a.From == "host"
+		}, patience, time.Millisecond)
+		asked(t, 3)
+
+		// An address that the node gets for itself is its own.
+		require.NoError(t, n.Host.AddAddress("eth0", hostPrefix(serviceIP(f, 3))))
+
+		if n.variant == viaNFTables {
+			require.Eventually(t, func() bool {
+				a, err := n.Host.Ask(t.Context(), "tcp", netip.AddrPortFrom(serviceIP(f, 3), 443))
+
+				return err == nil && a.From == "web"
+			}, patience, time.Millisecond)
+		}
+
+		// Nothing is left of what has gone.
+		require.NoError(t, n.Host.RemoveDevice(nodeaddr.ServiceDevice))
+		require.NoError(t, n.add(m, "id", pod))
+
+		for _, line := range n.rules(f) {
+			assert.NotContains(t, line, nftTable+" element "+nftServices)
+		}
+	})
+}
