@@ -13,10 +13,11 @@
 // prerouting if it comes from outside or from a pod, in output if it comes from
 // the node itself. What is for a Service of Kubernetes is that Service's. If there
 // is a row, its destination becomes the pod's address and port. Its source stays
-// what it was, but for two cases: a pod that reaches itself through its own host
-// port would get answers from an address it never asked, and a pod has no way to
-// answer 127.0.0.1; such packets are masqueraded in postrouting. Packets that the
-// node only forwards are never translated, nor are those with an IPv6 link-local
+// what it was, with three exceptions: a pod that reaches itself through its own host
+// port would get answers from an address it never asked, and so would its neighbour
+// on a link where the answer does not come by the node; and a pod has no way to answer
+// 127.0.0.1. Such packets are masqueraded in postrouting. Packets that the node only
+// forwards are never translated, nor are those with an IPv6 link-local
 // address, which the kernel does not forward. Rules of others stay, but for what
 // [Manager.Sync] finds in the chains and tables of this package, or leading into
 // them.

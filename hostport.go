@@ -135,6 +135,9 @@ type row struct {
 	// former are where the row led before it was moved: connections go on there.
 	former []netip.AddrPort
 	owner  owner
+	// device is the interface to the pod; "" where it is not known. link is the same if
+	// the pod's neighbours there have to be masqueraded, see links, and else "".
+	device, link string
 	// ownerHash is the comment of the row's element in nftables; "" where a row
 	// was found in iptables.
 	ownerHash string
@@ -180,6 +183,21 @@ func (r *row) become(o owner) {
 
 // ownerMark is what the kernel carries of the owner.
 func (r *row) ownerMark() string { return cmp.Or(r.ownerHash, r.hash) }
+
+// setDevice notes which interface leads to the pod, and whether the pod answers its
+// neighbours there past the node.
+func (r *row) setDevice(device string, bypassed bool) {
+	r.device, r.link = device, ""
+	if bypassed {
+		r.link = device
+	}
+}
+
+// standsFor reports whether there is nothing to do for w where r is: where it is not
+// known by which interface w's pod is reached, r's is taken for it.
+func (r *row) standsFor(w *row) bool {
+	return r.endpoint == w.endpoint && r.pod == w.pod && !r.astray && (r.link == w.link || w.device == "")
+}
 
 // movesTo reports whether w takes over r's endpoint for the same pod, whose
 // connections stay then.

@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -77,7 +78,10 @@ type hostportManager struct {
 	nodeErr    string // why they could not be looked at last
 
 	localhost localhost
-	warned    bool // of a node that does not forward, or it does
+	links     links
+	bypassed  map[string]bool // by the interfaces to pods: what rows were made for
+	unlocated bool            // some rows' interface is not known
+	warned    bool            // of a node that does not forward, or it does
 	// damaged is set when the backend in use may not hold the table, doubtful when it
 	// may hold rows of operations that failed besides, and leaked when it or another
 	// may hold anything besides. Run does not try again before repairAt.
@@ -114,6 +118,8 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		sockets: newSockets(f, cfg.sockets),
 
 		localhost: newLocalhost(cfg.log),
+		links:     newLinks(f),
+		bypassed:  map[string]bool{},
 	}
 	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView)
 
@@ -138,11 +144,12 @@ func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, natInte
 // interface to the pod, if known.
 func (m *hostportManager) add(rows []*row, device string) error {
 	return m.do(&operation{
-		name:   "add",
-		owner:  rows[0].owner,
-		rows:   rows,
-		device: device,
+		name:  "add",
+		owner: rows[0].owner,
+		rows:  rows,
 		plan: func(c *change) error {
+			m.locate(rows, device)
+
 			for _, r := range rows {
 				if err := m.place(c, r); err != nil {
 					return err
@@ -204,8 +211,9 @@ func (m *hostportManager) place(c *change, w *row) error {
 		case !r.overlaps(w.endpoint):
 		case m.owns(w.owner, w.hash, r):
 			switch {
-			case r.endpoint == w.endpoint && r.pod == w.pod && !r.astray && !kept:
+			case r.standsFor(w) && !kept:
 				r.label, kept = w.label, true // of a row from before it may be lost
+				r.device = cmp.Or(w.device, r.device)
 				c.keep(r)
 			case r.endpoint == w.endpoint:
 				w.movedFrom(r)
@@ -316,6 +324,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	}
 
 	m.backend = b
+	m.unlocated = len(rows) > 0
 
 	for _, r := range rows {
 		m.setRows(r.portKey, append(m.rows[r.portKey], r))
@@ -435,7 +444,7 @@ func (m *hostportManager) Close() error {
 
 	m.closed = true
 	m.sockets.close()
-	m.localhost.close()
+	m.links.close()
 
 	return errors.Join(m.flows.close(m.view()), m.addrs.Close())
 }

@@ -192,7 +192,7 @@ func (r *row) dnatSide() side {
 }
 
 // masqSide is for hairpin: a pod that meets itself has to see another source
-// address. Every connection that anybody translates comes by, so those from
+// address, and so have its neighbours where there is a link. Every connection that anybody translates comes by, so those from
 // outside the pods' networks pass at the first jump.
 //
 // The rule has the row's comment, and no other does: a comment is a match, and
@@ -200,22 +200,29 @@ func (r *row) dnatSide() side {
 // PREROUTING and from OUTPUT), which there made a tenth of an Add at 5000 rows.
 func (r *row) masqSide() side {
 	pod := hostPrefix(r.pod.Addr())
+	first := iptRule{src: podBlock(r.pod.Addr())}
+	jump := iptRule{src: pod}
+	rule := iptRule{src: pod, dst: pod}
+
+	if r.link != "" { // a pod is its own neighbour as well
+		first, jump, rule = iptRule{in: r.link}, iptRule{dst: pod}, iptRule{dst: pod, in: r.link}
+	}
+
 	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) iptRule {
-		if level == 0 {
-			return iptRule{src: podBlock(r.pod.Addr()), proto: r.proto, origPorts: p}
+		if level > 0 {
+			return iptRule{origPorts: p} // what gets there is of the protocol
 		}
 
-		return iptRule{origPorts: p} // what gets there is of the protocol
+		first.proto, first.origPorts = r.proto, p
+
+		return first
 	})
 
-	return side{
-		path: jumps,
-		jump: iptRule{chain: leaf, src: pod, target: r.masqChain()},
-		rule: iptRule{
-			chain: r.masqChain(), src: pod, dst: pod, proto: r.proto, comment: r.label,
-			origPorts: ports{r.port, r.port}, dports: ports{r.pod.Port(), r.pod.Port()}, target: masqTarget,
-		},
-	}
+	jump.chain, jump.target = leaf, r.masqChain()
+	rule.chain, rule.target, rule.proto, rule.comment = r.masqChain(), masqTarget, r.proto, r.label
+	rule.origPorts, rule.dports = ports{r.port, r.port}, ports{r.pod.Port(), r.pod.Port()}
+
+	return side{path: jumps, jump: jump, rule: rule}
 }
 
 func (r *row) sides() []side { return []side{r.dnatSide(), r.masqSide()} }
@@ -241,7 +248,7 @@ type iptRule struct {
 	src, dst  netip.Prefix
 	notSrc    netip.Prefix
 	notDst    netip.Prefix
-	notIn     string // interfaces
+	in, notIn string // interfaces
 	notOut    string
 	proto     protocol
 	comment   string
@@ -273,6 +280,7 @@ func (n iptRule) String() string {
 	arg(n.dst.IsValid(), "-d %s", n.dst)
 	arg(n.notSrc.IsValid(), "! -s %s", n.notSrc)
 	arg(n.notDst.IsValid(), "! -d %s", n.notDst)
+	arg(n.in != "", "-i %s", n.in)
 	arg(n.notIn != "", "! -i %s", n.notIn)
 	arg(n.notOut != "", "! -o %s", n.notOut)
 	arg(n.proto != "", "-p %s", n.proto)
@@ -328,13 +336,15 @@ func parseOption(n *iptRule, option, value string) (ok bool) {
 		return ok
 	}
 
+	if field := deviceField(n, option); field != nil {
+		*field = value
+
+		return true
+	}
+
 	switch option {
 	case "-A":
 		n.chain, ok = value, true
-	case "! -i":
-		n.notIn, ok = value, true
-	case "! -o":
-		n.notOut, ok = value, true
 	case "-p":
 		n.proto, ok = protocol(value), true
 	case "-m":
@@ -376,6 +386,20 @@ func prefixField(n *iptRule, option string) *netip.Prefix {
 		return &n.notOrigSrc
 	case "! --ctorigdst":
 		return &n.notOrigDst
+	default:
+		return nil
+	}
+}
+
+// deviceField is the field of n for an option's interface, or nil.
+func deviceField(n *iptRule, option string) *string {
+	switch option {
+	case "-i":
+		return &n.in
+	case "! -i":
+		return &n.notIn
+	case "! -o":
+		return &n.notOut
 	default:
 		return nil
 	}
@@ -495,7 +519,8 @@ func (t *savedTable) rows(f ipFamily) []*row {
 
 		for _, rule := range rules {
 			if r := rowFrom(hash, rule.iptRule, t.jumps[chain]); r != nil && r.family() == f {
-				r.label = harmless(cmp.Or(rule.comment, firstRule(t.chains[r.masqChain()]).comment), " ")
+				masquerade := firstRule(t.chains[r.masqChain()])
+				r.label, r.link = harmless(cmp.Or(rule.comment, masquerade.comment), " "), masquerade.in
 				rows = append(rows, r)
 
 				break

@@ -807,7 +807,8 @@ func (s *script) left(rules []savedRule) []savedRule {
 	})
 }
 
-// sweep takes out the range chains that lead to nothing any more.
+// sweep takes out the range chains that lead to nothing any more, and jumps to others
+// that no row needs.
 func (s *script) sweep(t *savedTable) {
 	for again := true; again; {
 		again = false
@@ -825,6 +826,15 @@ func (s *script) sweep(t *savedTable) {
 
 			s.emit(shared, nil, cmdDelChain+chain)
 			s.uses[chain], again = -1, true
+		}
+	}
+
+	for chain := range s.state.shared {
+		for _, j := range s.left(t.jumps[chain]) {
+			if n, there := s.users(j.iptRule.String()); there && n == 0 {
+				s.delete(shared, nil, j.line)
+				s.uses[j.iptRule.String()] = -1
+			}
 		}
 	}
 }

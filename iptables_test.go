@@ -30,8 +30,11 @@ func TestRulesParseBack(t *testing.T) {
 		testRow(t, "10.88.0.5", &PortMapping{HostPort: 65535, ContainerPort: 1, Protocol: "SCTP", HostIP: "192.0.2.1"}),
 		testRow(t, "fd00::5", &PortMapping{HostPort: 1, ContainerPort: 65535, Protocol: "UDP", HostIP: "2001:db8::1"}),
 	} {
-		for _, s := range r.sides() {
-			rules = append(append(rules, s.path...), s.jump, s.rule)
+		for _, link := range []string{"", "cni0"} {
+			r.link = link
+			for _, s := range r.sides() {
+				rules = append(append(rules, s.path...), s.jump, s.rule)
+			}
 		}
 	}
 
@@ -48,7 +51,7 @@ func TestParseRuleOther(t *testing.T) {
 	for _, line := range []string{
 		`-A KUBE-HOSTPORTS ! -p tcp -j KUBE-HP-X`,
 		`-A KUBE-HOSTPORTS -j KUBE-HP-X !`,
-		`-A KUBE-HOSTPORTS -i eth0 -j KUBE-HP-X`,
+		`-A KUBE-HOSTPORTS -o eth0 -j KUBE-HP-X`,
 		`-A KUBE-HOSTPORTS -m comment --comment "open -j KUBE-HP-X`,
 		`-A KUBE-HOSTPORTS -d 10.0.0.0/255.0.255.0 -j KUBE-HP-X`,
 		`-A KUBE-HOSTPORTS -p tcp -m tcp --dport 99999 -j KUBE-HP-X`,

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -30,6 +31,7 @@ const (
 	nftNATOutput     = "nat-output"
 	nftGuard         = "guard"
 	nftServices      = "services"
+	nftNeighbours    = "neighbours"
 )
 
 // Priorities of hooks (linux/netfilter_ipv4.h). What translates destinations
@@ -61,7 +63,10 @@ const (
 // Registers 1 to 4 have 16 bytes each; those from 8 are the same memory in
 // pieces of 4. A concatenation lies in pieces one after the other, from reg1.
 // Where a piece begins a register of 16 bytes, nft calls it by that.
-const reg1 = 1
+const (
+	reg1 = 1
+	reg2 = 2
+)
 
 func piece(n uint32) uint32 { return 8 + n }
 
@@ -125,6 +130,10 @@ func (l nftLayout) sets() []nfnetlink.Set {
 			Name: nftServices, Key: []nfnetlink.DataType{l.addr},
 			Comment: "addresses of Services that only " + nodeaddr.ServiceDevice + " has: not the node's",
 		},
+		{
+			Name: nftNeighbours, Key: []nfnetlink.DataType{nfnetlink.IfName, l.addr},
+			Comment: "interfaces on which pods answer their neighbours past the node",
+		},
 	}
 }
 
@@ -167,6 +176,7 @@ func (l nftLayout) header() header {
 //	hostports:        dnat ip to ip daddr . meta l4proto . th dport map @hostipports
 //	                  dnat ip to meta l4proto . th dport map @hostports
 //	masquerading:     ct status & (dnat|snat) == dnat ip saddr . ip daddr @hairpins masquerade
+//	                  ct status & (dnat|snat) == dnat iifname . ip daddr @neighbours masquerade
 //	                  ct status & (dnat|snat) == dnat ip saddr 127.0.0.0/8 ip daddr . ip daddr @hairpins masquerade
 //
 // and where it is not, without the last and with
@@ -213,6 +223,10 @@ func (l nftLayout) rules() []netlink.Message {
 		t.AppendRule(nftNATPrerouting, incoming...),
 		t.AppendRule(nftNATOutput, outgoing...),
 		t.AppendRule(nftMasquerade, slices.Concat(translated, masquerade(h.saddr))...),
+		t.AppendRule(nftMasquerade, slices.Concat(translated, []nfnetlink.Expr{
+			nfnetlink.LoadInputName(reg1), nfnetlink.LoadNetworkHeader(h.daddr, h.size, reg2),
+			nfnetlink.InSet(nftNeighbours, reg1), nfnetlink.Masquerade(),
+		})...),
 	}
 
 	if l.localhost {
@@ -314,6 +328,27 @@ func hairpinElement(pod netip.Addr, comment string) nftElement {
 	ip := string(pod.AsSlice())
 
 	return nftElement{nftKey: nftKey{nftHairpins, ip + ip}, comment: comment}
+}
+
+// neighbourElement is what has a pod's neighbours on an interface masqueraded.
+func neighbourElement(link string, pod netip.Addr, comment string) nftElement {
+	name := make([]byte, nfnetlink.IfName.Size())
+	copy(name, link)
+
+	return nftElement{nftKey: nftKey{nftNeighbours, string(name) + string(pod.AsSlice())}, comment: comment}
+}
+
+// neighbourOf is the interface and the pod of an element of the set of neighbours.
+func (l nftLayout) neighbourOf(e nftElement) (link string, pod netip.Addr, ok bool) {
+	size := int(nfnetlink.IfName.Size())
+	if e.set != nftNeighbours || len(e.key) < size {
+		return "", netip.Addr{}, false
+	}
+
+	link = strings.TrimRight(e.key[:size], "\x00")
+	pod, ok = netip.AddrFromSlice([]byte(e.key[size:]))
+
+	return link, pod, ok && neighbourElement(link, pod, e.comment) == e && familyOf(pod) == l.family
 }
 
 // serviceElement keeps an address from being translated.

@@ -94,10 +94,12 @@ type nftBackend struct {
 	doubtful map[nftKey]*nftWanted
 }
 
-// nftHairpin is what is known of an element of the set of hairpins.
+// nftHairpin is what is known of a pod IP's element of the set of hairpins, and of the
+// one of neighbours beside it where there is a link.
 type nftHairpin struct {
 	there   bool
 	comment string
+	link    string
 	rows    int // that lead to the pod IP
 }
 
@@ -169,7 +171,7 @@ func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err er
 func (b *nftBackend) dump(ctx context.Context) (map[nftKey]nftElement, error) {
 	elements := map[nftKey]nftElement{}
 
-	for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins, nftServices} {
+	for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins, nftServices, nftNeighbours} {
 		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Elements(set))
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", set, err)
@@ -202,7 +204,15 @@ func (b *nftBackend) adopt(elements map[nftKey]nftElement) []*row {
 		switch e.set {
 		case nftHairpins:
 			if ip, ok := b.hairpinOf(e); ok {
-				b.hairpins[ip] = nftHairpin{there: true, comment: e.comment, rows: b.hairpins[ip].rows}
+				h := b.hairpins[ip]
+				h.there, h.comment = true, e.comment
+				b.hairpins[ip] = h
+			}
+		case nftNeighbours:
+			if link, ip, ok := b.neighbourOf(e); ok {
+				h := b.hairpins[ip]
+				h.link = link
+				b.hairpins[ip] = h
 			}
 		case nftServices:
 			if ip, ok := netip.AddrFromSlice([]byte(e.key)); ok {
@@ -217,6 +227,10 @@ func (b *nftBackend) adopt(elements map[nftKey]nftElement) []*row {
 				rows = append(rows, r)
 			}
 		}
+	}
+
+	for _, r := range rows {
+		r.link = b.hairpins[r.pod.Addr()].link
 	}
 
 	return rows
@@ -575,8 +589,9 @@ func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) {
 	w.delta, w.row, w.want = delta, r, want
 }
 
-// hairpin plans for the element that lets r's pod reach itself: it stands as
-// long as some row leads there, in the name of the pod whose row came last.
+// hairpin plans for the element that lets r's pod reach itself, and for the one that has
+// its neighbours masqueraded where they have to be: they stand as long as some row leads
+// there, in the name of the pod whose row came last.
 func (p *nftPlan) hairpin(b *nftBackend, delta int, r *row, rows int) {
 	ip := r.pod.Addr()
 
@@ -593,8 +608,21 @@ func (p *nftPlan) hairpin(b *nftBackend, delta int, r *row, rows int) {
 		h.comment = r.ownerHash
 	}
 
+	if rows >= 0 {
+		h.link = r.link
+	}
+
 	p.hairpins[ip] = h
 	p.touch(delta, r, hairpinElement(ip, "").nftKey, before.element(ip), h.element(ip))
+
+	if before.link != h.link && before.link != "" {
+		p.touch(delta, r, neighbourElement(before.link, ip, "").nftKey, before.neighbour(ip), nftElement{})
+		before.link = ""
+	}
+
+	if h.link != "" {
+		p.touch(delta, r, neighbourElement(h.link, ip, "").nftKey, before.neighbour(ip), h.neighbour(ip))
+	}
 }
 
 // element is the element of a pod's hairpin, or none.
@@ -604,6 +632,15 @@ func (h nftHairpin) element(ip netip.Addr) nftElement {
 	}
 
 	return hairpinElement(ip, h.comment)
+}
+
+// neighbour is the element of a pod's neighbours, or none.
+func (h nftHairpin) neighbour(ip netip.Addr) nftElement {
+	if !h.there || h.link == "" {
+		return nftElement{}
+	}
+
+	return neighbourElement(h.link, ip, h.comment)
 }
 
 // wantAll extends the plan to all rows that are to stand.
@@ -621,6 +658,17 @@ func (p *nftPlan) wantAll(b *nftBackend, table iter.Seq[*row]) {
 	p.exempt(nil, b.services)
 }
 
+// elementsOf are those that take part in r. The comments of all but the first may be of
+// another pod, where several share an address.
+func elementsOf(r *row) []nftElement {
+	list := []nftElement{rowElement(r), hairpinElement(r.pod.Addr(), r.ownerHash)}
+	if r.link != "" {
+		list = append(list, neighbourElement(r.link, r.pod.Addr(), r.ownerHash))
+	}
+
+	return list
+}
+
 // settleDoubts extends the plan to elements that may or may not be there: they
 // are to be what the table says.
 func (p *nftPlan) settleDoubts(b *nftBackend, table iter.Seq[*row]) {
@@ -631,7 +679,7 @@ func (p *nftPlan) settleDoubts(b *nftBackend, table iter.Seq[*row]) {
 	should := map[nftKey]nftElement{}
 
 	for r := range table {
-		for _, e := range []nftElement{rowElement(r), hairpinElement(r.pod.Addr(), r.ownerHash)} {
+		for _, e := range elementsOf(r) {
 			should[e.nftKey] = e
 		}
 	}

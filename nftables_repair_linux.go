@@ -142,7 +142,7 @@ func (b *nftBackend) planAll(have map[nftKey]nftElement, rows []*row, purge bool
 		e, h := rowElement(r), p.hairpins[ip]
 		p.touch(shared, r, e.nftKey, have[e.nftKey], e)
 
-		h.there = true
+		h.there, h.link = true, r.link
 		h.rows++
 
 		if there := have[hairpinElement(ip, "").nftKey]; h.comment == "" || there.comment == r.ownerHash {
@@ -153,8 +153,11 @@ func (b *nftBackend) planAll(have map[nftKey]nftElement, rows []*row, purge bool
 	}
 
 	for ip, h := range p.hairpins {
-		e := h.element(ip)
-		p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
+		for _, e := range []nftElement{h.element(ip), h.neighbour(ip)} {
+			if e.there() {
+				p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
+			}
+		}
 	}
 
 	for ip := range b.services {
@@ -163,15 +166,22 @@ func (b *nftBackend) planAll(have map[nftKey]nftElement, rows []*row, purge bool
 	}
 
 	for key, e := range have {
-		doubt := b.doubtful[key]
-		ours := doubt != nil && (e.comment == doubt.want.comment || e.comment == doubt.have.comment)
-
-		if p.wanted[key] == nil && (purge || ours || e.set == nftServices) {
+		if p.wanted[key] == nil && (purge || b.goes(e)) {
 			p.touch(shared, nil, key, e, nftElement{})
 		}
 	}
 
 	return p
+}
+
+// goes reports whether an element that is not wanted goes in any repair: one that a
+// transaction of unknown outcome has left, and one that changes the way of packets to
+// rows, whoever made it.
+func (b *nftBackend) goes(e nftElement) bool {
+	doubt := b.doubtful[e.nftKey]
+
+	return e.set == nftServices || e.set == nftNeighbours ||
+		doubt != nil && (e.comment == doubt.want.comment || e.comment == doubt.have.comment)
 }
 
 // differences are the elements that the plan changes, in words.
@@ -195,6 +205,10 @@ func (p *nftPlan) differences(b *nftBackend) []string {
 func (b *nftBackend) describe(e nftElement) string {
 	if ip, ok := b.hairpinOf(e); ok && e.set == nftHairpins {
 		return "hairpin of " + ip.String()
+	}
+
+	if link, ip, ok := b.neighbourOf(e); ok {
+		return "neighbours of " + ip.String() + " on " + link
 	}
 
 	if ip, ok := netip.AddrFromSlice([]byte(e.key)); ok && e.set == nftServices {
@@ -243,7 +257,7 @@ func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error)
 
 	var wanted []nftElement
 	for _, r := range rows {
-		wanted = append(wanted, rowElement(r), hairpinElement(r.pod.Addr(), ""))
+		wanted = append(wanted, elementsOf(r)...)
 	}
 
 	keys := make([]nftKey, len(wanted))
@@ -257,7 +271,7 @@ func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error)
 	}
 
 	for _, e := range wanted {
-		if e.set == nftHairpins {
+		if e.set == nftHairpins || e.set == nftNeighbours {
 			e.comment = have[e.nftKey].comment // another pod's, where they share an address
 		}
 

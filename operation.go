@@ -16,8 +16,7 @@ type operation struct {
 	name   string
 	owner  owner
 	remove bool
-	rows   []*row // of an Add, and the interface to the pod, if known
-	device string
+	rows   []*row // of an Add
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
@@ -230,7 +229,7 @@ func (m *hostportManager) finishAll(ctx context.Context, batch []*operation) {
 
 	for _, op := range batch {
 		if i := slices.IndexFunc(op.rows, (*row).forLoopback); i >= 0 {
-			m.prepareNode(op.owner, op.rows[i].pod.Addr(), op.device)
+			m.prepareNode(op.rows[i])
 		}
 	}
 }
@@ -325,14 +324,100 @@ func (m *hostportManager) endMisled(ctx context.Context) {
 }
 
 // prepareNode sees to what it takes besides rules for loopback addresses to lead
-// to a pod. device is the interface to it, if known. What is missing is told in
-// the log: the rows themselves work.
-func (m *hostportManager) prepareNode(o owner, pod netip.Addr, device string) {
-	if m.cfg.localhostIn(m.family) {
-		if err := m.localhost.open(device, pod); err != nil {
-			m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", o, "podIP", pod)
-		}
+// to a row's pod. What is missing is told in the log: the rows themselves work.
+func (m *hostportManager) prepareNode(r *row) {
+	if r.device == "" || !m.cfg.localhostIn(m.family) { // it has been told why
+		return
 	}
+
+	if err := m.localhost.open(r.device); err != nil {
+		m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", r.owner, "podIP", r.pod.Addr())
+	}
+}
+
+// locate finds the interface to the pod of rows, and whether its neighbours there have
+// to be masqueraded. named is what the caller takes for the interface. What cannot be
+// found out is told in the log, and looked at again by Run: the rows themselves work.
+func (m *hostportManager) locate(rows []*row, named string) {
+	pod := rows[0].pod.Addr()
+
+	device, err := m.find(named, pod)
+	if err != nil {
+		m.cfg.log.Error(err, "Host ports may not be reached through 127.0.0.0/8 and from the pod's neighbours",
+			"pod", rows[0].owner, "podIP", pod)
+
+		m.unlocated = true
+
+		return
+	}
+
+	for _, r := range rows {
+		r.setDevice(device, m.bypassed[device])
+	}
+}
+
+// find returns the interface to a pod, of which m.bypassed knows then.
+func (m *hostportManager) find(named string, pod netip.Addr) (device string, err error) {
+	if device, err = m.links.to(named, pod); err != nil {
+		return "", err
+	}
+
+	m.bypassed[device], err = m.links.bypassed(device)
+
+	return device, err
+}
+
+// relocate looks again at the interfaces to pods, and reports whether rows have changed
+// by that.
+func (m *hostportManager) relocate() (changed bool) {
+	m.links.forget()
+
+	look := m.unlocated
+
+	for device, before := range m.bypassed {
+		now, err := m.links.bypassed(device)
+		if err != nil { // it has gone, or is looked at with the next Add
+			delete(m.bypassed, device)
+
+			continue
+		}
+
+		m.bypassed[device] = now
+		look = look || now != before
+	}
+
+	if !look {
+		return false
+	}
+
+	m.unlocated = false
+	found := map[netip.Addr]string{}
+
+	for r := range m.table() {
+		device, link, pod := r.device, r.link, r.pod.Addr()
+		if device == "" {
+			device = found[pod]
+		}
+
+		if device == "" {
+			var err error
+			if device, err = m.find("", pod); err != nil {
+				m.unlocated = true
+
+				continue
+			}
+		}
+
+		found[pod] = device
+
+		if bypassed, known := m.bypassed[device]; known {
+			r.setDevice(device, bypassed)
+		}
+
+		changed = changed || r.link != link
+	}
+
+	return changed
 }
 
 // warnOfForwarding says once if the node does not forward.

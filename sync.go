@@ -75,7 +75,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		if ip := r.pod.Addr(); r.forLoopback() && !prepared[ip] {
 			prepared[ip] = true
 
-			m.prepareNode(r.owner, ip, "")
+			m.prepareNode(r)
 		}
 	}
 
@@ -126,6 +126,10 @@ func (m *hostportManager) dismiss(c *change, pods []podRows) {
 // settlePod does to the table and the sockets what Add does, or nothing.
 func (m *hostportManager) settlePod(c *change, rows []*row) error {
 	before := c.savepoint()
+
+	if len(rows) > 0 {
+		m.locate(rows, "")
+	}
 
 	for _, r := range rows {
 		if err := m.place(c, r); err != nil {
@@ -193,7 +197,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 		m.endStale(ctx, nil)
 	}
 
-	m.damaged = disturbed(m.backend) || m.damaged || m.doubtful
+	m.damaged = disturbed(m.backend) || m.relocate() || m.damaged || m.doubtful
 
 	due := m.repairAt
 	if !m.damaged {

@@ -67,8 +67,17 @@ type localhost struct{}
 
 func newLocalhost(klog.Logger) localhost { return localhost{} }
 
-func (*localhost) open(string, netip.Addr) error { return nil }
-func (*localhost) close()                        {}
+func (*localhost) open(string) error { return nil }
+
+// links knows no interface.
+type links struct{}
+
+func newLinks(ipFamily) links { return links{} }
+
+func (*links) to(string, netip.Addr) (string, error) { return "", errors.ErrUnsupported }
+func (*links) bypassed(string) (bool, error)         { return false, nil }
+func (*links) forget()                               {}
+func (*links) close()                                {}
 
 func localnetRouted() bool       { return false }
 func forwarding(ipFamily) string { return "" }

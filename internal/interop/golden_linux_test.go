@@ -48,7 +48,7 @@ func TestGolden(t *testing.T) {
 		n := newNode(t)
 		hairpinRule := regexp.MustCompile(`\n\t\tct status .*`)
 		others := regexp.MustCompile(hairpinRule.String() +
-			`|(?s:\n\n\t(?:chain guard|chain nat-\w+|set services) \{.*?\n\t\})|\n\t\tcomment "kept for CRI-O.*|\n\t\tfib daddr type local goto hostports`)
+			`|(?s:\n\n\t(?:chain guard|chain nat-\w+|set services|set neighbours) \{.*?\n\t\})|\n\t\tcomment "kept for CRI-O.*|\n\t\tfib daddr type local goto hostports`)
 
 		for _, f := range families() {
 			for i, mappings := range goldenMappings(n, f) {

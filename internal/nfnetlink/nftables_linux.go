@@ -86,11 +86,12 @@ const (
 	IPv6Addr    DataType = 8
 	InetProto   DataType = 12
 	InetService DataType = 13
+	IfName      DataType = 41
 )
 
 // Size is how many bytes a value takes, a multiple of four.
 func (t DataType) Size() uint32 {
-	if t == IPv6Addr {
+	if t == IPv6Addr || t == IfName {
 		return 16
 	}
 
@@ -474,6 +475,16 @@ func LoadInputInterface(dreg uint32) Expr { return meta(unix.NFT_META_IIF, dreg)
 func meta(key, dreg uint32) Expr {
 	return Expr{"meta", func(ae *netlink.AttributeEncoder) {
 		ae.Uint32(unix.NFTA_META_KEY, key)
+		ae.Uint32(unix.NFTA_META_DREG, dreg)
+	}}
+}
+
+// LoadInputName loads the name of the interface that the packet came in by, padded with
+// zeros to 16 bytes. In postrouting there is one from Linux 5.7 on, and none for what the
+// machine itself sends.
+func LoadInputName(dreg uint32) Expr {
+	return Expr{"meta", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_META_KEY, unix.NFT_META_IIFNAME)
 		ae.Uint32(unix.NFTA_META_DREG, dreg)
 	}}
 }

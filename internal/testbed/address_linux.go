@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,6 +31,26 @@ func (n *Namespace) RemoveDevice(name string) error {
 			return err
 		}
 		return h.LinkDel(link)
+	})
+}
+
+// BridgeCalls makes a bridge call the rules of a family, whatever the namespace's sysctl
+// says.
+func (n *Namespace) BridgeCalls(bridge string, v6 bool) error {
+	return n.Do(func() error {
+		flag := uint16(nl.IFLA_BR_NF_CALL_IPTABLES)
+		if v6 {
+			flag = nl.IFLA_BR_NF_CALL_IP6TABLES
+		}
+		request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+		request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(bridge)))
+		info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+		info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("bridge"))
+		info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(int(flag), nl.Uint8Attr(1))
+		request.AddData(info)
+		_, err := request.Execute(unix.NETLINK_ROUTE, 0)
+		return err
 	})
 }
 

@@ -1,0 +1,230 @@
+package hostport
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// links knows the interfaces that lead to the pods of a family.
+//
+// Pods that share one are neighbours. The answer of a pod to its neighbour need not
+// come by the node, which has to translate it back: a bridge hands it straight on,
+// unless it calls iptables (br_netfilter), and so do macvlan and its like. Then the
+// neighbour has to see the node as its peer, by masquerade.
+type links struct {
+	family  ipFamily
+	routing *netlink.Handle // nil until it is needed
+	// names are those of interfaces, by index, kinds the kernel's names for what they
+	// are, by name: to ask takes several times as long as a route.
+	names map[int]string
+	kinds map[string]string
+}
+
+func newLinks(f ipFamily) links {
+	return links{family: f, names: map[int]string{}, kinds: map[string]string{}}
+}
+
+func (l *links) close() {
+	if l.routing != nil {
+		l.routing.Close()
+	}
+}
+
+// forget makes links look at interfaces again.
+func (l *links) forget() {
+	clear(l.names)
+	clear(l.kinds)
+}
+
+// routingTimeout is for answers that the kernel gives at once.
+const routingTimeout = 5 * time.Second
+
+func (l *links) open() error {
+	if l.routing != nil {
+		return nil
+	}
+
+	routing, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open rtnetlink: %w", err)
+	}
+
+	_ = routing.SetSocketTimeout(routingTimeout) // cannot fail
+
+	l.routing = routing
+
+	return nil
+}
+
+// to returns the interface to a pod: the one named, or where that is none, the one that
+// the route to the pod leads to.
+func (l *links) to(named string, pod netip.Addr) (string, error) {
+	// Runtimes that know no interface give that of loopback.
+	if named != loopbackDevice && isInterface(named) {
+		return named, nil
+	}
+
+	if err := l.open(); err != nil {
+		return "", err
+	}
+
+	routes, err := l.routing.RouteGet(pod.AsSlice())
+	if err != nil {
+		return "", fmt.Errorf("look up the interface to %s: %w", pod, err)
+	}
+
+	index := routes[0].LinkIndex
+	if name := l.names[index]; name != "" && isInterface(name) {
+		return name, nil
+	}
+
+	link, err := l.routing.LinkByIndex(index)
+	if err != nil {
+		return "", fmt.Errorf("look up the interface to %s: %w", pod, err)
+	}
+
+	l.names[index] = link.Attrs().Name
+
+	return link.Attrs().Name, nil
+}
+
+// bypassed reports whether pods on an interface answer their neighbours past the node.
+func (l *links) bypassed(device string) (bool, error) {
+	if device == loopbackDevice || !hasInputInPostrouting() {
+		return false, nil
+	}
+
+	kind, err := l.kind(device)
+
+	switch {
+	case err != nil || kind == "veth": // which leads to one pod
+		return false, err
+	case kind == "bridge":
+		calls, err := l.callsIPTables(device)
+
+		return !calls, err
+	default:
+		return true, nil
+	}
+}
+
+func (l *links) kind(device string) (string, error) {
+	if kind := l.kinds[device]; kind != "" {
+		return kind, nil
+	}
+
+	if err := l.open(); err != nil {
+		return "", err
+	}
+
+	link, err := l.routing.LinkByName(device)
+	if err != nil {
+		return "", fmt.Errorf("look up interface %s: %w", device, err)
+	}
+
+	l.kinds[device] = link.Type()
+
+	return link.Type(), nil
+}
+
+// callsIPTables reports whether what a bridge hands on passes the rules of the node:
+// by the sysctl of the network namespace, or by one of the bridge's own.
+func (l *links) callsIPTables(bridge string) (bool, error) {
+	sysctl, attr := "/proc/sys/net/bridge/bridge-nf-call-iptables", uint16(unix.IFLA_BR_NF_CALL_IPTABLES)
+	if l.family == IPv6 {
+		sysctl, attr = "/proc/sys/net/bridge/bridge-nf-call-ip6tables", unix.IFLA_BR_NF_CALL_IP6TABLES
+	}
+
+	value, err := os.ReadFile(sysctl)
+
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // br_netfilter is not loaded
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("look at bridge %s: %w", bridge, err)
+	case string(value) != "0\n":
+		return true, nil
+	default:
+		return bridgeFlag(bridge, attr)
+	}
+}
+
+// bridgeFlag reports whether a bridge has a flag set.
+func bridgeFlag(bridge string, attr uint16) (bool, error) {
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(bridge)))
+
+	msgs, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	if err != nil || len(msgs) == 0 {
+		return false, fmt.Errorf("look at bridge %s: %w", bridge, err)
+	}
+
+	data := msgs[0][unix.SizeofIfInfomsg:]
+
+	for _, kind := range []uint16{unix.IFLA_LINKINFO, nl.IFLA_INFO_DATA, attr} {
+		attrs, err := nl.ParseRouteAttr(data)
+		if err != nil {
+			return false, fmt.Errorf("look at bridge %s: %w", bridge, err)
+		}
+
+		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type == kind })
+		if i < 0 {
+			return false, nil // the kernel has no br_netfilter
+		}
+
+		data = attrs[i].Value
+	}
+
+	return data[0] != 0, nil
+}
+
+// hasInputInPostrouting reports whether the kernel tells rules in postrouting by which
+// interface a packet came: from Linux 5.7 on (commit 28f8bfd1ac94).
+func hasInputInPostrouting() bool {
+	var (
+		name         unix.Utsname
+		major, minor int
+	)
+
+	if unix.Uname(&name) != nil {
+		return false
+	}
+
+	_, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor)
+
+	return err == nil && slices.Compare([]int{major, minor}, []int{5, 7}) >= 0
+}
+
+// isInterface reports whether there is an interface of that name. Each has a
+// directory with its sysctls, and to look for that takes a tenth of the time that
+// rtnetlink takes to answer. The two others there, which stand for all interfaces
+// and for those to come, can be no interface's: the kernel refuses to make one of
+// that name (sysctl_dev_name_is_allowed in net/ipv4/devinet.c).
+func isInterface(name string) bool {
+	if !validInterfaceName(name) || name == "all" || name == "default" {
+		return false
+	}
+
+	_, err := os.Stat(routeLocalnet(name))
+
+	return err == nil
+}
+
+// validInterfaceName is dev_valid_name of the kernel (net/core/dev.c). Its isspace
+// goes by bytes and knows the no-break space of Latin-1 besides those of ASCII.
+func validInterfaceName(name string) bool {
+	return name != "" && len(name) < unix.IFNAMSIZ && name != "." && name != ".." &&
+		!slices.ContainsFunc([]byte(name), func(c byte) bool { return strings.IndexByte("/: \t\n\v\f\r\xa0\x00", c) >= 0 })
+}

@@ -1,0 +1,142 @@
+package hostport
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// bridgeCalls sets whether the node's bridges call iptables.
+func (n *node) bridgeCalls(f ipFamily, on bool) {
+	n.t.Helper()
+
+	key := map[ipFamily]string{IPv4: "iptables", IPv6: "ip6tables"}[f]
+	value := map[bool]string{true: "1", false: "0"}[on]
+	require.NoError(n.t, n.Host.Sysctl("net/bridge/bridge-nf-call-"+key, value))
+}
+
+// masqueradesNeighbours reports whether some rule does.
+func (n *node) masqueradesNeighbours(f ipFamily) bool {
+	n.t.Helper()
+
+	return slices.ContainsFunc(n.leftOver(f), func(line string) bool {
+		return strings.Contains(line, " element "+nftNeighbours) || strings.Contains(line, " -i cni0")
+	})
+}
+
+// A pod reaches its neighbour through a host port whether bridges call iptables or not,
+// and where they do, with its own address. The state is looked at with Add, and by Run.
+func TestNeighbours(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.addForeign(f)
+
+		for _, network := range []string{"tcp", "udp"} {
+			n.serve(0, network, f, 80)
+		}
+
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: n.otherNodeIP(f).String()})
+		web, neighbour := n.Pods[0].Namespace, n.Pods[1].Namespace
+		podIP, neighbourIP := n.Pods[0].IP(f == IPv6), n.Pods[1].IP(f == IPv6)
+
+		works := func(n *node, masqueraded bool) {
+			n.t.Helper()
+
+			for _, network := range []string{"tcp", "udp"} {
+				at := netip.AddrPortFrom(n.nodeIP(f), 8080)
+				a := n.answers(neighbour, network, at, "web")
+
+				if masqueraded {
+					assert.NotEqual(n.t, neighbourIP, a.Source.Addr())
+				} else {
+					assert.Equal(n.t, neighbourIP, a.Source.Addr())
+				}
+
+				assert.NotEqual(n.t, podIP, n.answers(web, network, at, "web").Source.Addr(), "hairpin")
+				assert.Equal(n.t, n.ClientIP(f == IPv6), n.answers(n.Client, network, at, "web").Source.Addr())
+				assert.Equal(n.t, n.nodeIP(f), n.answers(n.Host, network, at, "web").Source.Addr())
+			}
+
+			n.answers(neighbour, "tcp", netip.AddrPortFrom(n.otherNodeIP(f), 8081), "web")
+		}
+
+		t.Run("add", func(t *testing.T) {
+			n := n.within(t)
+			m := n.manager()
+
+			for _, calls := range []bool{false, true, false} {
+				n.bridgeCalls(f, calls)
+				require.NoError(t, n.add(m, "id", pod))
+				works(n, !calls)
+				n.do(func() { require.NoError(t, m.Check(t.Context(), "id", pod)) })
+			}
+
+			// A new manager changes nothing.
+			before := n.leftOver(f)
+			require.NoError(t, m.Close())
+			m = n.manager()
+			assert.ElementsMatch(t, before, n.leftOver(f))
+			works(n, true)
+
+			require.NoError(t, n.remove(m, "id", nil))
+			assert.Empty(t, n.leftOver(f))
+			require.NoError(t, m.Close())
+		})
+		t.Run("run", func(t *testing.T) {
+			n := n.within(t)
+			n.bridgeCalls(f, true)
+			n.leftBehind("id", pod)
+
+			m := n.manager()
+			n.run(m)
+
+			for _, calls := range []bool{false, true, false} {
+				n.bridgeCalls(f, calls)
+				require.Eventually(t, func() bool { return n.masqueradesNeighbours(f) != calls }, patience, time.Millisecond)
+				works(n, !calls)
+			}
+
+			n.do(func() { require.NoError(t, m.Sync(t.Context(), map[string][]*PodPortMapping{"id": {pod}})) })
+			works(n, true)
+			n.do(func() { require.NoError(t, m.Sync(t.Context(), nil)) })
+			assert.Empty(t, n.leftOver(f))
+		})
+	})
+}
+
+// Where the sysctl is off, a bridge of its own accord may call iptables all the same.
+func TestBridgeCallsOfItsOwn(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.bridgeCalls(f, false)
+		require.NoError(t, n.Host.BridgeCalls("cni0", f == IPv6))
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		a := n.answers(n.Pods[1].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+		assert.Equal(t, n.Pods[1].IP(f == IPv6), a.Source.Addr())
+	})
+}
+
+// Connections of others between neighbours keep their source.
+func TestNeighboursOfOthers(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.serve(0, "tcp", f, 81)
+		n.bridgeCalls(f, false)
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		a := n.answers(n.Pods[1].Namespace, "tcp", netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 81), "web")
+		assert.Equal(t, n.Pods[1].IP(f == IPv6), a.Source.Addr())
+		a = n.answers(n.Client, "tcp", netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 80), "web")
+		assert.Equal(t, n.ClientIP(f == IPv6), a.Source.Addr())
+	})
+}
