@@ -23,13 +23,14 @@ type turnover struct {
 // turnovers is what deltas come to: for UDP and SCTP, and for TCP. Connections and
 // associations of a row that moves go on to where they began.
 func turnovers(deltas []delta, before *nodeaddr.Addresses) (datagrams, connections turnover) {
-	datagrams = turnover{ports: map[portKey]bool{}, before: before}
-	connections = turnover{ports: map[portKey]bool{}, before: before, tcp: true}
+	datagrams, connections = turnover{before: before}, turnover{before: before, tcp: true}
 
 	for _, d := range deltas {
-		for _, r := range slices.Concat(d.del, d.add, d.keep) {
-			if r.proto != tcp {
-				datagrams.ports[r.portKey] = true
+		for _, rows := range [][]*row{d.del, d.add, d.keep} {
+			for _, r := range rows {
+				if r.proto != tcp {
+					datagrams.note(r)
+				}
 			}
 		}
 
@@ -39,12 +40,21 @@ func turnovers(deltas []delta, before *nodeaddr.Addresses) (datagrams, connectio
 				datagrams.gone = append(datagrams.gone, r)
 			case r.proto == tcp && !moved:
 				connections.gone = append(connections.gone, r)
-				connections.ports[r.portKey] = true
+				connections.note(r)
 			}
 		}
 	}
 
 	return datagrams, connections
+}
+
+// note has the flows to r's port looked at.
+func (t *turnover) note(r *row) {
+	if t.ports == nil {
+		t.ports = map[portKey]bool{}
+	}
+
+	t.ports[r.portKey] = true
 }
 
 func (t *turnover) empty() bool { return len(t.ports) == 0 && t.before == nil }

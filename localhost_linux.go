@@ -58,7 +58,7 @@ func forwarding(f ipFamily) string {
 	return "/proc/sys/net/ipv4/ip_forward"
 }
 
-// isSet tells whether a sysctl has another value than 0.
+// isSet reports whether a sysctl has another value than 0.
 func isSet(path string) bool {
 	value, err := os.ReadFile(path)
 
