@@ -32,11 +32,12 @@ type backend interface {
 	// set if repair would have nothing to do for them.
 	list(ctx context.Context) (rows []*row, intact bool, err error)
 
-	// apply commits the deltas, in their order, in one transaction. table
-	// yields every row that stands when they are committed: where the kernel
-	// turns out not to hold what it should, apply puts it back from there, in
-	// the same transaction, and the guard of loopback addresses at the latest
-	// with it.
+	// apply commits the deltas, in their order, in one transaction, or where that
+	// would be too large in several, of which it takes back the first if a later
+	// one fails; the rows of one port go together. table yields every row that stands
+	// when they are committed: where the kernel turns out not to hold what it should,
+	// apply puts it back from there, in the same transaction, and the guard of
+	// loopback addresses at the latest with it.
 	//
 	// restored is set if it has put back what leads packets to rows, even if it
 	// fails then. Without any deltas it does what exempt has said is due.
@@ -53,7 +54,8 @@ type backend interface {
 
 	// repair makes the kernel hold the table, which it reads all of. With purge,
 	// whatever else bears our names is taken out. It returns what was missing, or
-	// too much, in words.
+	// too much, in words. What is too large for one transaction goes in several: a
+	// *partlyError says that some of it may be done.
 	repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error)
 
 	// demolish takes out everything that bears our names.
@@ -84,6 +86,54 @@ type delta struct {
 }
 
 func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
+
+// size is how many rows change.
+func (d *delta) size() int { return len(d.del) + len(d.add) }
+
+// parts divides what changes into parts of at most so many rows, but for those of
+// one port: one may take the place of another, or come before it.
+func (d *delta) parts(most int) []delta {
+	if d.size() <= most {
+		return []delta{*d}
+	}
+
+	var order []portKey
+
+	ofPort := map[portKey]delta{}
+
+	for i, rows := range [][]*row{d.del, d.add} {
+		for _, r := range rows {
+			p, known := ofPort[r.portKey]
+			if !known {
+				order = append(order, r.portKey)
+			}
+
+			if i == 0 {
+				p.del = append(p.del, r)
+			} else {
+				p.add = append(p.add, r)
+			}
+
+			ofPort[r.portKey] = p
+		}
+	}
+
+	var (
+		parts []delta
+		part  delta
+	)
+
+	for _, port := range order {
+		p := ofPort[port]
+		if part.size() > 0 && part.size()+p.size() > most {
+			parts, part = append(parts, part), delta{}
+		}
+
+		part.del, part.add = append(part.del, p.del...), append(part.add, p.add...)
+	}
+
+	return append(parts, part)
+}
 
 // layers is a backend of several: the one in use, and those that carry rows
 // from before. Rows are only added to the first.
@@ -206,6 +256,18 @@ func isLeftBehind(err error) bool {
 	return errors.As(err, &leftBehind)
 }
 
+// partlyError says that some of several transactions may have been committed.
+type partlyError struct{ err error }
+
+func (e *partlyError) Error() string { return e.err.Error() }
+func (e *partlyError) Unwrap() error { return e.err }
+
+func isPartly(err error) bool {
+	partly := (*partlyError)(nil)
+
+	return errors.As(err, &partly)
+}
+
 // repair takes the backend in use first, so that a row that has moved over is at
 // all times in one of the two. If another fails after it, the error is a
 // *leftBehindError.
@@ -326,22 +388,28 @@ func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*ro
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	rows := slices.Collect(table)
-
 	var back []delta
-
 	for _, d := range slices.Backward(deltas) {
 		back = append(back, delta{del: d.add, add: d.del})
-		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
 	}
 
 	if allEmpty(back) {
 		return nil
 	}
 
-	_, err := b.apply(ctx, back, slices.Values(rows))
+	_, err := b.apply(ctx, back, slices.Values(tableBefore(deltas, table)))
 
 	return err
+}
+
+// tableBefore is the table without deltas, which it is with.
+func tableBefore(deltas []delta, table iter.Seq[*row]) []*row {
+	rows := slices.Collect(table)
+	for _, d := range slices.Backward(deltas) {
+		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
+	}
+
+	return rows
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

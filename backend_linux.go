@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
@@ -167,6 +168,7 @@ func (o *opener) iptables(t *ipTables) *iptablesBackend {
 
 	if t.variant == variantLegacy {
 		b.watch.state = t.legacyState
+		b.most = math.MaxInt // it copies the whole table for each transaction
 	} else if nft, err := o.nftables(t.family); err == nil {
 		b.watch.family, b.watch.own = nft.table.Family, &o.ruleset.own
 		b.watch.generation = nft.ruleset.conn.Generation

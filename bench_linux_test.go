@@ -13,6 +13,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/testbed"
@@ -220,6 +221,57 @@ func BenchmarkAddMany(b *testing.B) {
 
 	b.ReportMetric(float64(adds.median().Microseconds())/1000, "add-ms")
 	b.ReportMetric(float64(removes.median().Microseconds())/1000, "remove-ms")
+}
+
+// BenchmarkLargePod measures, once, Add and Remove of pods with many UDP ports, and
+// the CPU that it takes, that of programs included.
+func BenchmarkLargePod(b *testing.B) {
+	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
+		for _, ports := range []int{1000, 4000, 10_000} {
+			b.Run(fmt.Sprintf("%s/%d", v, ports), func(b *testing.B) {
+				n := newBenchNode(b, v, 0, nil)
+				pod := n.media(0, IPv4, ports, v1.ProtocolUDP)
+
+				var adds, removes, addCPU, removeCPU samples
+
+				for range 3 {
+					n.do(func() {
+						start, used := time.Now(), cpuTime(b)
+						require.NoError(b, n.m.Add("media", pod, ""))
+
+						adds, addCPU = append(adds, time.Since(start)), append(addCPU, cpuTime(b)-used)
+						start, used = time.Now(), cpuTime(b)
+
+						require.NoError(b, n.m.Remove("media", pod))
+
+						removes, removeCPU = append(removes, time.Since(start)), append(removeCPU, cpuTime(b)-used)
+					})
+				}
+
+				for b.Loop() {
+					_ = pod // has been measured
+				}
+
+				for what, s := range map[string]samples{"add": adds, "add-cpu": addCPU, "remove": removes, "remove-cpu": removeCPU} {
+					b.ReportMetric(float64(s.median().Microseconds())/1000, what+"-ms")
+				}
+			})
+		}
+	}
+}
+
+// cpuTime is what this process and its children have used.
+func cpuTime(b *testing.B) (used time.Duration) {
+	b.Helper()
+
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		usage := unix.Rusage{}
+		require.NoError(b, unix.Getrusage(who, &usage))
+
+		used += time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+	}
+
+	return used
 }
 
 // BenchmarkAddUDP measures Add and Remove of a pod with a UDP port, first on a

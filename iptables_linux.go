@@ -247,6 +247,12 @@ func (e *commandError) Error() string {
 
 func (e *commandError) Unwrap() error { return e.err }
 
+// Is finds EMSGSIZE in the words that glibc and musl have for it: iptables-nft hands
+// no errno on.
+func (e *commandError) Is(target error) bool {
+	return target == unix.EMSGSIZE && strings.Contains(e.stderr, "Message too l")
+}
+
 // Line is the line of input at fault, the first being 1, or 0 if not known.
 func (e *commandError) Line() int { return e.line }
 

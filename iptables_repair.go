@@ -11,17 +11,23 @@ import (
 )
 
 func (b *iptablesBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
-	return tried(ctx, func() ([]string, error) { return b.tryRepair(ctx, table, purge) })
+	return b.tried(ctx, func() ([]string, error) { return b.tryRepair(ctx, table, purge) })
 }
 
 func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
-	return tried(ctx, func() ([]string, error) { return b.tryDemolish(ctx) })
+	return b.tried(ctx, func() ([]string, error) { return b.tryDemolish(ctx) })
 }
 
 // tried tries again what may have failed because somebody else has come between.
-func tried(ctx context.Context, f func() ([]string, error)) ([]string, error) {
+func (b *iptablesBackend) tried(ctx context.Context, f func() ([]string, error)) ([]string, error) {
+	b.partly = false
+
 	for try := 0; ; try++ {
 		repairs, err := f()
+		if err != nil && b.partly {
+			err = &partlyError{err}
+		}
+
 		if err == nil || ctx.Err() != nil || try >= maxOvertaken {
 			return repairs, err
 		}
@@ -64,15 +70,36 @@ func (b *iptablesBackend) tryRepair(ctx context.Context, table iter.Seq[*row], p
 
 // changes are the lines that do more than to look.
 func (s *script) changes() []string {
-	var changes []string
+	var lines []string
 
 	for _, l := range s.lines {
-		if !strings.HasPrefix(l.text, cmdCheck) && !strings.HasPrefix(l.text, "*") && l.text != cmdCommit {
-			changes = append(changes, l.text)
+		if changes(l.text) {
+			lines = append(lines, l.text)
 		}
 	}
 
-	return changes
+	return lines
+}
+
+// changes reports whether a line does more than to look.
+func changes(line string) bool {
+	return !strings.HasPrefix(line, cmdCheck) && !strings.HasPrefix(line, "*") && line != cmdCommit
+}
+
+// commits is how many transactions the script makes that change something.
+func (s *script) commits() int {
+	n, changed := 0, false
+
+	for _, l := range append(slices.Clip(s.lines), scriptLine{text: cmdCommit}) {
+		switch {
+		case l.text != cmdCommit:
+			changed = changed || changes(l.text)
+		case changed:
+			n, changed = n+1, false
+		}
+	}
+
+	return n
 }
 
 // ours is what purge leaves of the chains that bear our names.
@@ -141,6 +168,7 @@ func (s *script) purge(t *savedTable, base []iptRule, rows []*row) {
 			seen[r.iptRule] = true
 
 			if !stays || o.alien(r.target) {
+				s.room(1)
 				s.delete(shared, nil, r.line)
 			}
 		}
@@ -156,11 +184,13 @@ func (s *script) raze(t *savedTable, which func(chain string) bool) {
 	for chain := range t.chains {
 		if hash := rowOfChain(chain); which(chain) && !s.gone[hash] {
 			razed = append(razed, chain)
+			s.room(1)
 			s.emit(shared, nil, cmdFlushChain+chain)
 		}
 	}
 
 	for _, chain := range razed {
+		s.room(1)
 		s.emit(shared, nil, cmdDelChain+chain)
 		s.uses[chain] = -1
 
@@ -194,7 +224,7 @@ func (b *iptablesBackend) tryDemolish(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 
-	s := newScript(t.state(nil))
+	s := newScript(t.state(nil), b.most)
 	guard := slices.DeleteFunc(raw.chains[preRouting], func(r savedRule) bool {
 		return !slices.Contains(guardRules(familyOfIPTables(b.ipt)), r.iptRule)
 	})
@@ -320,10 +350,22 @@ func (w *tableWatch) operation(ctx context.Context) (done func(s *script, err er
 		before, beforeErr := w.generation(ctx)
 
 		return func(s *script, err error) {
-			// If it is two, or ours changed nothing, who knows whose it is.
 			after, afterErr := w.generation(ctx)
-			if errors.Join(err, beforeErr, afterErr) == nil && len(s.changes()) > 0 && after == nfnetlink.NextGeneration(before) {
-				w.own.add(after)
+			if errors.Join(err, beforeErr, afterErr) != nil {
+				return
+			}
+
+			var ours []uint32
+
+			for gen := before; len(ours) < s.commits(); ours = append(ours, gen) {
+				gen = nfnetlink.NextGeneration(gen)
+			}
+
+			// If there are more, who knows whose each is.
+			if len(ours) > 0 && ours[len(ours)-1] == after {
+				for _, gen := range ours {
+					w.own.add(gen)
+				}
 			}
 		}
 	case w.state != nil:

@@ -87,9 +87,9 @@ func TestLineIn(t *testing.T) {
 	at := interface{ Line() int }(nil)
 	require.Implements(t, &at, &lineError{})
 
-	s := newScript(&natState{})
+	s := newScript(&natState{}, rowsAtOnce)
 	r := testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80})
-	s.put(0, r)
+	s.put(func(*row) int { return 0 }, r)
 
 	lines := strings.Split(string(s.input()), "\n")
 

@@ -103,7 +103,8 @@ func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 // leaked, and what others have put into our chains and tables or made lead there.
 // Rows that stay are not touched, and no packet of theirs is lost. It is restart
 // recovery, garbage collection and repair in one call, with one transaction for
-// each family, or with iptables for each table. To call it again changes nothing.
+// each family, or with iptables for each table, and with iptables-nft for a
+// thousand rows that change. To call it again changes nothing.
 // Without pods it takes everything out.
 //
 // A pod that is invalid is reported, and what stands of it stays. Where two pods

@@ -63,6 +63,10 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		if !isLeftBehind(err) {
 			c.undo()
 
+			if isPartly(err) {
+				m.takeBack(ctx)
+			}
+
 			return errors.Join(errs...)
 		}
 	}
@@ -167,6 +171,17 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 	}
 
 	return repairs, err
+}
+
+// takeBack makes the kernel hold the table after a repair for another one has come
+// half the way. What it cannot do is for Run, or the next operation.
+func (m *hostportManager) takeBack(ctx context.Context) {
+	ctx, cancel := withGrace(ctx)
+	defer cancel()
+
+	if _, err := m.repair(ctx, false); err != nil {
+		m.cfg.log.Error(err, "Cannot take back what is done", "family", m.family)
+	}
 }
 
 // mend puts back what others have broken, if they may have, and holds ports that
