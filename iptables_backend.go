@@ -89,6 +89,8 @@ func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
 func (b *iptablesBackend) exempt([]netip.Addr) (due bool) { return false }
 
 func (b *iptablesBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
+	b.watch.begin(ctx)
+
 	t, state, err := b.read(ctx)
 	if err != nil {
 		return nil, false, err
@@ -224,7 +226,7 @@ func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.
 
 // try is apply, but for what a failure leaves to be done.
 func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
-	if b.state != nil {
+	if !b.needsLook(ctx, deltas) {
 		s := newScript(b.state, b.most)
 		s.base(b.guard, b.nat)
 
@@ -239,6 +241,8 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 	}
 
 	for try := 0; ; try++ {
+		b.watch.begin(ctx)
+
 		t, state, err := b.read(ctx)
 		if err != nil {
 			return false, err
@@ -249,11 +253,33 @@ func (b *iptablesBackend) try(ctx context.Context, deltas []delta, table iter.Se
 			return l.delta == shared && (strings.HasPrefix(l.text, cmdAppend) || strings.HasPrefix(l.text, cmdInsert))
 		})
 
-		err = b.run(ctx, s)
+		err = b.runChanges(ctx, s)
 		if err == nil || ctx.Err() != nil || isRefused(err) || try >= maxOvertaken {
 			return restored && err == nil, err
 		}
 	}
+}
+
+// needsLook reports whether the tables have to be read: where deltas have rows that are
+// to stand, also when others may have changed something, for that a rule stands before
+// another cannot be asserted.
+func (b *iptablesBackend) needsLook(ctx context.Context, deltas []delta) bool {
+	keeps := slices.ContainsFunc(deltas, func(d delta) bool { return len(d.keep) > 0 })
+
+	return b.state == nil || keeps && b.watch.changed(ctx)
+}
+
+// runChanges commits a script that was made from a look, unless that has found nothing
+// to change.
+func (b *iptablesBackend) runChanges(ctx context.Context, s *script) error {
+	if len(s.changes()) > 0 {
+		return b.run(ctx, s)
+	}
+
+	s.settle()
+	b.state = s.state
+
+	return nil
 }
 
 // run commits a script.
@@ -463,17 +489,26 @@ func (st *natState) find(t *savedTable, base iptRule) {
 	}
 
 	at := t.index(base)
-	st.base[line] = at >= 0 && (base.chain != postRouting || !slices.ContainsFunc(chain[:at], mayAccept))
+	first := base.chain == postRouting || base.target == dropTarget
+	st.base[line] = at >= 0 && !(first && slices.ContainsFunc(chain[:at], mayEnd))
 
 	if len(like) > 1 || len(like) == 1 && !st.base[line] {
 		st.wrong[line] = like
 	}
 }
 
-// mayAccept tells whether a rule in POSTROUTING may end the walk for hairpin
-// connections. CNI plugins' rules accept whatever comes from their network; what
-// Kubernetes puts there does not, nor what Calico does, which insists on being first.
-func mayAccept(r savedRule) bool {
+// mayEnd reports whether a rule before one of ours may keep packets from it: by a
+// verdict, RETURN being one in a base chain, or by a chain of others, whatever is in
+// it now. CNI plugins' rules accept what comes from their network. Of the targets that
+// nat and raw can have, those named go on to the next rule (iptables-extensions(8)),
+// and what is dropped gets nowhere. Calico and Kubernetes insist on being first.
+func mayEnd(r savedRule) bool {
+	switch r.target {
+	case "", "AUDIT", "CLASSIFY", "CONNMARK", "CT", "HMARK", "IDLETIMER", "LED", "LOG", "MARK", "NFLOG",
+		"NOTRACK", "RATEEST", "SET", "TCPMSS", "TEE", "TRACE", "ULOG", dropTarget:
+		return false
+	}
+
 	return !strings.HasPrefix(r.target, "KUBE-") && !strings.HasPrefix(r.target, "cali-")
 }
 

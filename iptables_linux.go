@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -353,7 +354,8 @@ func (t *ipTables) legacyState() (tablesState, error) {
 			return tablesState{}, fmt.Errorf("look at table %s: %w", table, errno)
 		}
 
-		state.entries += int(info.NumEntries)
+		// Each hook has a policy, and the table an end.
+		state.entries += int(info.NumEntries) - bits.OnesCount32(info.ValidHooks) - 1
 		state.hooks += fmt.Sprint(info)
 	}
 

@@ -35,6 +35,8 @@ func (b *iptablesBackend) tried(ctx context.Context, f func() ([]string, error))
 }
 
 func (b *iptablesBackend) tryRepair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
+	b.watch.begin(ctx)
+
 	t, state, err := b.read(ctx)
 	if err != nil {
 		return nil, err
@@ -43,13 +45,7 @@ func (b *iptablesBackend) tryRepair(ctx context.Context, table iter.Seq[*row], p
 	s := b.restoration(t, state, nil, table, purge)
 	changes := s.changes()
 
-	if len(changes) > 0 {
-		err = b.run(ctx, s)
-	} else {
-		s.settle()
-		b.state = s.state
-	}
-
+	err = b.runChanges(ctx, s)
 	if err == nil {
 		clear(b.doubtful)
 
@@ -274,7 +270,12 @@ func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, e
 
 	for _, rule := range slices.Concat(b.guard, b.nat) {
 		if !state.base[rule.String()] && !(b.before && t.has(rule.chain, rule.target)) { // CRI-O's will do
-			missing = append(missing, "rule "+rule.String())
+			what := "rule " + rule.String()
+			if len(state.wrong[rule.String()]) > 0 {
+				what += ", alone and in its place"
+			}
+
+			missing = append(missing, what)
 		}
 	}
 
@@ -327,11 +328,14 @@ type tableWatch struct {
 	family     uint8
 	generation func(context.Context) (uint32, error)
 	own        *generations
+	looked     uint32 // the generation at the last look, or a later one of ours
 
 	// state is for the legacy variant: something that changes with the tables.
 	state func() (tablesState, error)
 	seen  tablesState
 	moved bool
+	// fresh is set as long as nothing else than ours has happened since the last look.
+	fresh bool
 }
 
 // tablesState is how many entries tables have, chains being two, and how these
@@ -374,7 +378,7 @@ func (w *tableWatch) operation(ctx context.Context) (done func(s *script, err er
 		return func(s *script, err error) {
 			expected := w.seen.entries + s.entries()
 			after, afterErr := w.state()
-			w.moved = w.moved || errors.Join(err, afterErr) != nil || after.entries != expected
+			w.notice(errors.Join(err, afterErr) != nil || after.entries != expected)
 			w.seen = after
 		}
 	default:
@@ -401,8 +405,48 @@ const chainEntries = 2
 // look finds out whether the legacy tables have changed.
 func (w *tableWatch) look() {
 	now, err := w.state()
-	w.moved = w.moved || err != nil || now != w.seen
+	w.notice(err != nil || now != w.seen)
 	w.seen = now
+}
+
+func (w *tableWatch) notice(changed bool) {
+	w.moved, w.fresh = w.moved || changed, w.fresh && !changed
+}
+
+// begin begins a look at the tables that the state is made from.
+func (w *tableWatch) begin(ctx context.Context) {
+	switch {
+	case w.state != nil:
+		w.look()
+		w.fresh = true
+	case w.generation != nil:
+		w.looked, _ = w.generation(ctx) // 0 is none
+	}
+}
+
+// changed reports whether others may have changed the tables since the last look.
+func (w *tableWatch) changed(ctx context.Context) bool {
+	switch {
+	case w.state != nil:
+		w.look()
+
+		return !w.fresh
+	case w.generation != nil:
+		now, err := w.generation(ctx)
+		if err != nil {
+			return true
+		}
+
+		for ; w.looked != now; w.looked = nfnetlink.NextGeneration(w.looked) {
+			if !w.own.has(nfnetlink.NextGeneration(w.looked)) {
+				return true
+			}
+		}
+
+		return false
+	default:
+		return true
+	}
 }
 
 func (w *tableWatch) disturbed(transactions []nfnetlink.Transaction) bool {
@@ -420,14 +464,17 @@ func (w *tableWatch) disturbed(transactions []nfnetlink.Transaction) bool {
 	})
 }
 
-// concerns tells whether a transaction has deleted what may be ours, or changed what
-// is.
+// concerns reports whether a transaction has deleted what may be ours, changed what
+// is, or put something before what is to be first.
 func (w *tableWatch) concerns(t nfnetlink.Transaction) bool {
 	for c := range t.Changes {
-		if c.Family == w.family && slices.Contains([]string{natTable, rawTable}, c.Table) {
-			if ourChain(c.Chain) || c.Deleted && slices.Contains([]string{"", preRouting, output, postRouting}, c.Chain) {
-				return true
-			}
+		if c.Family != w.family || c.Table != natTable && c.Table != rawTable {
+			continue
+		}
+
+		first := c.Table == natTable && c.Chain == postRouting || c.Table == rawTable && c.Chain == preRouting
+		if ourChain(c.Chain) || first && !c.Last || c.Deleted && slices.Contains([]string{"", preRouting, output, postRouting}, c.Chain) {
+			return true
 		}
 	}
 

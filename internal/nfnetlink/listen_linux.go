@@ -110,8 +110,13 @@ func parseChange(m netlink.Message, changes map[Change]bool) (gen uint32, done b
 		c.Deleted = true
 	}
 
+	// Of a rule between two others it tells where that stands as well.
+	c.Last = kind == unix.NFT_MSG_NEWRULE && m.Header.Flags&netlink.Append != 0
+
 	err := decode(m.Data, func(ad *netlink.AttributeDecoder) {
 		switch {
+		case kind == unix.NFT_MSG_NEWRULE && ad.Type() == unix.NFTA_RULE_POSITION:
+			c.Last = false
 		case kind == unix.NFT_MSG_NEWGEN:
 			if ad.Type() == unix.NFTA_GEN_ID {
 				gen, done = ad.Uint32(), true

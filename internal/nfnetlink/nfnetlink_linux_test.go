@@ -396,6 +396,14 @@ func TestListener(t *testing.T) {
 		{Family: table.Family, Table: table.Name, Chain: "other"}: true,
 	}, heard.Changes)
 
+	commit(t, c, table.AppendRule("other", Drop()))
+	assert.Contains(t, next().Changes, Change{Family: table.Family, Table: table.Name, Chain: "other", Last: true})
+
+	first := table.AppendRule("other", Drop())
+	first.Header.Flags &^= netlink.Append
+	commit(t, c, first)
+	assert.Contains(t, next().Changes, Change{Family: table.Family, Table: table.Name, Chain: "other"})
+
 	require.NoError(t, l.nl.SetReadBuffer(1<<14))
 
 	for range 100 {

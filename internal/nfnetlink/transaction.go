@@ -16,6 +16,7 @@ type Change struct {
 	Table   string
 	Chain   string // empty where it is no chain
 	Deleted bool
+	Last    bool // a rule behind all others (Linux 5.15; before, it is not told)
 }
 
 // NextGeneration follows g.
