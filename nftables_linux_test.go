@@ -989,7 +989,7 @@ func TestWithoutPrograms(t *testing.T) {
 		"Traffic", "SpecificAddressWins", "MoveIsAtomic", "DualStack",
 		"Conflicts", "AddAgain", "NothingToDo", "InvalidChangesNothing", "PortInUseIsUndone", "ConcurrentUse", "Close",
 		"HeldPortsRefuseOthers", "PortsOfOthers", "Bystander", "TimeWait", "HeldPortWithoutRule", "AddressToCome",
-		"WithoutSockets", "SocketsOfOnePort", "PortTakenWhileAway", "UDPBesideOthers", "IPv6Off", "NoNetAdmin",
+		"WithoutSockets", "SocketsOfOnePort", "PortTakenWhileAway", "SecondSocketBesideOthers", "NobodySlipsIn", "IPv6Off", "NoNetAdmin",
 		"OneTransactionPerOperation", "TableIsRepaired", "ElementsOfStrangers", "HairpinOfTwo", "OddElements",
 		"ForeignCommits", "OvertakenEachTime", "ListIsOfOneMoment", "FamiliesLookForThemselves", "ManyRows",
 		"GroupTransactions", "FailedTransactionIsUndone",

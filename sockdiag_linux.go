@@ -66,8 +66,8 @@ func (s *sockets) portInUse(e endpoint) error {
 
 // findServer returns the inode of a socket that serves e: it listens, or is
 // bound and may yet. The inode is 0 if there is none. Sockets of ours do not
-// count.
-func (s *sockets) findServer(e endpoint) (uint32, error) {
+// count, those that are not held yet included if they are named.
+func (s *sockets) findServer(e endpoint, ownFDs ...int) (uint32, error) {
 	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
 	if err != nil {
 		return 0, fmt.Errorf("open sock_diag: %w", err)
@@ -78,14 +78,11 @@ func (s *sockets) findServer(e endpoint) (uint32, error) {
 		return 0, fmt.Errorf("sock_diag: %w", err)
 	}
 
-	ours := map[uint64]bool{}
-
 	for _, h := range s.held[e.portKey] {
-		var st unix.Stat_t
-		if h.fd >= 0 && unix.Fstat(h.fd, &st) == nil {
-			ours[st.Ino] = true
-		}
+		ownFDs = append(ownFDs, h.fd)
 	}
+
+	ours := inodesOf(ownFDs)
 
 	// An IPv6 socket that is not IPV6_V6ONLY has the port in IPv4 as well.
 	families := []uint8{unix.AF_INET6}
@@ -122,6 +119,19 @@ func (s *sockets) findServer(e endpoint) (uint32, error) {
 	}
 
 	return 0, nil
+}
+
+func inodesOf(fds []int) map[uint64]bool {
+	inodes := map[uint64]bool{}
+
+	for _, fd := range fds {
+		var st unix.Stat_t
+		if fd >= 0 && unix.Fstat(fd, &st) == nil {
+			inodes[st.Ino] = true
+		}
+	}
+
+	return inodes
 }
 
 // servedBy returns the inode of the socket that a sock_diag answer is about,

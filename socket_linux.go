@@ -255,46 +255,103 @@ func (s *sockets) bind(e endpoint) (fd int, err error) {
 	return fd, nil
 }
 
-// bindBeside binds fd to e.
+// bindBeside binds fd to e, if need be beside what only looks like a conflict.
 //
-// SO_REUSEADDR is on only for the bind: it lets a server's leftover TIME_WAIT
-// connections pass, and sockets of ours for the same port, which have it on
-// for as long: a pod may have a port both on one address and on any. Cleared,
-// it makes the kernel refuse everybody else, with or without SO_REUSEADDR of
-// theirs; one who binds in the instant between is refused by listen(2).
-func (s *sockets) bindBeside(fd int, e endpoint) (err error) {
-	reuse := []int{}
-	if e.proto == tcp {
-		reuse = append(reuse, fd)
+// SO_REUSEADDR is not on at first. Linux 5.10 and 6.1 note of a TCP port that
+// every socket bound to it had that on, and then let in whoever has it on too,
+// whatever ours say by then. A bind without it, or a listen(2), ends that for as
+// long as anybody has the port.
+func (s *sockets) bindBeside(fd int, e endpoint) error {
+	addr := sockaddr(e.hostIP(s.family), e.port)
+
+	err := unix.Bind(fd, addr)
+	if !errors.Is(err, unix.EADDRINUSE) {
+		return err //nolint:wrapcheck // bind wraps it, having looked at what it is
 	}
+
+	// A pod may have a port both on one address and on any.
+	var ours []*holder
 
 	for _, h := range s.held[e.portKey] {
-		if h.fd >= 0 {
-			reuse = append(reuse, fd, h.fd)
+		if h.fd >= 0 && h.overlaps(e) {
+			ours = append(ours, h)
 		}
 	}
 
-	if e.proto == udp && len(reuse) > 0 {
-		// Among UDP sockets that is all it takes to share a port with others.
-		if inode, err := s.findServer(e); err != nil || inode != 0 {
-			return unix.EADDRINUSE
-		}
+	switch {
+	case e.proto == udp && len(ours) > 0:
+		err = s.bindUDPBeside(fd, e, addr, ours)
+	case e.proto == tcp && len(ours) > 0:
+		err = s.bindTCPBeside(fd, e, addr, ours)
+	case e.proto == tcp:
+		err = bindBesideConnections(fd, addr)
 	}
 
-	defer func() { err = errors.Join(err, setReuse(reuse, 0)) }()
+	return err
+}
 
-	if err := setReuse(reuse, 1); err != nil {
+// bindBesideConnections binds a TCP socket where connections of others have the
+// port: those in TIME_WAIT that a server has left, or outgoing ones. SO_REUSEADDR
+// passes those that have it on, and is off again before anybody else can make use
+// of it: what listens refuses everybody, and who was bound in between is refused
+// by listen(2), or we are. A client that connects in this instant is reset.
+func bindBesideConnections(fd int, addr unix.Sockaddr) error {
+	if err := setReuse(1, fd); err != nil {
 		return err
 	}
 
-	if err := unix.Bind(fd, sockaddr(e.hostIP(s.family), e.port)); err != nil {
-		return err //nolint:wrapcheck // bind wraps it, having looked at what it is
+	if err := unix.Bind(fd, addr); err != nil {
+		return err //nolint:wrapcheck // bind wraps it
+	}
+
+	if err := unix.Listen(fd, 0); err != nil {
+		return err //nolint:wrapcheck // bind wraps it
+	}
+
+	return errors.Join(setReuse(0, fd), unix.Shutdown(fd, unix.SHUT_RD)) // no longer listens, and stays bound
+}
+
+// bindTCPBeside binds a TCP socket where ours have the port. TCP_REPAIR binds it
+// without a look at others, so that ours let nobody in meanwhile. It takes
+// CAP_NET_ADMIN, as rules do.
+func (s *sockets) bindTCPBeside(fd int, e endpoint, addr unix.Sockaddr, ours []*holder) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 1); err != nil {
+		return unix.EADDRINUSE
+	}
+
+	err := errors.Join(unix.Bind(fd, addr), unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 0))
+	if err != nil || !ours[0].ip.IsValid() {
+		return err // where one of ours is on any address, there are no others
+	}
+
+	if inode, err := s.findServer(e, fd); err != nil || inode != 0 {
+		return unix.EADDRINUSE
 	}
 
 	return nil
 }
 
-func setReuse(fds []int, on int) error {
+// bindUDPBeside binds a UDP socket where ours have the port.
+func (s *sockets) bindUDPBeside(fd int, e endpoint, addr unix.Sockaddr, ours []*holder) error {
+	// SO_REUSEADDR is all it takes to share a UDP port with others.
+	if inode, err := s.findServer(e); err != nil || inode != 0 {
+		return unix.EADDRINUSE
+	}
+
+	fds := []int{fd}
+	for _, h := range ours {
+		fds = append(fds, h.fd)
+	}
+
+	err := setReuse(1, fds...)
+	if err == nil {
+		err = unix.Bind(fd, addr)
+	}
+
+	return errors.Join(err, setReuse(0, fds...))
+}
+
+func setReuse(on int, fds ...int) error {
 	var errs []error
 	for _, fd := range fds {
 		errs = append(errs, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, on))

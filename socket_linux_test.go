@@ -1,22 +1,25 @@
 package hostport
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
 )
 
 // tryBind binds a socket as another process might, and listens on it. It
 // returns the socket's descriptor.
-func tryBind(t *testing.T, to netip.AddrPort, kind int, options ...int) (int, error) {
-	t.Helper()
+func tryBind(tb testing.TB, to netip.AddrPort, kind int, options ...int) (int, error) {
+	tb.Helper()
 
 	domain := unix.AF_INET
 	if to.Addr().Is6() {
@@ -24,10 +27,10 @@ func tryBind(t *testing.T, to netip.AddrPort, kind int, options ...int) (int, er
 	}
 
 	fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC, 0)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 
 	for _, opt := range options {
-		require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1))
+		require.NoError(tb, unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1))
 	}
 
 	err = unix.Bind(fd, sockaddr(to.Addr(), to.Port()))
@@ -36,56 +39,210 @@ func tryBind(t *testing.T, to netip.AddrPort, kind int, options ...int) (int, er
 	}
 
 	if err != nil {
-		require.NoError(t, unix.Close(fd))
+		require.NoError(tb, unix.Close(fd))
 	}
 
 	return fd, err
 }
 
-// Nobody else gets a held port, however they ask.
+// refusesOthers asserts that nobody else gets a held port at any of some
+// addresses, however they ask.
+func (n *node) refusesOthers(kind int, port uint16, at ...netip.Addr) {
+	n.t.Helper()
+	n.do(func() {
+		for _, options := range [][]int{nil, {unix.SO_REUSEADDR}, {unix.SO_REUSEPORT}, {unix.SO_REUSEADDR, unix.SO_REUSEPORT}} {
+			for _, ip := range at {
+				fd, err := tryBind(n.t, netip.AddrPortFrom(ip, port), kind, options...)
+				if !assert.ErrorIs(n.t, err, unix.EADDRINUSE, "%s options %v", ip, options) {
+					require.NoError(n.t, unix.Close(fd))
+				}
+			}
+		}
+	})
+}
+
+// besideConnection has an outgoing connection with the port as its source, and
+// with SO_REUSEADDR.
+func besideConnection(n *node, from netip.AddrPort, _ int) {
+	n.t.Helper()
+	n.do(func() {
+		l, err := net.Listen("tcp", netip.AddrPortFrom(from.Addr(), 0).String())
+		require.NoError(n.t, err)
+		n.t.Cleanup(func() { assert.NoError(n.t, l.Close()) })
+
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Control: func(_, _ string, c syscall.RawConn) error {
+			var err error
+
+			controlErr := c.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+			})
+
+			return errors.Join(controlErr, err)
+		}}
+
+		conn, err := d.DialContext(n.t.Context(), "tcp", l.Addr().String())
+		require.NoError(n.t, err)
+		n.t.Cleanup(func() { assert.NoError(n.t, conn.Close()) })
+	})
+}
+
+// besideServer has a server on the node's other address.
+func besideServer(n *node, at netip.AddrPort, kind int) {
+	n.t.Helper()
+	n.do(func() {
+		other := netip.AddrPortFrom(n.OtherNodeIP(at.Addr().Is6()), at.Port())
+		fd, err := tryBind(n.t, other, kind, unix.SO_REUSEADDR, unix.SO_REUSEPORT)
+		require.NoError(n.t, err)
+		n.t.Cleanup(func() { assert.NoError(n.t, unix.Close(fd)) })
+	})
+}
+
+// Nobody else gets a held port, however they ask, and however it came to be
+// held. Sockets know nothing of backends: one will do.
 func TestHeldPortsRefuseOthers(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f ipFamily) {
+		anyIP, ip, other := f.anyAddr(), n.nodeIP(f), n.otherNodeIP(f)
+		anywhere, overlapping := []netip.Addr{anyIP, ip, other, netip.IPv6Unspecified()}, []netip.Addr{anyIP, ip, netip.IPv6Unspecified()}
+
+		for i, tc := range []struct {
+			name   string
+			before func(n *node, at netip.AddrPort, kind int)
+			rows   []netip.Addr // come one after the other
+			gone   netip.Addr   // goes again
+			at     []netip.Addr
+		}{
+			{name: "any", rows: []netip.Addr{anyIP}, at: anywhere},
+			{name: "one", rows: []netip.Addr{ip}, at: overlapping},
+			{name: "any and one", rows: []netip.Addr{anyIP, ip}, at: anywhere},
+			{name: "one and any", rows: []netip.Addr{ip, anyIP}, at: anywhere},
+			{name: "two and any", rows: []netip.Addr{ip, other, anyIP}, at: anywhere},
+			{name: "any has gone", rows: []netip.Addr{anyIP, ip}, gone: anyIP, at: overlapping},
+			{name: "one has gone", rows: []netip.Addr{ip, anyIP}, gone: ip, at: anywhere},
+			{name: "TIME_WAIT, any", before: leaveTimeWait, rows: []netip.Addr{anyIP}, at: anywhere},
+			{name: "TIME_WAIT, one", before: leaveTimeWait, rows: []netip.Addr{ip}, at: overlapping},
+			{name: "TIME_WAIT, any and one", before: leaveTimeWait, rows: []netip.Addr{anyIP, ip}, at: anywhere},
+			{name: "TIME_WAIT, one and any", before: leaveTimeWait, rows: []netip.Addr{ip, anyIP}, at: anywhere},
+			{name: "TIME_WAIT, one has gone", before: leaveTimeWait, rows: []netip.Addr{ip, anyIP}, gone: ip, at: anywhere},
+			{name: "beside a connection, any", before: besideConnection, rows: []netip.Addr{anyIP}, at: anywhere},
+			{name: "beside a connection, one", before: besideConnection, rows: []netip.Addr{ip}, at: overlapping},
+			{name: "beside a connection, one and any", before: besideConnection, rows: []netip.Addr{ip, anyIP}, at: anywhere},
+			{name: "beside a server", before: besideServer, rows: []netip.Addr{ip}, at: overlapping},
+		} {
+			for proto, kind := range map[v1.Protocol]int{v1.ProtocolTCP: unix.SOCK_STREAM, v1.ProtocolUDP: unix.SOCK_DGRAM} {
+				t.Run(fmt.Sprintf("%s/%s", tc.name, proto), func(t *testing.T) {
+					n, port := n.within(t), uint16(8080+i)
+					if tc.before != nil {
+						tc.before(n, netip.AddrPortFrom(ip, port), kind)
+					}
+
+					m := n.manager()
+					row := func(ip netip.Addr) *PodPortMapping {
+						return n.pod(0, f, &PortMapping{HostPort: int32(port), ContainerPort: 80, HostIP: ip.String(), Protocol: proto})
+					}
+
+					for _, ip := range tc.rows {
+						require.NoError(t, n.add(m, "id", row(ip)))
+					}
+
+					if tc.gone.IsValid() {
+						require.NoError(t, n.remove(m, "id", row(tc.gone)))
+					}
+
+					n.refusesOthers(kind, port, tc.at...)
+					require.NoError(t, m.Close())
+
+					m = n.manager()
+					for _, mapping := range m.Mappings() {
+						assert.True(t, mapping.Held, "%s after a restart", mapping.HostIP)
+					}
+
+					n.refusesOthers(kind, port, tc.at...)
+					require.NoError(t, n.remove(m, "id", nil))
+					n.do(func() {
+						fd, err := tryBind(t, netip.AddrPortFrom(ip, port), kind, unix.SO_REUSEADDR)
+						if assert.NoError(t, err, "free after Remove") {
+							assert.NoError(t, unix.Close(fd))
+						}
+					})
+				})
+			}
+		}
+
+		// What is not held is free.
 		m := n.manager()
-		ip := n.nodeIP(f)
-
 		require.NoError(t, n.add(m, "id", n.pod(0, f,
-			&PortMapping{HostPort: 8080, ContainerPort: 80},
-			&PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"},
-			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip.String()},
-			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip.String(), Protocol: "UDP"},
-			&PortMapping{HostPort: 8083, ContainerPort: 80, Protocol: "SCTP"})))
+			&PortMapping{HostPort: 8079, ContainerPort: 80, HostIP: ip.String()},
+			&PortMapping{HostPort: 8079, ContainerPort: 80, HostIP: ip.String(), Protocol: "UDP"},
+			&PortMapping{HostPort: 8078, ContainerPort: 80, Protocol: "SCTP"})))
 
-		n.do(func() {
-			for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_DGRAM} {
-				for _, options := range [][]int{nil, {unix.SO_REUSEADDR}, {unix.SO_REUSEPORT}, {unix.SO_REUSEADDR, unix.SO_REUSEPORT}} {
-					for _, to := range []netip.AddrPort{
-						netip.AddrPortFrom(f.anyAddr(), 8080), netip.AddrPortFrom(ip, 8080),
-						netip.AddrPortFrom(n.otherNodeIP(f), 8080), netip.AddrPortFrom(netip.IPv6Unspecified(), 8080),
-						netip.AddrPortFrom(f.anyAddr(), 8081), netip.AddrPortFrom(ip, 8081),
-					} {
-						_, err := tryBind(t, to, kind, options...)
-						assert.ErrorIs(t, err, unix.EADDRINUSE, "%s kind %d options %v", to, kind, options)
+		for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_DGRAM} {
+			n.do(func() {
+				for _, to := range []netip.AddrPort{netip.AddrPortFrom(other, 8079), netip.AddrPortFrom(anyIP, 8078)} {
+					fd, err := tryBind(t, to, kind)
+					if assert.NoError(t, err, "%s kind %d", to, kind) {
+						assert.NoError(t, unix.Close(fd))
 					}
 				}
-
-				// What is not held is free.
-				fd, err := tryBind(t, netip.AddrPortFrom(n.otherNodeIP(f), 8081), kind)
-				if assert.NoError(t, err) {
-					assert.NoError(t, unix.Close(fd))
-				}
-			}
-		})
-
-		require.NoError(t, n.remove(m, "id", nil))
-		n.do(func() {
-			for _, kind := range []int{unix.SOCK_STREAM, unix.SOCK_DGRAM} {
-				fd, err := tryBind(t, netip.AddrPortFrom(f.anyAddr(), 8080), kind)
-				if assert.NoError(t, err, "free after Remove") {
-					assert.NoError(t, unix.Close(fd))
-				}
-			}
-		})
+			})
+		}
 	})
+}
+
+// Nobody gets in either while a pod's second socket for a port is bound beside
+// its first.
+func TestNobodySlipsIn(t *testing.T) {
+	n := anyNode(t)
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		one, other, anyIP := n.nodeIP(f), n.otherNodeIP(f), netip.Addr{}
+
+		for _, tc := range []struct {
+			name                string
+			stays, comes, tried netip.Addr
+		}{
+			{"one beside any", anyIP, one, one},
+			{"one beside any, at another", anyIP, one, other},
+			{"any beside one", one, anyIP, one},
+		} {
+			t.Run(fmt.Sprintf("%s/IPv%s", tc.name, f), func(t *testing.T) {
+				n, s, key := n.within(t), newSockets(f, true), portKey{proto: tcp, port: 8080}
+				defer s.close()
+
+				n.do(func() { require.NoError(t, s.acquire(endpoint{portKey: key, ip: tc.stays})) })
+
+				done := make(chan error)
+				go func() {
+					done <- n.Host.Do(func() error {
+						for range 500 {
+							if err := s.acquire(endpoint{portKey: key, ip: tc.comes}); err != nil {
+								return err
+							}
+
+							s.release(endpoint{portKey: key, ip: tc.comes})
+						}
+
+						return nil
+					})
+				}()
+
+				n.do(func() {
+					for {
+						select {
+						case err := <-done:
+							require.NoError(t, err)
+
+							return
+						default:
+							fd, err := tryBind(t, netip.AddrPortFrom(tc.tried, key.port), unix.SOCK_STREAM, unix.SO_REUSEADDR, unix.SO_REUSEPORT)
+							if !assert.ErrorIs(t, err, unix.EADDRINUSE) {
+								require.NoError(t, unix.Close(fd))
+							}
+						}
+					}
+				})
+			})
+		}
+	}
 }
 
 // Whoever serves a port keeps it, and is named.
@@ -196,29 +353,33 @@ func addrOf(network string, a netip.AddrPort) net.Addr {
 	return net.TCPAddrFromAddrPort(a)
 }
 
+// leaveTimeWait leaves what a server may leave behind: a connection in TIME_WAIT.
+func leaveTimeWait(n *node, to netip.AddrPort, _ int) {
+	n.t.Helper()
+	n.do(func() {
+		l, err := net.Listen("tcp", to.String())
+		require.NoError(n.t, err)
+
+		client, err := net.Dial("tcp", to.String())
+		require.NoError(n.t, err)
+		server, err := l.Accept()
+		require.NoError(n.t, err)
+
+		require.NoError(n.t, server.Close()) // the first to close is the one in TIME_WAIT
+		_, err = client.Read(make([]byte, 1))
+		require.Error(n.t, err)
+		require.NoError(n.t, client.Close())
+		require.NoError(n.t, l.Close())
+
+		_, err = tryBind(n.t, to, unix.SOCK_STREAM)
+		require.ErrorIs(n.t, err, unix.EADDRINUSE, "there is a TIME_WAIT")
+	})
+}
+
 // A server's leftover connections do not keep its port from being held.
 func TestTimeWait(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
-		n.do(func() {
-			to := netip.AddrPortFrom(n.nodeIP(f), 8080)
-
-			l, err := net.Listen("tcp", to.String())
-			require.NoError(t, err)
-
-			client, err := net.Dial("tcp", to.String())
-			require.NoError(t, err)
-			server, err := l.Accept()
-			require.NoError(t, err)
-
-			require.NoError(t, server.Close()) // the first to close is the one in TIME_WAIT
-			_, err = client.Read(make([]byte, 1))
-			require.Error(t, err)
-			require.NoError(t, client.Close())
-			require.NoError(t, l.Close())
-
-			_, err = tryBind(t, to, unix.SOCK_STREAM)
-			require.ErrorIs(t, err, unix.EADDRINUSE, "there is a TIME_WAIT")
-		})
+		leaveTimeWait(n, netip.AddrPortFrom(n.nodeIP(f), 8080), unix.SOCK_STREAM)
 
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
@@ -423,18 +584,21 @@ func TestPortTakenWhileAway(t *testing.T) {
 	})
 }
 
-// A pod's second UDP socket for a port does not let others in.
-func TestUDPBesideOthers(t *testing.T) {
-	n := anyNode(t)
-	m := n.manager()
+// A pod's second socket for a port does not take it from others, nor let them in.
+func TestSecondSocketBesideOthers(t *testing.T) {
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		n := anyNode(t)
+		m := n.manager()
 
-	n.do(func() {
-		_, err := tryBind(t, netip.AddrPortFrom(n.otherNodeIP(IPv4), 5353), unix.SOCK_DGRAM, unix.SO_REUSEADDR)
-		require.NoError(t, err)
-	})
+		for proto, kind := range map[v1.Protocol]int{v1.ProtocolTCP: unix.SOCK_STREAM, v1.ProtocolUDP: unix.SOCK_DGRAM} {
+			besideServer(n, netip.AddrPortFrom(n.nodeIP(f), 5353), kind)
 
-	one := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: n.nodeIP(IPv4).String()}
-	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, one)))
-	require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})), unix.EADDRINUSE)
-	assert.Len(t, m.Mappings(), 1)
+			one := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: proto, HostIP: n.nodeIP(f).String()}
+			require.NoError(t, n.add(m, "id", n.pod(0, f, one)))
+			require.ErrorIs(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: proto})), unix.EADDRINUSE)
+			assert.Len(t, m.Mappings(), 1)
+			n.refusesOthers(kind, 5353, n.nodeIP(f))
+			require.NoError(t, n.remove(m, "id", nil))
+		}
+	}
 }
