@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -16,11 +17,35 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // patience bounds every operation that waits for something. Within the bed
 // answers take microseconds; this leaves room for a retransmitted SYN (1 s, 3 s).
-const patience = 5 * time.Second
+var patience = Stretch(5 * time.Second) //nolint:gochecknoglobals // would be a constant if nothing were measured
+
+// Stretch makes a time limit longer on a slow machine, such as an emulated one,
+// by as much as that takes longer than 10 µs, which leaves room, to open a socket
+// and close it.
+func Stretch(limit time.Duration) time.Duration { return limit * time.Duration(slowness) }
+
+var slowness = int64(max(1, timeOfSocket()/(10*time.Microsecond))) //nolint:gochecknoglobals // measured once
+
+func timeOfSocket() time.Duration {
+	const runs, sockets = 5, 200
+	least := time.Duration(math.MaxInt64)
+	for range runs { // one of them is not interrupted by others
+		start := time.Now()
+		for range sockets {
+			if fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err == nil {
+				_ = unix.Close(fd)
+			}
+		}
+		least = min(least, time.Since(start))
+	}
+	return least / sockets
+}
 
 // maxDatagram is more than any request or answer.
 const maxDatagram = 1024
@@ -143,7 +168,7 @@ type Answer struct {
 }
 
 // Ask sends one request from the namespace and waits for the answer, for at
-// most five seconds. Nothing answering in time is a context.DeadlineExceeded,
+// most five seconds, stretched. Nothing answering in time is a context.DeadlineExceeded,
 // a closed port a syscall.ECONNREFUSED. A UDP request is a single datagram:
 // nothing in the bed loses one, so a lost one is a finding.
 func (n *Namespace) Ask(ctx context.Context, network string, to netip.AddrPort) (Answer, error) {
