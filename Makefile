@@ -4,7 +4,7 @@ GOLANGCI_LINT_VERSION ?= v2.15.0
 GOLANGCI_LINT := bin/golangci-lint
 
 # For the command line: make test RUN=TestAdd PKG=. V=-v, make bench BENCH=Add COUNT=5, make fuzz FUZZTIME=2m,
-# make chaos CHAOSTIME=1h BACKEND=nft SEED=7
+# make chaos CHAOSTIME=1h BACKEND=nft SEED=7, make test-kernels KERNELS=5.10 RUN=TestAdd
 PKG ?= ./...
 RUN ?= .
 V ?=
@@ -16,6 +16,7 @@ CHAOSTIME ?= 10m
 BACKEND ?= .*
 KILLS ?= 300
 SEED ?=
+KERNELS ?= 5.10 6.1 6.12 7
 
 # A plain user's PATH lacks the sbin folders, a fresh root's the place where Go's own archive goes.
 export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
@@ -24,11 +25,11 @@ DEPS := hack/install-deps.sh
 INSIDE := hack/in-namespace.sh
 
 .NOTPARALLEL:
-.PHONY: help demo test lint fmt cross bench fuzz chaos verify tidy-check clean lint-tool
+.PHONY: help demo test test-kernels lint fmt cross bench fuzz chaos verify tidy-check clean lint-tool
 
 help:
 	@echo "hostport: host ports for container runtimes. None of this needs root or touches the host's network."
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
 	@$(DEPS) go unshare
@@ -38,6 +39,10 @@ demo: ## a runtime in miniature: pods, host ports and connections, in a network 
 test: ## all tests, against the real kernel (RUN=, PKG=, V=-v)
 	@$(DEPS) go iptables nft unshare
 	@$(INSIDE) hack/test.sh $(V) -run '$(RUN)' $(PKG)
+
+test-kernels: ## the tests on other kernels, emulated, for hours (KERNELS=, RUN=, PKG=, V=-v)
+	@$(DEPS) go iptables nft apt-get busybox qemu-system-x86_64 xz
+	@RUN='$(RUN)' V='$(V)' hack/test-kernels.sh '$(KERNELS)' $(PKG:./...=. ./internal/nfnetlink ./internal/testbed)
 
 lint: lint-tool ## golangci-lint for Linux and for the other systems' files, shellcheck for the scripts
 	@$(DEPS) shellcheck

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Usage: install-deps.sh NEED...
-# Sees to it that each NEED is there: go, iptables (both variants), nft, unshare, shellcheck, make.
+# Sees to it that each NEED is there: go, iptables (both variants), nft, unshare, shellcheck, make; for other kernels
+# also apt-get, busybox, qemu-system-x86_64, xz.
 # Root gets what is missing from the distribution; a plain user gets one line that says what to install.
 set -eu
 
@@ -26,6 +27,9 @@ packages() {
 	apt-get:iptables) echo iptables ;;
 	dnf:iptables) echo iptables-nft iptables-legacy ;;
 	apk:iptables) echo iptables iptables-legacy ;;
+	apt-get:busybox) echo busybox-static ;;
+	apt-get:qemu-system-x86_64) echo qemu-system-x86 ;;
+	apt-get:xz) echo xz-utils ;;
 	*:nft) echo nftables ;;
 	*:unshare) echo util-linux ;;
 	dnf:shellcheck) echo ShellCheck ;;
