@@ -61,8 +61,9 @@ done
 from=$(find all -type d -path "*/modules/$release" | head -n 1)
 to=usr/lib/modules/$release
 mkdir -p "$to" new
-(cd "$from" && find kernel/net kernel/lib kernel/crypto kernel/arch kernel/drivers/net/*.ko* modules.builtin* modules.order -type f) |
+(cd "$from" && find kernel/net kernel/lib kernel/crypto kernel/arch kernel/drivers/net/*.ko* -type f) |
 	tar -C "$from" -cf - -T - | tar -C "$to" -xf -
+find all -path "*/modules/$release/modules.*" -exec cp {} "$to" \;
 find "$to" -name '*.ko.xz' -exec unxz {} +
 busybox depmod -b "$PWD/usr" "$release"
 find usr | busybox cpio -o -H newc >new/modules 2>/dev/null

@@ -195,7 +195,7 @@ func TestCommitFails(t *testing.T) {
 		{"not there", gen, []netlink.Message{table.AddElement(set.Name, element(2)), table.DeleteElement(set.Name, element(3))}, 1, unix.ENOENT, "delete element of set pairs"},
 		{"two, of which the first is told", gen, []netlink.Message{table.AddElement("a", element(2)), table.AddElement("b", element(1))}, 0, unix.ENOENT, "set a"},
 		{"no table", gen, []netlink.Message{Table{Family: table.Family, Name: "none"}.CreateChain(Chain{Name: "new"})}, 0, unix.ENOENT, "add chain new"},
-		{"other types", gen, []netlink.Message{table.CreateSet(Set{Name: set.Name, Key: []DataType{IPv6Addr}})}, 0, unix.EEXIST, "add set pairs"},
+		{"no set", gen, []netlink.Message{table.DeleteSet("none")}, 0, unix.ENOENT, "delete set none"}, // one of other types Linux 5.10 ignores
 	} {
 		err := c.Commit(t.Context(), tc.gen, tc.msgs)
 		require.ErrorIs(t, err, tc.want, tc.name)
