@@ -274,10 +274,10 @@ func cpuTime(b *testing.B) (used time.Duration) {
 	return used
 }
 
-// BenchmarkAddUDP measures Add and Remove of a pod with a UDP port, first on a
-// machine that tracks nothing and then on one that tracks 100,000 flows of
-// others, which all have to be there in the end. (One after the other: all
-// network namespaces share the kernel's table of flows.)
+// BenchmarkAddUDP measures Add and Remove of a pod with a UDP port, and what is done
+// behind the Remove of a TCP port, first on a machine that tracks nothing and then on
+// one that tracks 100,000 flows of others, which all have to be there in the end. (One
+// after the other: all network namespaces share the kernel's table of flows.)
 func BenchmarkAddUDP(b *testing.B) {
 	const others = 100_000
 
@@ -286,20 +286,35 @@ func BenchmarkAddUDP(b *testing.B) {
 
 	n.do(func() { n.addAndRemove(b, pod) }) // tracking begins with the first rule
 
+	m, ok := n.m.(*Manager)
+	require.True(b, ok)
+
+	late := m.families[0].flows
+	gone, err := rowsOf("gone", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+	require.NoError(b, err)
+
 	for _, flows := range []int{0, others} {
 		b.Run(fmt.Sprintf("%d-flows", flows), func(b *testing.B) {
 			n.track(b, flows-n.tracked(b))
 
-			var adds, removes samples
+			var adds, removes, behind samples
 
 			for b.Loop() {
 				n.do(func() {
 					added, removed := n.addAndRemove(b, pod)
 					adds, removes = append(adds, added), append(removes, removed)
+
+					_, connections := turnovers([]delta{{del: gone}}, nil)
+					start := time.Now()
+
+					require.NoError(b, late.connections.end(b.Context(), connections, late.view))
+
+					behind = append(behind, time.Since(start))
 				})
 			}
 
 			require.Equal(b, flows, n.tracked(b))
+			b.ReportMetric(float64(behind.median().Microseconds())/1000, "behind-tcp-remove-ms")
 			b.ReportMetric(float64(adds.median().Microseconds())/1000, "add-ms")
 			b.ReportMetric(float64(removes.median().Microseconds())/1000, "remove-ms")
 		})

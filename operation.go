@@ -305,7 +305,11 @@ func (m *hostportManager) observeNode(ctx context.Context) (due bool) {
 		return false
 	}
 
-	m.node, m.nodeBefore = now, cmp.Or(m.nodeBefore, m.node)
+	if len(m.rows) > 0 {
+		m.nodeBefore = cmp.Or(m.nodeBefore, m.node)
+	}
+
+	m.node = now
 
 	return m.backend.exempt(now.Services())
 }
