@@ -433,8 +433,9 @@ func (m *hostportManager) mappings() []Mapping {
 }
 
 // Close releases the sockets and leaves the rules, so that traffic goes on
-// while a runtime restarts. It waits for the operation that is being committed;
-// those that come later and have something to do fail with os.ErrClosed.
+// while a runtime restarts. It waits for the operation that is being committed, and
+// ends the TCP connections that were to end behind a Remove. Operations that come later
+// and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *hostportManager) Close() error {
 	m.flows.stop()

@@ -272,8 +272,9 @@ func parsed(ip string) netip.Addr {
 }
 
 // Close releases the sockets and leaves the rules, so that traffic goes on
-// while a runtime restarts. It waits for the operation that is being committed;
-// those that come later and have something to do fail with os.ErrClosed.
+// while a runtime restarts. It waits for the operation that is being committed, and
+// ends the TCP connections that were to end behind a Remove. Operations that come later
+// and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *Manager) Close() error {
 	var errs []error

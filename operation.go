@@ -347,7 +347,7 @@ func (m *hostportManager) locate(rows []*row, named string) {
 
 	device, err := m.find(named, pod)
 	if err != nil {
-		m.cfg.log.Error(err, "Host ports may not be reached through 127.0.0.0/8 and from the pod's neighbours",
+		m.cfg.log.Error(err, "The interface to a pod is not known: its neighbours and 127.0.0.0/8 may not reach its host ports",
 			"pod", rows[0].owner, "podIP", pod)
 
 		m.unlocated = true
