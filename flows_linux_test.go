@@ -79,12 +79,12 @@ func (n *node) tracks(f ipFamily, protocol uint8, port uint16) {
 
 	conn := n.nfnetlink()
 
-	require.Eventually(n.t, func() bool {
+	eventually(n.t, func() bool {
 		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, protocol, port)
 		require.NoError(n.t, err)
 
 		return len(list) > 0
-	}, patience, time.Millisecond)
+	})
 }
 
 // A sender that never pauses reaches the pod when the address comes to the node, and
@@ -112,7 +112,7 @@ func TestFlowsFollowAddresses(t *testing.T) {
 						n.run(m)
 					} else {
 						settle = func() {
-							require.NoError(t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99})))
+							require.NoError(t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99, Protocol: "UDP"})))
 							require.NoError(t, n.remove(m, "else", nil))
 						}
 					}
@@ -181,13 +181,13 @@ func (c *connection) asks() string {
 // isReset waits until a packet of the connection's is answered with a reset.
 func (c *connection) isReset() {
 	c.t.Helper()
-	assert.Eventually(c.t, func() bool {
+	eventually(c.t, func() bool {
 		_ = c.SetDeadline(time.Now().Add(20 * time.Millisecond))
 		_, writeErr := fmt.Fprintln(c, "hello")
 		_, readErr := c.Read(make([]byte, 100))
 
 		return errors.Is(writeErr, syscall.ECONNRESET) || errors.Is(readErr, syscall.ECONNRESET) || errors.Is(writeErr, syscall.EPIPE)
-	}, patience, 10*time.Millisecond, "no reset")
+	}, "no reset")
 }
 
 // silence makes a pod drop whatever comes, as one does that has died without a word.
@@ -275,7 +275,7 @@ func (n *node) dials(f ipFamily, port uint16, count int) {
 
 	conn := n.nfnetlink()
 
-	require.Eventually(n.t, func() bool {
+	eventually(n.t, func() bool {
 		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, port)
 		require.NoError(n.t, err)
 
@@ -288,7 +288,7 @@ func (n *node) dials(f ipFamily, port uint16, count int) {
 		}
 
 		return translated == count
-	}, patience, time.Millisecond)
+	})
 }
 
 // What is to end behind a Remove ends with Close at the latest.
@@ -333,7 +333,7 @@ func TestSCTPFlows(t *testing.T) {
 		heard := other.count.Load()
 
 		require.NoError(t, n.add(m, "b", n.pod(0, f, port)), "moved: the association lives on")
-		require.Eventually(t, func() bool { return other.count.Load() > heard+10 }, patience, time.Millisecond)
+		eventually(t, func() bool { return other.count.Load() > heard+10 })
 
 		require.NoError(t, n.remove(m, "b", nil))
 		require.NoError(t, n.add(m, "c", n.pod(0, f, port)))
@@ -350,7 +350,7 @@ func (s *sctpService) hears(t *testing.T) {
 
 	before := s.count.Load()
 
-	assert.Eventually(t, func() bool { return s.count.Load() > before }, patience, time.Millisecond)
+	eventually(t, func() bool { return s.count.Load() > before })
 }
 
 // rawSCTP opens a socket for SCTP packets, which takes no SCTP in the kernel.
@@ -493,9 +493,37 @@ func TestTranslatedFlowsOfOthers(t *testing.T) {
 		require.NoError(t, n.add(m, "id", pod))
 		assert.Equal(t, before, flows())
 		require.NoError(t, n.remove(m, "id", nil))
+
+		// Nor do they end because the same pod loses that port at another address.
+		pod = n.pod(1, f, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.otherNodeIP(f).String()},
+			&PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.otherNodeIP(f).String(), Protocol: "UDP"})
+		require.NoError(t, n.add(m, "same", pod))
+		require.NoError(t, n.remove(m, "same", nil))
+
 		require.NoError(t, m.Close())
 		assert.Equal(t, before, flows())
 		assert.Equal(t, "other", theirs.asks())
+	})
+}
+
+// A connection to a program that had the port before there was a row goes on.
+func TestConnectionsBeforeRow(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		_, err := n.Host.Serve("tcp", netip.AddrPortFrom(n.nodeIP(f), 8080))
+		require.NoError(t, err)
+
+		m := n.manager(WithoutSockets())
+		require.NoError(t, n.add(m, "tracks", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 80})))
+
+		c := n.connect(t, netip.AddrPortFrom(n.nodeIP(f), 8080))
+		require.Equal(t, "host", c.asks())
+
+		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+		require.NoError(t, n.add(m, "a", n.pod(0, f, port)))
+		require.NoError(t, n.remove(m, "a", nil))
+		require.NoError(t, n.add(m, "b", n.pod(0, f, port)))
+		require.NoError(t, m.Close())
+		assert.Equal(t, "host", c.asks())
 	})
 }
 
@@ -542,12 +570,12 @@ func TestOneListOfFlows(t *testing.T) {
 
 		go func() { done <- n.atOnce(pods, do) }()
 
-		require.Eventually(t, func() bool {
+		eventually(t, func() bool {
 			m.families[0].queueMu.Lock()
 			defer m.families[0].queueMu.Unlock()
 
 			return len(m.families[0].queue) == pods
-		}, patience, time.Millisecond)
+		})
 
 		<-m.families[0].turn
 
@@ -558,7 +586,7 @@ func TestOneListOfFlows(t *testing.T) {
 		assert.Equal(t, before+1, atOnce.lists.Load())
 	}
 
-	assert.Eventually(t, func() bool { return late.lists.Load() == 1 }, patience, time.Millisecond)
+	eventually(t, func() bool { return late.lists.Load() == 1 })
 	require.NoError(t, m.Close())
 	assert.EqualValues(t, 1, late.lists.Load())
 }

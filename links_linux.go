@@ -44,6 +44,8 @@ func (l *links) close() {
 	if l.calls != nil {
 		_ = l.calls.Close()
 	}
+
+	l.routing, l.calls = nil, nil // the numbers are somebody else's from now on
 }
 
 // forget makes links look at interfaces again.

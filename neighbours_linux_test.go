@@ -2,10 +2,10 @@ package hostport
 
 import (
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -97,7 +97,7 @@ func TestNeighbours(t *testing.T) {
 
 			for _, calls := range []bool{false, true, false} {
 				n.bridgeCalls(f, calls)
-				require.Eventually(t, func() bool { return n.masqueradesNeighbours(f) != calls }, patience, time.Millisecond)
+				eventually(t, func() bool { return n.masqueradesNeighbours(f) != calls })
 				works(n, !calls)
 			}
 
@@ -139,4 +139,29 @@ func TestNeighboursOfOthers(t *testing.T) {
 		a = n.answers(n.Client, "tcp", netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 80), "web")
 		assert.Equal(t, n.ClientIP(f == IPv6), a.Source.Addr())
 	})
+}
+
+// Whatever has the numbers of a closed manager's files next keeps them when it is closed
+// again.
+func TestCloseAgain(t *testing.T) {
+	n := anyNode(t)
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))
+	require.NoError(t, n.remove(m, "id", nil))
+	require.NoError(t, m.Close())
+
+	var files []*os.File
+
+	for range 50 {
+		f, err := os.Open(os.DevNull)
+		require.NoError(t, err)
+
+		files = append(files, f)
+	}
+
+	require.NoError(t, m.Close())
+
+	for _, f := range files {
+		assert.NoError(t, f.Close())
+	}
 }

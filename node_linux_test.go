@@ -389,6 +389,23 @@ func (n *node) serve(i int, network string, f ipFamily, port uint16) {
 // patience bounds what a test waits for that must come.
 var patience = testbed.Stretch(3 * time.Second) //nolint:gochecknoglobals // would be a constant if nothing were measured
 
+// eventually asserts that a condition comes to hold. It is asked in the calling
+// goroutine, so that it may run programs, and not past the test's end.
+func eventually(tb testing.TB, condition func() bool, what ...any) bool {
+	tb.Helper()
+
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+
+	for deadline := time.Now().Add(patience); !condition(); <-tick.C {
+		if time.Now().After(deadline) {
+			return assert.Fail(tb, "it did not come to hold", what...)
+		}
+	}
+
+	return true
+}
+
 // answers asserts that a request is answered, and returns how.
 func (n *node) answers(from *testbed.Namespace, network string, to netip.AddrPort, by string) testbed.Answer {
 	n.t.Helper()

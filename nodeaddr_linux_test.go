@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -33,11 +32,11 @@ func (n *node) addService(f ipFamily, ip netip.Addr) {
 		n.iptables(f, "-I", output, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
 	}
 
-	require.Eventually(n.t, func() bool { // no longer tentative
+	eventually(n.t, func() bool { // no longer tentative
 		_, err := n.Host.Serve("tcp", netip.AddrPortFrom(ip, 443))
 
 		return err == nil
-	}, patience, time.Millisecond)
+	})
 }
 
 // With kube-proxy's IPVS mode, the addresses of Services are local. A host port of a
@@ -89,22 +88,22 @@ func TestServiceAddresses(t *testing.T) {
 		// With Run.
 		n.run(m)
 		n.addService(f, serviceIP(f, 3))
-		require.Eventually(t, func() bool {
+		eventually(t, func() bool {
 			a, err := n.Host.Ask(t.Context(), "tcp", netip.AddrPortFrom(serviceIP(f, 3), 443))
 
 			return err == nil && a.From == "host"
-		}, patience, time.Millisecond)
+		})
 		asked(t, 3)
 
 		// An address that the node gets for itself is its own.
 		require.NoError(t, n.Host.AddAddress("eth0", hostPrefix(serviceIP(f, 3))))
 
 		if n.variant == viaNFTables {
-			require.Eventually(t, func() bool {
+			eventually(t, func() bool {
 				a, err := n.Host.Ask(t.Context(), "tcp", netip.AddrPortFrom(serviceIP(f, 3), 443))
 
 				return err == nil && a.From == "web"
-			}, patience, time.Millisecond)
+			})
 		}
 
 		// Nothing is left of what has gone.

@@ -1123,7 +1123,7 @@ func (n *node) runs(m *Manager, logged func() string) {
 // soon asserts that a state comes by itself.
 func (n *node) soon(condition func() bool) {
 	n.t.Helper()
-	assert.Eventually(n.t, condition, patience, 10*time.Millisecond)
+	eventually(n.t, condition)
 }
 
 // ways are those in which others break what is there for IPv4.
