@@ -82,6 +82,10 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, v
 			return nil, "", err
 		}
 
+		if t.insteadOf != nil {
+			o.cfg.log.Info("Took the variant of iptables that works here", "family", f, "variant", t.variant, "reason", t.insteadOf)
+		}
+
 		return o.iptables(t), t.variant, nil
 	}
 

@@ -39,6 +39,8 @@ type ipTables struct {
 	variant variant
 	save    string // paths
 	restore string
+	// insteadOf says why it is not what NewIPTables would prefer, if it is not.
+	insteadOf error
 }
 
 // NewIPTables finds the iptables(8) of a family that the node uses.
@@ -46,7 +48,8 @@ type ipTables struct {
 // Where there are two variants, nf_tables and legacy, it is the one in whose
 // mangle table the kubelet or the node's set-up has left a chain
 // KUBE-IPTABLES-HINT or KUBE-KUBELET-CANARY. Without such a hint it is the
-// "iptables" of PATH. iptables 1.6.2 or later is needed, for --wait.
+// "iptables" of PATH, or where the kernel lacks what that drives the other one.
+// iptables 1.6.2 or later is needed, for --wait.
 //
 // It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
 // where iptables is not installed.
@@ -67,6 +70,8 @@ func NewIPTables(family ipFamily) (IPTables, error) {
 }
 
 func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
+	var found []*ipTables
+
 	for _, v := range []variant{variantNFT, variantLegacy} {
 		t, err := newIPTables(family, command(family)+"-"+string(v), v)
 		if err != nil {
@@ -76,8 +81,72 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 		if hinted, err := t.hinted(ctx); hinted || ctx.Err() != nil {
 			return t, err
 		}
+
+		found = append(found, t)
 	}
 
+	plain, err := plainIPTables(ctx, family)
+	if err == nil {
+		found = slices.DeleteFunc(found, func(t *ipTables) bool { return t.variant == plain.variant })
+		found = slices.Insert(found, 0, plain)
+	}
+
+	errs := []error{err}
+
+	for _, t := range found {
+		if len(found) > 1 { // else it tells when it is used
+			err = t.works(ctx)
+		}
+
+		if err == nil || len(found) == 1 {
+			t.insteadOf = errors.Join(errs...)
+
+			return t, nil
+		}
+
+		if !exited(err) { // nobody knows
+			return nil, err
+		}
+
+		errs = append(errs, err)
+	}
+
+	return nil, errors.Join(errs...)
+}
+
+// works asks the kernel whether it has what the variant drives.
+func (t *ipTables) works(ctx context.Context) error {
+	if t.variant == variantNFT {
+		_, err := run(ctx, nil, t.save, "-t", "mangle")
+
+		return err
+	}
+
+	if len(legacyTables(t.family)) > 0 {
+		return nil
+	}
+
+	// To ask makes the table, as the first row does.
+	_, err := run(ctx, []byte("*"+natTable+"\n"+cmdCommit+"\n"), t.restore, "--noflush", "--test", "--wait=1")
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == xtablesLocked {
+		return nil
+	}
+
+	return err
+}
+
+// xtablesLocked is what iptables-legacy exits with if others have the xtables lock.
+const xtablesLocked = 4
+
+// exited reports whether err is of a program that has come to an end of its own.
+func exited(err error) bool {
+	exit := (*exec.ExitError)(nil)
+
+	return errors.As(err, &exit) && exit.Exited()
+}
+
+// plainIPTables returns the iptables of PATH.
+func plainIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 	v, err := variantOf(ctx, command(family))
 	if err != nil {
 		return nil, err
@@ -93,8 +162,8 @@ func iptablesOf(ctx context.Context, family ipFamily, v variant) (*ipTables, err
 		return t, nil
 	}
 
-	if plain, plainErr := variantOf(ctx, command(family)); plainErr == nil && plain == v {
-		return newIPTables(family, command(family), v)
+	if plain, plainErr := plainIPTables(ctx, family); plainErr == nil && plain.variant == v {
+		return plain, nil
 	}
 
 	return nil, err
@@ -132,18 +201,18 @@ func (t *ipTables) hinted(ctx context.Context) (bool, error) {
 // tableThere tells whether a legacy table exists; to ask iptables would make
 // it. With nf_tables asking makes nothing.
 func tableThere(family ipFamily, v variant, table string) bool {
-	if v == variantNFT {
-		return true
-	}
+	return v == variantNFT || slices.Contains(legacyTables(family), table)
+}
 
+func legacyTables(family ipFamily) []string {
 	names := "ip_tables_names"
 	if family == IPv6 {
 		names = "ip6_tables_names"
 	}
 
-	tables, err := os.ReadFile("/proc/thread-self/net/" + names)
+	tables, _ := os.ReadFile("/proc/thread-self/net/" + names)
 
-	return err == nil && slices.Contains(strings.Fields(string(tables)), table)
+	return strings.Fields(string(tables))
 }
 
 // variantOf asks the iptables of PATH which variant it is. go-iptables, which

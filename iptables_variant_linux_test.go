@@ -1,0 +1,131 @@
+package hostport
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// broken is what the programs of a variant do.
+type broken struct {
+	variant variant
+	script  string
+}
+
+// withoutKernel is what they do where the kernel does not have what they drive (1.8.9,
+// its system calls made to fail by strace).
+func withoutKernel() map[string]broken {
+	const version = `case "$*" in --version) exec "$real" "$@";; esac; `
+
+	return map[string]broken{
+		"no nf_tables": {variantNFT, version + `echo "v1.8.9 (nf_tables): Could not fetch rule set generation id: Invalid argument" >&2; exit 4`},
+		"no nfnetlink": {variantNFT, `echo "1.8.9 (nf_tables) Failed to initialize nft: Protocol not supported" >&2; exit 1`},
+		"no ip_tables": {variantLegacy, version + `echo "v1.8.9 (legacy): unable to initialize table 'nat'" >&2; exit 2`},
+		"killed":       {variantNFT, version + `kill -9 $$`},
+	}
+}
+
+// installed makes a PATH where iptables is of one variant, and all programs of a
+// variant run a script.
+func installed(t *testing.T, plain variant, broken broken) {
+	t.Helper()
+
+	dir := t.TempDir()
+
+	for _, command := range []string{"iptables", "ip6tables"} {
+		for name, v := range map[string]variant{"": plain, "-nft": variantNFT, "-legacy": variantLegacy} {
+			for _, suffix := range []string{"", "-save", "-restore"} {
+				path, err := exec.LookPath(command + "-" + string(v) + suffix)
+				require.NoError(t, err)
+
+				what := `exec "$real" "$@"`
+				if v == broken.variant {
+					what = broken.script
+				}
+
+				require.NoError(t, os.WriteFile(filepath.Join(dir, command+name+suffix), []byte("#!/bin/sh\nreal="+path+"\n"+what+"\n"), 0o700))
+			}
+		}
+	}
+
+	t.Setenv("PATH", dir)
+}
+
+// Where the iptables of PATH cannot work, the variant that can is taken, and said.
+func TestVariantThatWorks(t *testing.T) {
+	for name, tc := range withoutKernel() {
+		if name == "killed" { // which says nothing about the kernel
+			continue
+		}
+
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, viaNFTables) // without hints
+			n.serve(0, "tcp", IPv4, 80)
+			n.serve(0, "tcp", IPv6, 80)
+
+			works := map[variant]variant{variantNFT: variantLegacy, variantLegacy: variantNFT}[tc.variant]
+			path := os.Getenv("PATH")
+
+			for _, plain := range []variant{tc.variant, works} {
+				installed(t, plain, tc)
+
+				log, logged := logs(t)
+				m := n.manager(log, WithBackend(BackendIPTables))
+
+				for _, f := range []ipFamily{IPv4, IPv6} {
+					require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+					n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+				}
+
+				require.NoError(t, n.remove(m, "id", nil))
+				require.NoError(t, m.Close())
+				assert.Equal(t, 2, strings.Count(logged(), fmt.Sprintf("variant=%q reason=\"WithBackend\"", works)), logged())
+				assert.Equal(t, plain == tc.variant, strings.Contains(logged(), "1.8.9"), "why: %s", logged())
+				t.Setenv("PATH", path)
+			}
+		})
+	}
+}
+
+// Where neither can work, the error says why for both; where one could not be asked, the
+// other is not taken for that.
+func TestNoVariantWorks(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	path := os.Getenv("PATH")
+
+	installed(t, variantNFT, withoutKernel()["no nf_tables"])
+	shim(t, "iptables-legacy-restore", withoutKernel()["no ip_tables"].script)
+	n.do(func() {
+		_, err := NewIPTables(IPv4)
+		require.ErrorContains(t, err, "generation id")
+		require.ErrorContains(t, err, "unable to initialize")
+	})
+
+	t.Setenv("PATH", path)
+	installed(t, variantNFT, withoutKernel()["killed"])
+	n.do(func() {
+		_, err := NewIPTables(IPv4)
+		require.ErrorContains(t, err, "killed")
+	})
+}
+
+// The xtables lock says nothing about the kernel.
+func TestVariantUnderLock(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	installed(t, variantLegacy, broken{})
+
+	defer lockXtables(t)()
+
+	n.do(func() {
+		ipt, err := findIPTables(t.Context(), IPv4)
+		require.NoError(t, err)
+		assert.Equal(t, variantLegacy, ipt.variant)
+	})
+}
