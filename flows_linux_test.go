@@ -269,6 +269,36 @@ func TestTCPFlows(t *testing.T) {
 	})
 }
 
+// Connections of a row from before end when another pod takes its port over, and when
+// Sync finds that nobody has it.
+func TestTakeoverEndsConnections(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		to := netip.AddrPortFrom(n.nodeIP(IPv4), 8080)
+
+		for name, takeOver := range map[string]func(m *Manager) error{
+			"add": func(m *Manager) error {
+				return m.Add("new", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}), "")
+			},
+			"sync": func(m *Manager) error { return m.Sync(t.Context(), nil) },
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := n.within(t)
+				n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+				c := n.connect(t, to)
+				require.Equal(t, "web", c.asks())
+
+				m := n.manager()
+				n.do(func() { require.NoError(t, takeOver(m)) })
+				c.isReset()
+				n.do(func() { require.NoError(t, m.Sync(t.Context(), nil)) })
+			})
+		}
+	})
+}
+
 // dials waits until as many connections to a port are tracked.
 func (n *node) dials(f ipFamily, port uint16, count int) {
 	n.t.Helper()
