@@ -79,9 +79,11 @@ type hostportManager struct {
 
 	localhost localhost
 	links     links
-	bypassed  map[string]bool // by the interfaces to pods: what rows were made for
-	unlocated bool            // some rows' interface is not known
-	warned    bool            // of a node that does not forward, or it does
+	// bypassed has the interfaces to pods, and whether pods there answer their neighbours
+	// past the node. relocation is set if rows may have been made for something else.
+	bypassed   map[string]bool
+	relocation bool
+	warned     bool // of a node that does not forward, or it does
 	// damaged is set when the backend in use may not hold the table, doubtful when it
 	// may hold rows of operations that failed besides, and leaked when it or another
 	// may hold anything besides. Run does not try again before repairAt.
@@ -324,7 +326,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	}
 
 	m.backend = b
-	m.unlocated = len(rows) > 0
+	m.relocation = len(rows) > 0
 
 	for _, r := range rows {
 		m.setRows(r.portKey, append(m.rows[r.portKey], r))

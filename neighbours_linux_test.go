@@ -9,6 +9,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 )
 
 // bridgeCalls sets whether the node's bridges call iptables.
@@ -76,6 +77,15 @@ func TestNeighbours(t *testing.T) {
 				n.do(func() { require.NoError(t, m.Check(t.Context(), "id", pod)) })
 			}
 
+			// Some of the pod's rows alone.
+			n.bridgeCalls(f, true)
+			require.NoError(t, n.add(m, "id", n.pod(0, f, pod.PortMappings[0])))
+			a := n.answers(neighbour, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+			assert.Equal(t, neighbourIP, a.Source.Addr())
+			n.bridgeCalls(f, false)
+			require.NoError(t, n.add(m, "id", pod))
+			works(n, true)
+
 			// A new manager changes nothing.
 			before := n.leftOver(f)
 			require.NoError(t, m.Close())
@@ -100,6 +110,13 @@ func TestNeighbours(t *testing.T) {
 				eventually(t, func() bool { return n.masqueradesNeighbours(f) != calls })
 				works(n, !calls)
 			}
+
+			// An Add that is there first, of another pod, does not hide it from Run.
+			n.bridgeCalls(f, true)
+			require.NoError(t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99})))
+			eventually(t, func() bool { return !n.masqueradesNeighbours(f) })
+			works(n, false)
+			n.bridgeCalls(f, false)
 
 			n.do(func() { require.NoError(t, m.Sync(t.Context(), map[string][]*PodPortMapping{"id": {pod}})) })
 			works(n, true)
@@ -164,4 +181,33 @@ func TestCloseAgain(t *testing.T) {
 	for _, f := range files {
 		assert.NoError(t, f.Close())
 	}
+}
+
+// An interface that is made again may be another kind of thing.
+func TestLinksLookAgain(t *testing.T) {
+	n := anyNode(t)
+
+	l := newLinks(IPv4)
+	defer l.close()
+
+	n.bridgeCalls(IPv4, false)
+	require.NoError(t, n.Host.AddDevice("d0", true))
+	n.do(func() {
+		bypassed, err := l.bypassed("d0")
+		require.NoError(t, err)
+		assert.True(t, bypassed)
+
+		link, err := netlink.LinkByName("d0")
+		require.NoError(t, err)
+		require.NoError(t, netlink.LinkDel(link))
+
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "d0"
+		require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "d1"}))
+		l.forget()
+
+		bypassed, err = l.bypassed("d0")
+		require.NoError(t, err)
+		assert.False(t, bypassed, "it leads to one pod")
+	})
 }

@@ -350,7 +350,7 @@ func (m *hostportManager) locate(rows []*row, named string) {
 		m.cfg.log.Error(err, "The interface to a pod is not known: its neighbours and 127.0.0.0/8 may not reach its host ports",
 			"pod", rows[0].owner, "podIP", pod)
 
-		m.unlocated = true
+		m.relocation = true
 
 		return
 	}
@@ -366,9 +366,23 @@ func (m *hostportManager) find(named string, pod netip.Addr) (device string, err
 		return "", err
 	}
 
-	m.bypassed[device], err = m.links.bypassed(device)
+	bypassed, err := m.links.bypassed(device)
+	if err != nil {
+		return "", err
+	}
 
-	return device, err
+	m.noteBypassed(device, bypassed)
+
+	return device, nil
+}
+
+// noteBypassed notes how pods on an interface answer their neighbours. If that has
+// changed, all rows there are to be looked at.
+func (m *hostportManager) noteBypassed(device string, now bool) {
+	before, known := m.bypassed[device]
+
+	m.bypassed[device] = now
+	m.relocation = m.relocation || known && before != now
 }
 
 // relocate looks again at the interfaces to pods, and reports whether rows have changed
@@ -376,25 +390,19 @@ func (m *hostportManager) find(named string, pod netip.Addr) (device string, err
 func (m *hostportManager) relocate() (changed bool) {
 	m.links.forget()
 
-	look := m.unlocated
-
-	for device, before := range m.bypassed {
-		now, err := m.links.bypassed(device)
-		if err != nil { // it has gone, or is looked at with the next Add
+	for device := range m.bypassed {
+		if now, err := m.links.bypassed(device); err == nil {
+			m.noteBypassed(device, now)
+		} else { // it has gone, or is looked at with the next Add
 			delete(m.bypassed, device)
-
-			continue
 		}
-
-		m.bypassed[device] = now
-		look = look || now != before
 	}
 
-	if !look {
+	if !m.relocation {
 		return false
 	}
 
-	m.unlocated = false
+	m.relocation = false
 	found := map[netip.Addr]string{}
 
 	for r := range m.table() {
@@ -406,7 +414,7 @@ func (m *hostportManager) relocate() (changed bool) {
 		if device == "" {
 			var err error
 			if device, err = m.find("", pod); err != nil {
-				m.unlocated = true
+				m.relocation = true
 
 				continue
 			}

@@ -15,10 +15,6 @@ type Addresses struct {
 
 // Has reports whether ip is an address of the node.
 func (a *Addresses) Has(ip netip.Addr) bool {
-	if ip.Is6() && ip.IsLinkLocalUnicast() {
-		return false
-	}
-
 	for _, bits := range a.lengths {
 		if p, err := ip.Prefix(bits); err == nil && a.own[p] {
 			return true
