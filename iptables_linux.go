@@ -86,6 +86,10 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 	}
 
 	plain, err := plainIPTables(ctx, family)
+	if unasked(err) {
+		return nil, err
+	}
+
 	if err == nil {
 		found = slices.DeleteFunc(found, func(t *ipTables) bool { return t.variant == plain.variant })
 		found = slices.Insert(found, 0, plain)
@@ -104,7 +108,7 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 			return t, nil
 		}
 
-		if !exited(err) { // nobody knows
+		if unasked(err) {
 			return nil, err
 		}
 
@@ -138,11 +142,12 @@ func (t *ipTables) works(ctx context.Context) error {
 // xtablesLocked is what iptables-legacy exits with if others have the xtables lock.
 const xtablesLocked = 4
 
-// exited reports whether err is of a program that has come to an end of its own.
-func exited(err error) bool {
-	exit := (*exec.ExitError)(nil)
+// unasked reports whether err is of a program that is there and could not say anything:
+// it has not started, or somebody has killed it.
+func unasked(err error) bool {
+	exit, command := (*exec.ExitError)(nil), (*commandError)(nil)
 
-	return errors.As(err, &exit) && exit.Exited()
+	return errors.As(err, &command) && !errors.Is(err, exec.ErrNotFound) && !(errors.As(err, &exit) && exit.Exited())
 }
 
 // plainIPTables returns the iptables of PATH.

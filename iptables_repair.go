@@ -361,15 +361,18 @@ func (w *tableWatch) operation(ctx context.Context) (done func(s *script, err er
 
 			var ours []uint32
 
-			for gen := before; len(ours) < s.commits(); ours = append(ours, gen) {
+			gen := before
+			for range s.commits() {
 				gen = nfnetlink.NextGeneration(gen)
+				ours = append(ours, gen)
 			}
 
-			// If there are more, who knows whose each is.
-			if len(ours) > 0 && ours[len(ours)-1] == after {
-				for _, gen := range ours {
-					w.own.add(gen)
-				}
+			if gen != after { // who knows whose each is
+				return
+			}
+
+			for _, gen := range ours {
+				w.own.add(gen)
 			}
 		}
 	case w.state != nil:

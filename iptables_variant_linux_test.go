@@ -109,11 +109,14 @@ func TestNoVariantWorks(t *testing.T) {
 	})
 
 	t.Setenv("PATH", path)
-	installed(t, variantNFT, withoutKernel()["killed"])
-	n.do(func() {
-		_, err := NewIPTables(IPv4)
-		require.ErrorContains(t, err, "killed")
-	})
+	for _, script := range []string{withoutKernel()["killed"].script, "kill -9 $$"} {
+		installed(t, variantNFT, broken{variantNFT, script})
+		n.do(func() {
+			_, err := NewIPTables(IPv4)
+			require.ErrorContains(t, err, "killed", script)
+		})
+		t.Setenv("PATH", path)
+	}
 }
 
 // The xtables lock says nothing about the kernel.

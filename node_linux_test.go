@@ -284,13 +284,7 @@ func (n *node) oneFamily(ipt IPTables, opts ...Option) *hostportManager {
 func (n *node) realIPTables() IPTables {
 	n.t.Helper()
 
-	return n.realIPTablesOf(IPv4)
-}
-
-func (n *node) realIPTablesOf(f ipFamily) IPTables {
-	n.t.Helper()
-
-	ipt, err := newIPTables(f, command(f)+"-"+string(n.variant), n.variant)
+	ipt, err := newIPTables(IPv4, command(IPv4)+"-"+string(n.variant), n.variant)
 	require.NoError(n.t, err)
 
 	return ipt

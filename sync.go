@@ -179,9 +179,13 @@ func (m *hostportManager) takeBack(ctx context.Context) {
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
+	leaked := m.leaked // what else there may be is for Run as before
+
 	if _, err := m.repair(ctx, false); err != nil {
 		m.cfg.log.Error(err, "Cannot take back what is done", "family", m.family)
 	}
+
+	m.leaked = leaked
 }
 
 // mend puts back what others have broken, if they may have, and holds ports that
