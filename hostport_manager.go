@@ -79,9 +79,9 @@ type hostportManager struct {
 
 	localhost localhost
 	links     links
-	// bypassed has the interfaces to pods, and whether pods there answer their neighbours
+	// bridges are those that lead to pods, and whether pods there answer their neighbours
 	// past the node. relocation is set if rows may have been made for something else.
-	bypassed   map[string]bool
+	bridges    map[string]bool
 	relocation bool
 	warned     bool // of a node that does not forward, or it does
 	// damaged is set when the backend in use may not hold the table, doubtful when it
@@ -121,7 +121,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 
 		localhost: newLocalhost(cfg.log),
 		links:     newLinks(f),
-		bypassed:  map[string]bool{},
+		bridges:   map[string]bool{},
 	}
 	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView)
 

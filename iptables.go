@@ -191,9 +191,10 @@ func (r *row) dnatSide() side {
 	return s
 }
 
-// masqSide is for hairpin: a pod that meets itself has to see another source
-// address, and so have its neighbours where there is a link. Every connection that anybody translates comes by, so those from
-// outside the pods' networks pass at the first jump.
+// masqSide is for hairpin: a pod that meets itself has to see another source address,
+// and so have its neighbours where there is a link. Every connection that anybody
+// translates comes by, so those from outside the pods' networks, or not from the link,
+// pass at the first jump.
 //
 // The rule has the row's comment, and no other does: a comment is a match, and
 // the kernel visits each for every change, on the DNAT side twice (from
@@ -204,7 +205,7 @@ func (r *row) masqSide() side {
 	jump := iptRule{src: pod}
 	rule := iptRule{src: pod, dst: pod}
 
-	if r.link != "" { // a pod is its own neighbour as well
+	if isPlain(r.link) { // a pod is its own neighbour as well
 		first, jump, rule = iptRule{in: r.link}, iptRule{dst: pod}, iptRule{dst: pod, in: r.link}
 	}
 
@@ -223,6 +224,12 @@ func (r *row) masqSide() side {
 	rule.origPorts, rule.dports = ports{r.port, r.port}, ports{r.pod.Port(), r.pod.Port()}
 
 	return side{path: jumps, jump: jump, rule: rule}
+}
+
+// isPlain reports whether iptables takes a name of an interface for what it is: to the
+// kernel a quote is a letter as any other, and iptables takes "br+" for all that begin so.
+func isPlain(device string) bool {
+	return device != "" && device[0] != '-' && harmless(device, "") == device
 }
 
 func (r *row) sides() []side { return []side{r.dnatSide(), r.masqSide()} }

@@ -125,6 +125,14 @@ func (l *links) bypassed(device string) (bool, error) {
 	}
 }
 
+// isBridge reports whether an interface is a bridge, once bypassed has looked at it:
+// what is true of others does not change.
+func (l *links) isBridge(device string) bool { return l.kinds[device] == "bridge" }
+
+// maxKinds bounds what is remembered where nobody forgets: each pod may have an
+// interface of its own.
+const maxKinds = 1000
+
 func (l *links) kind(device string) (string, error) {
 	if kind := l.kinds[device]; kind != "" {
 		return kind, nil
@@ -137,6 +145,10 @@ func (l *links) kind(device string) (string, error) {
 	link, err := l.routing.LinkByName(device)
 	if err != nil {
 		return "", fmt.Errorf("look up interface %s: %w", device, err)
+	}
+
+	if len(l.kinds) >= maxKinds {
+		l.forget()
 	}
 
 	l.kinds[device] = link.Type()

@@ -273,7 +273,8 @@ func (m *hostportManager) view() nodeView {
 	return nodeView{now: m.node, rowFor: m.rowFor, localhost: m.cfg.localhostIn(m.family)}
 }
 
-// withView calls look with the turn held, unless the manager is closed.
+// withView calls look with the turn held. Close calls flows.stop first, so the manager
+// is open.
 func (m *hostportManager) withView(ctx context.Context, look func(nodeView)) error {
 	if err := m.takeTurn(ctx); err != nil {
 		return err
@@ -345,7 +346,7 @@ func (m *hostportManager) prepareNode(r *row) {
 func (m *hostportManager) locate(rows []*row, named string) {
 	pod := rows[0].pod.Addr()
 
-	device, err := m.find(named, pod)
+	device, bypassed, err := m.find(named, pod)
 	if err != nil {
 		m.cfg.log.Error(err, "The interface to a pod is not known: its neighbours and 127.0.0.0/8 may not reach its host ports",
 			"pod", rows[0].owner, "podIP", pod)
@@ -356,46 +357,43 @@ func (m *hostportManager) locate(rows []*row, named string) {
 	}
 
 	for _, r := range rows {
-		r.setDevice(device, m.bypassed[device])
+		r.setDevice(device, bypassed)
 	}
 }
 
-// find returns the interface to a pod, of which m.bypassed knows then.
-func (m *hostportManager) find(named string, pod netip.Addr) (device string, err error) {
-	if device, err = m.links.to(named, pod); err != nil {
-		return "", err
+// find returns the interface to a pod, and whether the pod answers its neighbours there
+// past the node.
+func (m *hostportManager) find(named string, pod netip.Addr) (device string, bypassed bool, err error) {
+	if device, err = m.links.to(named, pod); err == nil {
+		bypassed, err = m.bypassedOn(device)
 	}
 
-	bypassed, err := m.links.bypassed(device)
-	if err != nil {
-		return "", err
-	}
-
-	m.noteBypassed(device, bypassed)
-
-	return device, nil
+	return device, bypassed, err
 }
 
-// noteBypassed notes how pods on an interface answer their neighbours. If that has
-// changed, all rows there are to be looked at.
-func (m *hostportManager) noteBypassed(device string, now bool) {
-	before, known := m.bypassed[device]
+// bypassedOn reports whether pods on an interface answer their neighbours past the node.
+// If it is a bridge where that has changed, all rows are to be looked at.
+func (m *hostportManager) bypassedOn(device string) (bool, error) {
+	now, err := m.links.bypassed(device)
+	if err != nil || !m.links.isBridge(device) {
+		return now, err
+	}
 
-	m.bypassed[device] = now
+	before, known := m.bridges[device]
+
+	m.bridges[device] = now
 	m.relocation = m.relocation || known && before != now
+
+	return now, nil
 }
 
 // relocate looks again at the interfaces to pods, and reports whether rows have changed
-// by that.
+// by that. It costs little as long as no bridge has.
 func (m *hostportManager) relocate() (changed bool) {
 	m.links.forget()
 
-	for device := range m.bypassed {
-		if now, err := m.links.bypassed(device); err == nil {
-			m.noteBypassed(device, now)
-		} else { // it has gone, or is looked at with the next Add
-			delete(m.bypassed, device)
-		}
+	for device := range m.bridges {
+		_, _ = m.bypassedOn(device) // there will be another time
 	}
 
 	if !m.relocation {
@@ -403,30 +401,41 @@ func (m *hostportManager) relocate() (changed bool) {
 	}
 
 	m.relocation = false
-	found := map[netip.Addr]string{}
+
+	type place struct {
+		device   string
+		bypassed bool
+		err      error
+	}
+
+	found, at := map[netip.Addr]place{}, map[string]place{}
 
 	for r := range m.table() {
-		device, link, pod := r.device, r.link, r.pod.Addr()
-		if device == "" {
-			device = found[pod]
+		p, known := at[r.device]
+		if r.device == "" {
+			p, known = found[r.pod.Addr()]
 		}
 
-		if device == "" {
-			var err error
-			if device, err = m.find("", pod); err != nil {
-				m.relocation = true
-
-				continue
-			}
+		switch {
+		case known:
+		case r.device == "":
+			p.device, p.bypassed, p.err = m.find("", r.pod.Addr())
+			found[r.pod.Addr()] = p
+		default:
+			p.device = r.device
+			p.bypassed, p.err = m.bypassedOn(r.device)
+			at[r.device] = p
 		}
 
-		found[pod] = device
+		if p.err != nil {
+			m.relocation = true
 
-		if bypassed, known := m.bypassed[device]; known {
-			r.setDevice(device, bypassed)
+			continue
 		}
 
-		changed = changed || r.link != link
+		before := r.link
+		r.setDevice(p.device, p.bypassed)
+		changed = changed || r.link != before
 	}
 
 	return changed

@@ -76,6 +76,7 @@ func newLinks(ipFamily) links { return links{} }
 
 func (*links) to(string, netip.Addr) (string, error) { return "", errors.ErrUnsupported }
 func (*links) bypassed(string) (bool, error)         { return false, nil }
+func (*links) isBridge(string) bool                  { return false }
 func (*links) forget()                               {}
 func (*links) close()                                {}
 

@@ -18,7 +18,7 @@ function report(	name, parent, bad, part, backend, key) {
 		printf "    %-8s %5d passed %5d failed\n", backend, count[backend, 1], count[backend, 0]
 	if (bad)
 		print substr(bad, 2)
-	if (code != 0)
+	if (code != 0 || bad)
 		failed = 1
 	delete result
 	delete parents
