@@ -304,10 +304,11 @@ func BenchmarkAddUDP(b *testing.B) {
 					added, removed := n.addAndRemove(b, pod)
 					adds, removes = append(adds, added), append(removes, removed)
 
-					_, connections := turnovers([]delta{{del: gone}}, nil)
+					_, connections := turnovers([]delta{{del: gone}}, nil, nil)
 					start := time.Now()
 
-					require.NoError(b, late.connections.end(b.Context(), connections, late.view))
+					_, err := late.connections.end(b.Context(), connections, late.view)
+					require.NoError(b, err)
 
 					behind = append(behind, time.Since(start))
 				})

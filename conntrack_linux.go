@@ -6,24 +6,25 @@ import (
 	"net/netip"
 	"slices"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
-// turnover is what may have made flows stale: those of TCP, or those of UDP and SCTP.
+// turnover is what may have made flows of some protocols stale.
 type turnover struct {
-	tcp    bool
-	ports  map[portKey]bool    // whose rows have changed
-	gone   []*row              // whose pods are to get nothing any more
-	before *nodeaddr.Addresses // of the node; nil: they have not changed
+	protocols []protocol
+	ports     map[portKey]bool    // whose rows have changed
+	gone      []*row              // whose pods are to get nothing any more
+	before    *nodeaddr.Addresses // of the node; nil: they have not changed
 }
 
-// turnovers is what deltas come to: for UDP and SCTP, and for TCP. Connections and
-// associations of a row that moves go on to where they began.
-func turnovers(deltas []delta, before *nodeaddr.Addresses) (datagrams, connections turnover) {
-	datagrams, connections = turnover{before: before}, turnover{before: before, tcp: true}
+// turnovers is what deltas come to, and a change of the node's addresses since before: for
+// UDP and SCTP, and for TCP.
+func turnovers(deltas []delta, before *nodeaddr.Addresses, hasRows func(protocol) bool) (datagrams, connections turnover) {
+	if before != nil {
+		datagrams.lookAtAll(before, hasRows, udp, sctp)
+		connections.lookAtAll(before, hasRows, tcp)
+	}
 
 	for _, d := range deltas {
 		for _, rows := range [][]*row{d.del, d.add, d.keep} {
@@ -35,17 +36,29 @@ func turnovers(deltas []delta, before *nodeaddr.Addresses) (datagrams, connectio
 		}
 
 		for _, r := range d.del {
-			switch moved := slices.ContainsFunc(d.add, r.movesTo); {
-			case r.proto == udp, r.proto == sctp && !moved:
-				datagrams.gone = append(datagrams.gone, r)
-			case r.proto == tcp && !moved:
-				connections.gone = append(connections.gone, r)
-				connections.note(r)
+			t := &datagrams
+			if r.proto == tcp {
+				t = &connections
+			}
+
+			// Connections and associations of a row that moves go on to where they began.
+			if r.proto == udp || !slices.ContainsFunc(d.add, r.movesTo) {
+				t.gone = append(t.gone, r)
+				t.note(r)
 			}
 		}
 	}
 
 	return datagrams, connections
+}
+
+// lookAtAll has all flows of some protocols looked at, as far as there are rows.
+func (t *turnover) lookAtAll(before *nodeaddr.Addresses, hasRows func(protocol) bool, protocols ...protocol) {
+	for _, p := range protocols {
+		if hasRows(p) {
+			t.protocols, t.before = append(t.protocols, p), before
+		}
+	}
 }
 
 // note has the flows to r's port looked at.
@@ -55,48 +68,49 @@ func (t *turnover) note(r *row) {
 	}
 
 	t.ports[r.portKey] = true
+
+	if !slices.Contains(t.protocols, r.proto) {
+		t.protocols = append(t.protocols, r.proto)
+	}
 }
 
-func (t *turnover) empty() bool { return len(t.ports) == 0 && t.before == nil }
+func (t *turnover) empty() bool { return len(t.protocols) == 0 }
 
 // concerns reports whether flows to a port may be stale.
 func (t *turnover) concerns(k portKey) bool {
-	return (k.proto == tcp) == t.tcp && (t.before != nil || t.ports[k])
+	return slices.Contains(t.protocols, k.proto) && (t.before != nil || t.ports[k])
 }
 
-// filter is what the flows concerned have in common; 0: nothing.
-func (t *turnover) filter() (protocol uint8, port uint16) {
-	if t.tcp {
-		protocol = unix.IPPROTO_TCP
-	}
-
+// port is the one that all flows concerned of a protocol have; 0: they may have several.
+func (t *turnover) port(p protocol) (port uint16) {
 	if t.before != nil {
-		return protocol, 0
+		return 0
 	}
 
 	for k := range t.ports {
-		protocol, port = protocolNumber(k.proto), k.port
-	}
-
-	for k := range t.ports {
-		if k.port != port {
-			port = 0
-		}
-
-		if protocolNumber(k.proto) != protocol {
-			return 0, 0
+		switch {
+		case k.proto != p:
+		case port != 0:
+			return 0
+		default:
+			port = k.port
 		}
 	}
 
-	return protocol, port
+	return port
 }
 
 // nodeView is what flows are compared with.
 type nodeView struct {
 	now    *nodeaddr.Addresses // of the node
 	rowFor func(portKey, netip.Addr) *row
+	// hasRows reports whether there are rows of a protocol.
+	hasRows func(protocol) bool
 	// localhost is set if flows from loopback addresses are translated.
 	localhost bool
+	// services is set if those to a Service's address may be: with iptables, if kube-proxy
+	// lets them pass.
+	services bool
 }
 
 // isStale reports whether a flow does not go where it would if it began now. What
@@ -111,37 +125,44 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 
 	r := v.rowFor(key, to.Addr())
 	has := v.leads(flow)
-	had := t.nodeHad(to.Addr(), has)
 
 	switch {
 	case has && r != nil && r.pod == flow.Responder:
 		return false
 	case flow.Translated:
-		return had && !has && r != nil && r.hasLedTo(flow.Responder) || t.ended(key, flow)
-	case t.tcp && had: // of somebody who had the port before
+		return t.ended(key, flow) || has && v.narrowed(key, flow) || !has && t.left(flow, r)
+	case key.proto == tcp && !t.came(to.Addr()): // of somebody who had the port before
 		return false
 	default: // begun before there was the row, or the address
 		return has && r != nil
 	}
 }
 
+// came reports whether the node did not have an address before.
+func (t *turnover) came(ip netip.Addr) bool { return t.before != nil && !t.before.Has(ip) }
+
+// left reports whether r has led a flow to an address that the node had before.
+func (t *turnover) left(flow nfnetlink.Flow, r *row) bool {
+	return t.before != nil && t.before.HadLocal(flow.Destination.Addr()) && r != nil && r.hasLedTo(flow.Responder)
+}
+
 // leads reports whether rows are asked where a flow is to go. What comes from a
 // link-local address of IPv6 is not translated, nor what does from a loopback address
 // without localhost.
 func (v nodeView) leads(flow nfnetlink.Flow) bool {
-	from := flow.Source.Addr()
+	from, to := flow.Source.Addr(), flow.Destination.Addr()
 
-	return v.now.Has(flow.Destination.Addr()) &&
+	return (v.now.Has(to) || v.services && flow.Translated && v.now.HasService(to)) &&
 		!(from.Is6() && from.IsLinkLocalUnicast()) && (v.localhost || !from.IsLoopback())
 }
 
-// nodeHad reports whether the node had an address before, if it has it now or not.
-func (t *turnover) nodeHad(ip netip.Addr, has bool) bool {
-	if t.before == nil {
-		return has
-	}
+// narrowed reports whether a flow leads to the pod of the row for any address, in whose
+// place there is one for its address now. Connections and associations go on, as they do
+// where a row has moved.
+func (v nodeView) narrowed(key portKey, flow nfnetlink.Flow) bool {
+	wide := v.rowFor(key, netip.Addr{})
 
-	return t.before.Has(ip)
+	return key.proto == udp && wide != nil && wide.pod == flow.Responder
 }
 
 // ended reports whether a flow leads to the pod of a row that has gone.
@@ -178,41 +199,96 @@ func (f *flowTable) open() error {
 	return err
 }
 
-// end ends what t has made stale. Once the flows are listed, view calls look with what
-// they are compared with.
-func (f *flowTable) end(ctx context.Context, t turnover, view func(ctx context.Context, look func(nodeView)) error) error {
-	if t.empty() {
-		return nil
+// viewer calls look with what flows are compared with.
+type viewer func(ctx context.Context, look func(nodeView)) error
+
+// end ends what t has made stale, and returns that. The view is asked for once the flows
+// are listed, protocol by protocol: the kernel picks out none of several, and what it does
+// not leave out takes ten times as long.
+func (f *flowTable) end(ctx context.Context, t turnover, view viewer) (ended []nfnetlink.Flow, err error) {
+	for _, p := range t.protocols {
+		some, err := f.delete(ctx, p, t.port(p), func(list []nfnetlink.Flow) ([]nfnetlink.Flow, error) {
+			err := view(ctx, func(v nodeView) {
+				list = slices.DeleteFunc(list, func(flow nfnetlink.Flow) bool { return !t.isStale(flow, v) })
+			})
+
+			return list, err
+		})
+		if err != nil {
+			return ended, err
+		}
+
+		ended = append(ended, some...)
 	}
 
-	if err := f.open(); err != nil {
-		return err
+	return ended, nil
+}
+
+// endAnswers ends what answers that were under way have begun when their flows were
+// ended: the client's next packet would belong to that, from the other side, and meet no
+// row. It happens with IPv6 alone: of IPv4 the kernel drops what comes from an address
+// that it has itself.
+func (f *flowTable) endAnswers(ctx context.Context, early []nfnetlink.Flow) error {
+	type ends struct{ from, to netip.AddrPort }
+
+	answers := map[protocol]map[ends]bool{}
+
+	for _, flow := range early {
+		p := protocolOf(flow.Protocol)
+		if answers[p] == nil {
+			answers[p] = map[ends]bool{}
+		}
+
+		answers[p][ends{flow.Destination, flow.Source}] = true
 	}
 
-	family := newNFTLayout(f.family).table.Family
-	protocol, port := t.filter()
-
-	list, err := f.conn.Flows(ctx, family, protocol, port)
-	if err != nil {
-		return fmt.Errorf("list flows: %w", err)
-	}
-
-	if len(list) == 0 {
-		return nil
-	}
-
-	err = view(ctx, func(v nodeView) {
-		list = slices.DeleteFunc(list, func(flow nfnetlink.Flow) bool { return !t.isStale(flow, v) })
-	})
-	if err != nil {
-		return err
-	}
-
-	if err := f.conn.DeleteFlows(ctx, family, list); err != nil {
-		return fmt.Errorf("delete flows: %w", err)
+	for p, some := range answers {
+		_, err := f.delete(ctx, p, 0, func(list []nfnetlink.Flow) ([]nfnetlink.Flow, error) {
+			return slices.DeleteFunc(list, func(flow nfnetlink.Flow) bool { return !some[ends{flow.Source, flow.Destination}] }), nil
+		})
+		if err != nil {
+			return err
+		}
 	}
 
 	return nil
+}
+
+// delete lists the flows of a protocol, to one port unless that is 0, and deletes those
+// that are chosen. What it asks of the kernel has its own time: to choose may take long.
+func (f *flowTable) delete(
+	ctx context.Context, p protocol, port uint16, choose func([]nfnetlink.Flow) ([]nfnetlink.Flow, error),
+) ([]nfnetlink.Flow, error) {
+	if err := f.open(); err != nil {
+		return nil, err
+	}
+
+	family := newNFTLayout(f.family).table.Family
+
+	listCtx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+
+	list, err := f.conn.Flows(listCtx, family, protocolNumber(p), port)
+	if err != nil {
+		return nil, fmt.Errorf("list flows: %w", err)
+	}
+
+	if len(list) == 0 {
+		return nil, nil
+	}
+
+	if list, err = choose(list); err != nil {
+		return nil, err
+	}
+
+	deleteCtx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+
+	if err := f.conn.DeleteFlows(deleteCtx, family, list); err != nil {
+		return nil, fmt.Errorf("delete flows: %w", err)
+	}
+
+	return list, nil
 }
 
 func (f *flowTable) close() error {

@@ -124,6 +124,30 @@ func TestUDPFlows(t *testing.T) {
 	})
 }
 
+// A row for one address takes over from the pod's row for any, and gives back.
+func TestUDPFlowsOfNarrowerRow(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		n.serve(1, "udp", f, 53)
+
+		m := n.manager()
+		wide := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}
+		narrow := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: n.otherNodeIP(f).String()}
+		require.NoError(t, n.add(m, "id", n.pod(0, f, wide)))
+
+		s, elsewhere := n.send(netip.AddrPortFrom(n.otherNodeIP(f), 5353)), n.send(netip.AddrPortFrom(n.nodeIP(f), 5353))
+		s.reaches(t, "web")
+		elsewhere.reaches(t, "web")
+
+		require.NoError(t, n.add(m, "id", n.pod(1, f, narrow)))
+		s.reaches(t, "other")
+		elsewhere.reaches(t, "web")
+
+		require.NoError(t, n.remove(m, "id", n.pod(1, f, narrow)))
+		s.reaches(t, "web")
+	})
+}
+
 // After Remove, whoever has the pod's address gets nothing any more.
 func TestUDPFlowEnds(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {

@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"k8s.io/klog/v2"
 
+	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
@@ -25,7 +27,7 @@ import (
 // answered with a reset.
 type flows struct {
 	log  klog.Logger
-	view func(ctx context.Context, look func(nodeView)) error // with the turn held
+	view viewer // with the turn held
 
 	datagrams flowTable
 
@@ -34,9 +36,10 @@ type flows struct {
 	stopped     context.CancelFunc
 	running     sync.WaitGroup
 
-	mu   sync.Mutex // guards what follows
-	todo turnover
-	due  *time.Timer // nil: not set
+	mu    sync.Mutex // guards what follows
+	todo  turnover
+	early []nfnetlink.Flow // that have been ended: see endAnswers
+	due   *time.Timer      // nil: not set
 }
 
 const (
@@ -46,7 +49,7 @@ const (
 	lateTries = 3
 )
 
-func newFlows(f ipFamily, log klog.Logger, view func(context.Context, func(nodeView)) error) *flows {
+func newFlows(f ipFamily, log klog.Logger, view viewer) *flows {
 	ctx, cancel := context.WithCancel(context.Background())
 
 	return &flows{
@@ -58,20 +61,25 @@ func newFlows(f ipFamily, log klog.Logger, view func(context.Context, func(nodeV
 // flush ends the UDP and SCTP flows that do not go where they would if they began
 // now, of the ports that deltas are about. If the node's addresses were others before,
 // it looks at all flows. It comes after the rules: a packet in between would bring a
-// flow back. One list is made, for as many deltas and ports as there are, and none
-// where there is no such row. TCP connections follow later.
+// flow back. One list of each protocol is made, for as many deltas and ports as there
+// are, and none where there is no such row. TCP connections follow later.
 func (f *flows) flush(ctx context.Context, deltas []delta, before *nodeaddr.Addresses, v nodeView) error {
-	datagrams, connections := turnovers(deltas, before)
+	datagrams, connections := turnovers(deltas, before, v.hasRows)
 
-	if !connections.empty() {
-		f.schedule(connections, lateDelay, lateTries) //nolint:contextcheck // outlives the operation
+	ended, err := f.datagrams.end(ctx, datagrams, atHand(v))
+	early := slices.DeleteFunc(ended, func(flow nfnetlink.Flow) bool {
+		return flow.Translated || flow.Source.Addr().Is4() // see endAnswers
+	})
+
+	if !connections.empty() || len(early) > 0 {
+		f.schedule(connections, early, lateDelay, lateTries)
 	}
 
-	return f.datagrams.end(ctx, datagrams, atHand(v))
+	return err
 }
 
 // atHand is a view for whoever has the turn already.
-func atHand(v nodeView) func(context.Context, func(nodeView)) error {
+func atHand(v nodeView) viewer {
 	return func(_ context.Context, look func(nodeView)) error {
 		look(v)
 
@@ -79,12 +87,14 @@ func atHand(v nodeView) func(context.Context, func(nodeView)) error {
 	}
 }
 
-// schedule has the connections that t has made stale ended after a delay.
-func (f *flows) schedule(t turnover, delay time.Duration, tries int) {
+// schedule has the connections that t has made stale ended after a delay, and what
+// answers to early flows have begun.
+func (f *flows) schedule(t turnover, early []nfnetlink.Flow, delay time.Duration, tries int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 
 	f.todo.add(t)
+	f.early = append(f.early, early...)
 
 	if f.due != nil || f.background.Err() != nil {
 		return
@@ -112,33 +122,61 @@ func (t *turnover) add(o turnover) {
 
 	maps.Copy(t.ports, o.ports)
 	t.gone = append(t.gone, o.gone...)
-	t.before = cmp.Or(t.before, o.before)
-	t.tcp = o.tcp
+
+	for _, p := range o.protocols {
+		if !slices.Contains(t.protocols, p) {
+			t.protocols = append(t.protocols, p)
+		}
+	}
+
+	if t.before != nil && o.before != nil {
+		t.before = t.before.Until(o.before)
+	} else {
+		t.before = cmp.Or(t.before, o.before)
+	}
 }
 
 // take returns what there is to do, and forgets it.
-func (f *flows) take() turnover {
+func (f *flows) take() (turnover, []nfnetlink.Flow) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 
-	t := f.todo
-	f.todo, f.due = turnover{}, nil
+	t, early := f.todo, f.early
+	f.todo, f.early, f.due = turnover{}, nil, nil
 
-	return t
+	return t, early
 }
 
 func (f *flows) endConnections(tries int) {
-	t := f.take()
+	t, early := f.take()
 
-	ctx, cancel := context.WithTimeout(f.background, grace)
-	defer cancel()
-
-	switch err := f.connections.end(ctx, t, f.view); {
+	switch err := f.endLate(f.background, t, early, f.view); { // the turn may be held for long
 	case err == nil:
 	case tries > 1 || f.background.Err() != nil: // then close does it
-		f.schedule(t, repairPause, tries-1)
+		f.schedule(t, early, repairPause, tries-1)
 	default:
 		f.cannotEnd(err)
+	}
+}
+
+func (f *flows) endLate(ctx context.Context, t turnover, early []nfnetlink.Flow, view viewer) error {
+	_, err := f.connections.end(ctx, t, view)
+
+	return errors.Join(err, f.connections.endAnswers(ctx, early))
+}
+
+// open opens the socket for connections, in the namespace of the calling thread. If it
+// cannot, schedule tries again.
+func (f *flows) open() { _ = f.connections.open() }
+
+// resume schedules what could not be for want of a socket.
+func (f *flows) resume() {
+	f.mu.Lock()
+	waiting := f.due == nil && (!f.todo.empty() || len(f.early) > 0)
+	f.mu.Unlock()
+
+	if waiting {
+		f.schedule(turnover{}, nil, 0, lateTries)
 	}
 }
 
@@ -162,10 +200,8 @@ func (f *flows) stop() {
 
 // close ends the connections that were to be ended later, and then itself.
 func (f *flows) close(v nodeView) error {
-	ctx, cancel := context.WithTimeout(context.Background(), grace)
-	defer cancel()
-
-	if err := f.connections.end(ctx, f.take(), atHand(v)); err != nil {
+	t, early := f.take()
+	if err := f.endLate(context.Background(), t, early, atHand(v)); err != nil {
 		f.cannotEnd(err)
 	}
 

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -92,12 +93,7 @@ func (n *node) tracks(f ipFamily, protocol uint8, port uint16) {
 func TestFlowsFollowAddresses(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		n.serve(0, "udp", f, 53)
-		// Who has the address while the node does not.
-		require.NoError(t, n.Peer.AddAddress("eth0", hostPrefix(vip(f))))
-		require.NoError(t, n.Host.AddRoute(hostPrefix(vip(f)), n.PeerIP(f == IPv6)))
-
-		_, err := n.Peer.Serve("udp", netip.AddrPortFrom(vip(f), 5353))
-		require.NoError(t, err)
+		n.peerHas(f, 5353)
 
 		for _, running := range []bool{false, true} {
 			t.Run(fmt.Sprintf("run=%t", running), func(t *testing.T) {
@@ -111,10 +107,7 @@ func TestFlowsFollowAddresses(t *testing.T) {
 					if running {
 						n.run(m)
 					} else {
-						settle = func() {
-							require.NoError(t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99, Protocol: "UDP"})))
-							require.NoError(t, n.remove(m, "else", nil))
-						}
+						settle = func() { n.look(m, f) }
 					}
 
 					eachVIP(t, n, f, func(t *testing.T, n *node, come, goes func() error) {
@@ -137,6 +130,146 @@ func TestFlowsFollowAddresses(t *testing.T) {
 			})
 		}
 	})
+}
+
+// An address that comes and goes, or goes and comes back, before anybody looks: flows of
+// that moment are not for ever.
+func TestFlowsOfBriefAddresses(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		n.peerHas(f, 5353)
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+
+		eachVIP(t, n, f, func(t *testing.T, n *node, come, goes func() error) {
+			require.NoError(t, come())
+
+			s := n.send(netip.AddrPortFrom(vip(f), 5353))
+			s.reaches(t, "web")
+			require.NoError(t, goes())
+			n.look(m, f)
+			s.reaches(t, "peer")
+
+			require.NoError(t, come())
+			n.look(m, f)
+			s.reaches(t, "web")
+			require.NoError(t, goes())
+
+			between := n.send(netip.AddrPortFrom(vip(f), 5353))
+			between.reaches(t, "peer")
+			require.NoError(t, come())
+			n.look(m, f)
+			between.reaches(t, "web")
+			s.reaches(t, "web")
+			require.NoError(t, goes())
+			n.look(m, f)
+			s.reaches(t, "peer")
+		})
+	})
+}
+
+// An answer that is under way when its flow is ended begins one from the other side, to
+// which the client's packets belong then: they would never meet a row.
+// An IPv4 one would be dropped: it comes from an address of the node.
+func TestAnswerUnderWay(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		const f = IPv6
+
+		n.serve(0, "udp", f, 53)
+		require.NoError(t, n.Peer.AddAddress("eth0", hostPrefix(vip(f))))
+		require.NoError(t, n.Host.AddRoute(hostPrefix(vip(f)), n.PeerIP(f == IPv6)))
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+
+		to := netip.AddrPortFrom(vip(f), 5353)
+
+		var client, peer net.Conn
+
+		require.NoError(t, n.Client.Do(func() (err error) {
+			client, err = (&net.Dialer{}).DialContext(t.Context(), "udp", to.String())
+
+			return err
+		}))
+		require.NoError(t, n.Peer.Do(func() (err error) {
+			peer, err = (&net.Dialer{LocalAddr: net.UDPAddrFromAddrPort(to)}).DialContext(t.Context(), "udp", client.LocalAddr().String())
+
+			return err
+		}))
+		t.Cleanup(func() { assert.NoError(t, errors.Join(client.Close(), peer.Close())) })
+
+		pass := func(from, to net.Conn) {
+			_, err := from.Write([]byte("hello\n"))
+			require.NoError(t, err)
+			require.NoError(t, to.SetReadDeadline(time.Now().Add(patience)))
+			_, err = to.Read(make([]byte, 100))
+			require.NoError(t, err)
+		}
+
+		pass(client, peer)
+		require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(f))))
+		n.look(m, f)
+		pass(peer, client)
+
+		assert.Eventually(t, func() bool {
+			_, err := client.Write([]byte("hello\n"))
+			require.NoError(t, err)
+			require.NoError(t, client.SetReadDeadline(time.Now().Add(20*time.Millisecond)))
+
+			answer := make([]byte, 100)
+			_, err = client.Read(answer)
+
+			return err == nil && strings.HasPrefix(string(answer), "web ")
+		}, patience, time.Millisecond, "the pod does not answer")
+	})
+}
+
+// What came for the address of a Service before it was known for that, or with iptables
+// by leave of kube-proxy, does not reach the pod for ever.
+func TestFlowsToServiceAddresses(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		n.peerHas(f, 5353)
+		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+
+		m := n.manager(WithoutSockets())
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+
+		n.assignService(vip(f))
+		s := n.send(netip.AddrPortFrom(vip(f), 5353))
+		s.reaches(t, "web")
+		n.look(m, f)
+
+		if n.variant == viaNFTables {
+			_, err := n.Host.Serve("udp", netip.AddrPortFrom(vip(f), 5353))
+			require.NoError(t, err)
+			s.reaches(t, "host")
+		} else {
+			s.reaches(t, "web")
+		}
+
+		require.NoError(t, n.Host.RemoveAddress(nodeaddr.ServiceDevice, hostPrefix(vip(f))))
+		n.look(m, f)
+		s.reaches(t, "peer")
+	})
+}
+
+// peerHas has the peer answer at vip while the node does not have it.
+func (n *node) peerHas(f ipFamily, port uint16) {
+	n.t.Helper()
+	require.NoError(n.t, n.Peer.AddAddress("eth0", hostPrefix(vip(f))))
+	require.NoError(n.t, n.Host.AddRoute(hostPrefix(vip(f)), n.PeerIP(f == IPv6)))
+
+	_, err := n.Peer.Serve("udp", netip.AddrPortFrom(vip(f), port))
+	require.NoError(n.t, err)
+}
+
+// look has a manager look at the node's addresses, with an operation of the family.
+func (n *node) look(m *Manager, f ipFamily) {
+	n.t.Helper()
+	require.NoError(n.t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99, Protocol: "UDP"})))
+	require.NoError(n.t, n.remove(m, "else", nil))
 }
 
 // connection is a TCP connection of the client's.
@@ -448,15 +581,7 @@ func (n *node) hearsSCTP(ns *testbed.Namespace, f ipFamily, port uint16) *sctpSe
 func (n *node) sendSCTP(f ipFamily, port uint16) {
 	n.t.Helper()
 
-	// RFC 9260, sections 3.1 and 3.3.2.
-	packet := binary.BigEndian.AppendUint16(nil, 40_000)
-	packet = binary.BigEndian.AppendUint16(packet, port)
-	packet = append(packet,
-		0, 0, 0, 0, 0, 0, 0, 0, // verification tag, checksum
-		1, 0, 0, 20, // INIT and its length
-		1, 2, 3, 4, 0, 1, 0, 0, 0, 1, 0, 1, 5, 6, 7, 8)
-	binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
-
+	packet := sctpInit(40_000, port)
 	fd := rawSCTP(n.t, n.Client, f)
 	to := sockaddr(n.nodeIP(f), 0)
 	done := make(chan struct{})
@@ -480,6 +605,19 @@ func (n *node) sendSCTP(f ipFamily, port uint16) {
 		<-done
 		assert.NoError(n.t, unix.Close(fd))
 	})
+}
+
+// sctpInit is a packet that begins an association (RFC 9260, sections 3.1 and 3.3.2).
+func sctpInit(from, to uint16) []byte {
+	packet := binary.BigEndian.AppendUint16(nil, from)
+	packet = binary.BigEndian.AppendUint16(packet, to)
+	packet = append(packet,
+		0, 0, 0, 0, 0, 0, 0, 0, // verification tag, checksum
+		1, 0, 0, 20, // INIT and its length
+		1, 2, 3, 4, 0, 1, 0, 0, 0, 1, 0, 1, 5, 6, 7, 8)
+	binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
+
+	return packet
 }
 
 // What others translate is theirs, to the number of a host port as well.
@@ -570,7 +708,7 @@ func (c *countingFlows) Flows(ctx context.Context, family, protocol uint8, port 
 	return c.flowConn.Flows(ctx, family, protocol, port)
 }
 
-// One list for all operations of one moment, whatever rows they have.
+// One list of each protocol for all operations of one moment, whatever rows they have.
 func TestOneListOfFlows(t *testing.T) {
 	n := anyNode(t)
 	m := n.manager()
@@ -613,7 +751,7 @@ func TestOneListOfFlows(t *testing.T) {
 			require.NoError(t, err)
 		}
 
-		assert.Equal(t, before+1, atOnce.lists.Load())
+		assert.Equal(t, before+2, atOnce.lists.Load(), "of UDP and of SCTP")
 	}
 
 	eventually(t, func() bool { return late.lists.Load() == 1 })

@@ -75,7 +75,12 @@ type hostportManager struct {
 	// nodeBefore are the node's addresses as they were when flows were last compared
 	// with them, if they were others.
 	nodeBefore *nodeaddr.Addresses
-	nodeErr    string // why they could not be looked at last
+	flushAt    time.Time // not before this are they compared again: it has failed
+	// lost are rows of operations that failed when nobody knew whether the kernel had
+	// them: once it has not, their flows end.
+	lost      []*row
+	exemptDue bool   // the backend has yet to make true what exempt was told, or may have
+	nodeErr   string // why they could not be looked at last
 
 	localhost localhost
 	links     links
@@ -325,6 +330,8 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		return err
 	}
 
+	m.flows.open()
+
 	m.backend = b
 	m.relocation = len(rows) > 0
 
@@ -344,7 +351,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	// The rules may be of an earlier version, or nobody may have watched.
 	if (!intact || due) && m.ought() {
 		m.restore(ctx)
-		m.endMisled(ctx)
+		m.endMisled(ctx, nil)
 	}
 
 	return nil
@@ -384,6 +391,17 @@ func (m *hostportManager) setRows(k portKey, rows []*row) {
 	} else {
 		m.rows[k] = rows
 	}
+}
+
+// hasRows reports whether there are rows of a protocol.
+func (m *hostportManager) hasRows(p protocol) bool {
+	for k := range m.rows {
+		if k.proto == p {
+			return true
+		}
+	}
+
+	return false
 }
 
 // rowFor returns the row for packets to a port on an address of the node's.

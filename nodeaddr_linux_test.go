@@ -25,17 +25,30 @@ func serviceIP(f ipFamily, i int) netip.Addr {
 // mode. A program of the host's stands for the Service.
 func (n *node) addService(f ipFamily, ip netip.Addr) {
 	n.t.Helper()
-	require.NoError(n.t, n.Host.AssignAddress(nodeaddr.ServiceDevice, hostPrefix(ip)))
+	n.assignService(ip)
 
 	if n.variant != viaNFTables { // kube-proxy asks an ipset
 		n.iptables(f, "-I", preRouting, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
 		n.iptables(f, "-I", output, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
 	}
 
-	eventually(n.t, func() bool { // no longer tentative
-		_, err := n.Host.Serve("tcp", netip.AddrPortFrom(ip, 443))
+	_, err := n.Host.Serve("tcp", netip.AddrPortFrom(ip, 443))
+	require.NoError(n.t, err)
+}
 
-		return err == nil
+// assignService puts the address of a Service on the node, and waits until it is local.
+func (n *node) assignService(ip netip.Addr) {
+	n.t.Helper()
+	require.NoError(n.t, n.Host.AssignAddress(nodeaddr.ServiceDevice, hostPrefix(ip)))
+	eventually(n.t, func() bool { // no longer tentative
+		s, err := n.Host.Serve("udp", netip.AddrPortFrom(ip, 0))
+		if err != nil {
+			return false
+		}
+
+		require.NoError(n.t, s.Close())
+
+		return true
 	})
 }
 
@@ -114,4 +127,20 @@ func TestServiceAddresses(t *testing.T) {
 			assert.NotContains(t, line, nftTable+" element "+nftServices)
 		}
 	})
+}
+
+// Run exempts the address of a Service also where an operation that had nothing to do
+// has seen it first.
+func TestServiceAddressSeenBefore(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 443, ContainerPort: 80})))
+	n.assignService(serviceIP(IPv4, 1))
+	require.NoError(t, n.remove(m, "nothing", nil))
+	n.do(func() {
+		require.NoError(t, m.families[0].mend(t.Context(), func(backend) bool { return false }))
+	})
+	assert.Contains(t, n.command("nft", "list", "set", "ip", nftTable, nftServices), serviceIP(IPv4, 1).String())
 }

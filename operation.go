@@ -155,7 +155,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		}
 
 		if restored {
-			m.endMisled(ctx)
+			m.endMisled(ctx, nil)
 		}
 
 		refused := (*refusedError)(nil)
@@ -166,7 +166,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		case errors.As(err, &refused):
 			ops = fail(ops, batch[refused.delta:refused.delta+1], err)
 		case len(batch) > 1 && ctx.Err() == nil: // nobody knows whose fault it is
-			m.doubtful = true
+			m.doubt(deltas)
 
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
@@ -174,9 +174,18 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 			return
 		default:
-			m.doubtful = true
+			m.doubt(deltas)
 			ops = fail(ops, batch, err)
 		}
+	}
+}
+
+// doubt notes that nobody knows whether the kernel has taken deltas.
+func (m *hostportManager) doubt(deltas []delta) {
+	m.doubtful = true
+
+	for _, d := range deltas {
+		m.lost = append(m.lost, d.add...)
 	}
 }
 
@@ -259,18 +268,31 @@ func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	if err := m.flows.flush(ctx, deltas, m.nodeBefore, m.view()); err != nil {
-		m.flows.cannotEnd(err)
-
-		return
+	before := m.nodeBefore
+	if time.Now().Before(m.flushAt) { // it takes long then, and held others up
+		before = nil
 	}
 
-	m.nodeBefore = nil
+	err := m.flows.flush(ctx, deltas, before, m.view())
+	if err != nil {
+		m.flows.cannotEnd(err)
+	}
+
+	switch {
+	case before == nil:
+	case err != nil:
+		m.flushAt = time.Now().Add(repairPause)
+	default:
+		m.nodeBefore = nil
+	}
 }
 
 // view is what flows are compared with.
 func (m *hostportManager) view() nodeView {
-	return nodeView{now: m.node, rowFor: m.rowFor, localhost: m.cfg.localhostIn(m.family)}
+	return nodeView{
+		now: m.node, rowFor: m.rowFor, hasRows: m.hasRows, localhost: m.cfg.localhostIn(m.family),
+		services: m.backend != nil && m.backend.kind(nil) == BackendIPTables,
+	}
 }
 
 // withView calls look with the turn held. Close calls flows.stop first, so the manager
@@ -287,8 +309,8 @@ func (m *hostportManager) withView(ctx context.Context, look func(nodeView)) err
 }
 
 // observeNode takes note of the node's addresses. What could not be looked at is
-// looked at by the next operation. due is set if the backend has something to do then.
-func (m *hostportManager) observeNode(ctx context.Context) (due bool) {
+// looked at by the next operation.
+func (m *hostportManager) observeNode(ctx context.Context) {
 	now, err := m.addrs.Now(ctx)
 	if err != nil {
 		if m.nodeErr != err.Error() {
@@ -297,22 +319,22 @@ func (m *hostportManager) observeNode(ctx context.Context) (due bool) {
 
 		m.nodeErr = err.Error()
 
-		return false
+		return
 	}
 
 	m.nodeErr = ""
 
 	if now == m.node {
-		return false
+		return
 	}
 
 	if len(m.rows) > 0 {
-		m.nodeBefore = cmp.Or(m.nodeBefore, m.node)
+		m.nodeBefore = cmp.Or(m.nodeBefore, m.node).Until(now)
 	}
 
 	m.node = now
 
-	return m.backend.exempt(now.Services())
+	m.exemptDue = m.backend.exempt(now.Services())
 }
 
 // watchNode sends to news when the node's addresses may have changed, until ctx ends. If
@@ -323,9 +345,10 @@ func (m *hostportManager) watchNode(ctx context.Context, news chan<- struct{}) {
 	}
 }
 
-// endMisled ends the flows that have begun while rows of the table were missing.
-func (m *hostportManager) endMisled(ctx context.Context) {
-	m.endStale(ctx, []delta{{keep: slices.Collect(m.table())}})
+// endMisled ends the flows that have begun while rows of the table were missing, and
+// those of rows that turned out to be lost.
+func (m *hostportManager) endMisled(ctx context.Context, lost []*row) {
+	m.endStale(ctx, []delta{{del: lost, keep: slices.Collect(m.table())}})
 }
 
 // prepareNode sees to what it takes besides rules for loopback addresses to lead

@@ -166,8 +166,13 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 	inUse := err != nil && !isLeftBehind(err)
 	m.damaged, m.doubtful, m.leaked = inUse, inUse && (m.doubtful || purge), err != nil && purge
 
-	if len(repairs) > 0 {
-		m.endMisled(ctx)
+	var lost []*row
+	if !inUse {
+		lost, m.lost = m.lost, nil
+	}
+
+	if len(repairs) > 0 || len(lost) > 0 {
+		m.endMisled(ctx, lost)
 	}
 
 	return repairs, err
@@ -207,14 +212,18 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.sockets.retry()
 
-	if due := m.observeNode(ctx); due && m.ought() {
+	m.observeNode(ctx)
+
+	if m.exemptDue && m.ought() {
 		_, err := m.backend.apply(ctx, nil, m.table())
-		m.damaged = m.damaged || err != nil
+		m.exemptDue, m.damaged = false, m.damaged || err != nil
 	}
 
 	if m.nodeBefore != nil {
 		m.endStale(ctx, nil)
 	}
+
+	m.flows.resume()
 
 	m.damaged = disturbed(m.backend) || m.relocate() || m.damaged || m.doubtful
 

@@ -145,7 +145,7 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 	}
 
 	for key, e := range have {
-		if !wanted[key].there() {
+		if !wanted[key].there() && key.set != nftServices { // which come and go with the node's addresses
 			list = append(list, "left over "+b.describe(e))
 		}
 	}

@@ -50,9 +50,10 @@ func (*sockets) close()                 {}
 type flows struct{}
 
 type nodeView struct {
-	now       *nodeaddr.Addresses
-	rowFor    func(portKey, netip.Addr) *row
-	localhost bool
+	now                 *nodeaddr.Addresses
+	rowFor              func(portKey, netip.Addr) *row
+	hasRows             func(protocol) bool
+	localhost, services bool
 }
 
 func newFlows(ipFamily, klog.Logger, func(context.Context, func(nodeView)) error) *flows { return nil }
@@ -60,6 +61,8 @@ func newFlows(ipFamily, klog.Logger, func(context.Context, func(nodeView)) error
 func (*flows) flush(context.Context, []delta, *nodeaddr.Addresses, nodeView) error { return nil }
 func (*flows) cannotEnd(error)                                                     {}
 func (*flows) stop()                                                               {}
+func (*flows) open()                                                               {}
+func (*flows) resume()                                                             {}
 func (*flows) close(nodeView) error                                                { return nil }
 
 // localhost opens nothing.

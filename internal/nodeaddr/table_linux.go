@@ -34,18 +34,20 @@ type Table struct {
 	events   *netlink.Conn
 	closed   bool
 	last     *Addresses      // as they were read last
-	devices  map[uint32]bool // that had any of these, by index
+	devices  map[uint32]bool // that had any of these, or have had since, by index
 	stale    bool            // something has changed since
+	passed   prefixes        // that have come or gone since
+	gone     bool            // some have gone since, if only for a moment, or may have
 	buf      [4096]byte
 }
 
 // New returns a table that has yet to ask.
 func New(v6 bool) *Table {
 	if v6 {
-		return &Table{family: unix.AF_INET6, stale: true}
+		return &Table{family: unix.AF_INET6, stale: true, passed: newPrefixes(), devices: map[uint32]bool{}}
 	}
 
-	return &Table{family: unix.AF_INET, stale: true}
+	return &Table{family: unix.AF_INET, stale: true, passed: newPrefixes(), devices: map[uint32]bool{}}
 }
 
 // open opens the sockets, unless they are open. The caller holds the lock.
@@ -101,8 +103,8 @@ func (t *Table) Close() error {
 	return errors.Join(errs...)
 }
 
-// Now returns the addresses. It returns the same pointer as before where they are
-// the same, and asks the kernel for them only if something has changed.
+// Now returns the addresses. It returns the same pointer as before where nothing has
+// changed, not even for a moment, and asks the kernel only if something may have.
 func (t *Table) Now(ctx context.Context) (*Addresses, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -127,9 +129,15 @@ func (t *Table) Now(ctx context.Context) (*Addresses, error) {
 			return nil, fmt.Errorf("list the node's addresses: %w", err)
 		}
 
-		if t.last == nil || !now.equal(t.last) {
+		if t.last == nil || t.gone || !now.equal(t.last) {
+			for p := range t.passed.in {
+				now.local.add(p)
+			}
+
 			t.last = now
 		}
+
+		t.passed, t.gone = newPrefixes(), false
 
 		if err := t.drain(); err != nil { // what came meanwhile may be missing
 			return nil, err
@@ -201,7 +209,13 @@ func (t *Table) drain() error {
 			var n int
 
 			n, _, err = unix.Recvfrom(int(fd), t.buf[:], unix.MSG_DONTWAIT)
-			news = news || err == nil && t.concerns(t.buf[:n]) || errors.Is(err, unix.ENOBUFS) // something has been lost
+
+			switch {
+			case errors.Is(err, unix.ENOBUFS): // something has been lost
+				news, t.gone = true, true
+			case err == nil:
+				news = t.note(t.buf[:n]) || news
+			}
 		}
 	})
 
@@ -221,28 +235,41 @@ func (t *Table) drain() error {
 	return fmt.Errorf("listen to rtnetlink: %w", errors.Join(ctlErr, err))
 }
 
-// concerns reports whether a message is about addresses of the node, or may be
-// because it did not fit.
-func (t *Table) concerns(data []byte) bool {
+// note takes in a message, and reports whether it is about addresses of the node, or
+// may be because it did not fit.
+func (t *Table) note(data []byte) (news bool) {
 	msgs, err := syscall.ParseNetlinkMessage(data)
 	if err != nil {
+		t.gone = true
+
 		return true
 	}
 
 	for _, m := range msgs {
 		switch m.Header.Type {
 		case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-			if r, err := parseRoute(m.Data); err != nil || r.local() {
-				return true
+			r, err := parseRoute(m.Data)
+			if err == nil && !r.local() {
+				continue
 			}
+
+			t.passed.add(r.to)
+			t.devices[r.device] = true
+			t.gone = t.gone || err != nil || m.Header.Type == unix.RTM_DELROUTE
 		case unix.RTM_DELLINK:
-			if len(m.Data) < unix.SizeofIfInfomsg || t.devices[binary.NativeEndian.Uint32(m.Data[4:])] {
-				return true
+			if len(m.Data) >= unix.SizeofIfInfomsg && !t.devices[binary.NativeEndian.Uint32(m.Data[4:])] {
+				continue
 			}
+
+			t.gone = true
+		default:
+			continue
 		}
+
+		news = true
 	}
 
-	return false
+	return news
 }
 
 // read asks for the addresses.
@@ -262,7 +289,7 @@ func (t *Table) read(ctx context.Context) (*Addresses, error) {
 		return nil, err
 	}
 
-	a := &Addresses{own: map[netip.Prefix]bool{}, services: map[netip.Addr]bool{}}
+	a := newAddresses()
 	t.devices = map[uint32]bool{}
 
 	for _, r := range routes {
