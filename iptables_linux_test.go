@@ -578,6 +578,8 @@ func TestDoubtTwice(t *testing.T) {
 			fake.restore = func(input []byte) ([]byte, error) {
 				if commits {
 					assert.NoError(t, ipt.Restore(t.Context(), input))
+
+					fake.save = func() error { return context.DeadlineExceeded } // else all is found in place
 				}
 
 				return nil, context.DeadlineExceeded
@@ -585,7 +587,7 @@ func TestDoubtTwice(t *testing.T) {
 			require.ErrorIs(t, n.add(m, "a", a), context.DeadlineExceeded)
 		}
 
-		fake.restore = nil
+		fake.restore, fake.save = nil, nil
 
 		require.NoError(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 		assert.Len(t, parsedRows(t, n), 1)

@@ -3,6 +3,7 @@ package hostport
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -129,7 +130,11 @@ func TestForeignRulesThatGoOn(t *testing.T) {
 		require.NoError(t, n.sync(m, pods))
 
 		tool := "iptables-" + string(n.variant)
-		dump := func() string { return n.command(tool+"-save", "-t", rawTable) + strings.Join(n.rules(IPv4), "\n") }
+		dump := func() []string {
+			raw := strings.Split(n.command(tool+"-save", "-t", rawTable), "\n")
+
+			return append(slices.DeleteFunc(raw, func(line string) bool { return !strings.HasPrefix(line, cmdAppend) }), n.rules(IPv4)...)
+		}
 
 		for table, chain := range map[string]string{natTable: postRouting, rawTable: preRouting} {
 			for _, name := range []string{"cali-x", "KUBE-x"} {
