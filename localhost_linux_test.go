@@ -428,8 +428,8 @@ func (n *node) wipeAll() {
 		return
 	}
 
-	n.wipe(IPv4)
-	n.iptables(IPv4, "-X")
+	// Between -F and -X Run may put back what leads to a chain.
+	n.commandWith("*nat\nCOMMIT\n", command(IPv4)+"-"+string(n.variant)+"-restore")
 }
 
 // The sysctl outlives a ruleset, its rows and its manager, so the guard does too.

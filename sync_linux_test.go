@@ -3,6 +3,7 @@ package hostport
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -126,8 +127,20 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		wanted[e.nftKey] = e
 	}
 
+	// Soon after a large commit a dump may lack hundreds of elements, in the same
+	// generation (seen on Linux 6.18): two in turn do not lack the same.
 	have, err := b.dump(n.t.Context())
 	require.NoError(n.t, err)
+
+	for range 100 {
+		before := have
+		have, err = b.dump(n.t.Context())
+		require.NoError(n.t, err)
+
+		if maps.Equal(before, have) {
+			break
+		}
+	}
 
 	for _, r := range rows { // in the name of one of the pods that have had the address
 		e := hairpinElement(r.pod.Addr(), r.ownerHash)
