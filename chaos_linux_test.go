@@ -29,6 +29,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/testbed"
 )
 
 // The suite of faults. A runtime in a process of its own is told what to do, while
@@ -856,7 +857,7 @@ func TestThousandRows(t *testing.T) {
 func (n *node) answered(to netip.AddrPort) {
 	n.t.Helper()
 	require.Eventually(n.t, func() bool {
-		ctx, cancel := context.WithTimeout(n.t.Context(), 100*time.Millisecond)
+		ctx, cancel := context.WithTimeout(n.t.Context(), testbed.Stretch(100*time.Millisecond))
 		defer cancel()
 
 		_, err := n.Client.Ask(ctx, "tcp", to)

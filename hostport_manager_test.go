@@ -18,6 +18,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/testbed"
 )
 
 func TestConflicts(t *testing.T) {
@@ -554,7 +556,8 @@ func TestTimeout(t *testing.T) {
 
 		return input, nil
 	}}
-	m := n.oneFamily(fake, WithTimeout(200*time.Millisecond))
+	m := n.oneFamily(fake)
+	m.cfg.timeout = testbed.Stretch(200 * time.Millisecond)
 	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 
 	var wg sync.WaitGroup
@@ -603,7 +606,7 @@ func TestKilledAfterCommit(t *testing.T) {
 		late := func(is bool) {
 			fake.IPTables, m.cfg.timeout = ipt, defaultTimeout
 			if is {
-				fake.IPTables, m.cfg.timeout = lateIPTables{ipt}, 100*time.Millisecond
+				fake.IPTables, m.cfg.timeout = lateIPTables{ipt}, testbed.Stretch(100*time.Millisecond)
 			}
 		}
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})

@@ -17,6 +17,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/testbed"
 )
 
 // In the steady state an operation is one process.
@@ -458,7 +460,7 @@ func TestNoIPTables(t *testing.T) {
 // A process that hangs is killed, with its children, when time is up.
 func TestHangingProcess(t *testing.T) {
 	n := newNode(t, variantNFT)
-	m := n.manager(WithTimeout(500 * time.Millisecond))
+	m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
 
 	dir := t.TempDir()
 	pids := filepath.Join(dir, "pids")
@@ -482,7 +484,7 @@ func TestHangingProcess(t *testing.T) {
 	start := time.Now()
 
 	require.ErrorIs(t, n.add(m, "id", pod), context.DeadlineExceeded)
-	assert.Less(t, time.Since(start), 3*time.Second)
+	assert.Less(t, time.Since(start), patience)
 	assert.Empty(t, m.Mappings())
 
 	out, err := os.ReadFile(pids)
@@ -511,7 +513,7 @@ func running(pid string) bool {
 func TestXtablesLock(t *testing.T) {
 	n := newNode(t, variantLegacy)
 	stays, comes := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}), n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})
-	m := n.manager(WithTimeout(500 * time.Millisecond))
+	m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
 	require.NoError(t, n.add(m, "stays", stays))
 
 	before := n.dump(m)
@@ -611,7 +613,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 
 	n.variant = variantLegacy
 	inUse := n.realIPTables()
-	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(300 * time.Millisecond)}),
+	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(testbed.Stretch(300 * time.Millisecond))}),
 		func(context.Context) (backend, error) {
 			return ofTwo(t, inUse, old), nil
 		})

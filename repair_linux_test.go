@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/testbed"
 )
 
 // Where what is from before cannot be taken out, the new rows stand all the same,
@@ -30,7 +31,7 @@ func TestSyncLeavesBehind(t *testing.T) {
 	old := *n
 	n.change(viaNFTables)
 
-	m := n.manager(WithTimeout(time.Second))
+	m := n.manager(WithTimeout(testbed.Stretch(time.Second)))
 	require.NoError(t, n.add(m, "goes", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
 	unlock := lockXtables(t)
@@ -129,7 +130,7 @@ func TestHangsAfterCommit(t *testing.T) {
 		shim(t, "iptables-"+string(n.variant)+"-restore",
 			fmt.Sprintf(`"$real" "$@" && if [ -e %[1]s ]; then rm %[1]s; exec sleep 1000; fi`, flag))
 
-		m := n.manager(WithTimeout(time.Second))
+		m := n.manager(WithTimeout(testbed.Stretch(time.Second)))
 		pods := map[string][]*PodPortMapping{"stays": {n.pod(0, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}}
 		require.NoError(t, n.add(m, "stays", pods["stays"][0]))
 		n.run(m)
@@ -246,7 +247,7 @@ func TestFlowsThoughLeftBehind(t *testing.T) {
 	before := *n
 	n.change(viaNFTables)
 
-	m := n.manager(WithTimeout(time.Second))
+	m := n.manager(WithTimeout(testbed.Stretch(time.Second)))
 	mapping := &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, mapping)))
 
@@ -274,7 +275,7 @@ func TestFlowsThoughFailed(t *testing.T) {
 	n.leftBehind("old", old)
 	n.change(viaNFTables)
 
-	m := n.manager(WithTimeout(time.Second))
+	m := n.manager(WithTimeout(testbed.Stretch(time.Second)))
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
 
 	defer lockXtables(t)()
@@ -288,7 +289,7 @@ func TestFlowsThoughFailed(t *testing.T) {
 func TestRunWaitsForItsTurn(t *testing.T) {
 	n := newNode(t, viaNFTables)
 	log, logged := logs(n.t)
-	m := n.manager(WithTimeout(100*time.Millisecond), log)
+	m := n.manager(WithTimeout(testbed.Stretch(100*time.Millisecond)), log)
 	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 	require.NoError(t, n.add(m, "id", pods["id"][0]))
 	n.runs(m, logged)
