@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -16,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/mdlayher/netlink"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -430,6 +432,60 @@ func TestTakeoverEndsConnections(t *testing.T) {
 			})
 		}
 	})
+}
+
+// What an Add has led whose outcome nobody knew ends with the Remove.
+func TestFlowsOfLostAdd(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.serve(0, "udp", IPv4, 53)
+
+	m, fake := n.viaFake(WithoutSockets())
+	require.NoError(t, n.add(m, "stays", n.pod(1, IPv4, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+
+	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+		n.commit(msgs...)
+
+		return nil, errInjected
+	}
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})
+	require.ErrorIs(t, n.add(m, "id", pod), errInjected)
+
+	fake.commit = nil
+
+	n.send(netip.AddrPortFrom(n.nodeIP(IPv4), 5353)).reaches(t, "web")
+	require.NoError(t, n.remove(m, "id", pod))
+	eventually(t, func() bool {
+		list, err := n.nfnetlink().Flows(t.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_UDP, 5353)
+		require.NoError(t, err)
+
+		return !slices.ContainsFunc(list, func(flow nfnetlink.Flow) bool { return flow.Translated })
+	})
+}
+
+// What could not be scheduled, for want of a socket, is when Run looks.
+func TestConnectionsResume(t *testing.T) {
+	n := anyNode(t)
+	n.serve(0, "tcp", IPv4, 80)
+
+	m := n.manager()
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	require.NoError(t, n.add(m, "id", pod))
+
+	c := n.connect(t, netip.AddrPortFrom(n.nodeIP(IPv4), 8080))
+	require.Equal(t, "web", c.asks())
+	n.silence(0)
+
+	rows, err := rowsOf("id", pod)
+	require.NoError(t, err)
+
+	fl := m.families[0].flows
+	fl.stop() // nothing is scheduled now
+	require.NoError(t, n.remove(m, "id", nil))
+
+	fl.background, fl.stopped = context.WithCancel(context.Background())
+	require.Len(t, fl.todo.gone, len(rows))
+	n.run(m)
+	c.isReset()
 }
 
 // dials waits until as many connections to a port are tracked.
