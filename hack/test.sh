@@ -17,6 +17,6 @@ modules=.
 failed=0
 for module in $modules; do
 	# shellcheck disable=SC2086 # nothing, or one word
-	(cd "$module" && go test $race -count=1 -timeout=10m "$@") || failed=1
+	(cd "$module" && go test $race -count=1 -timeout=20m "$@") || failed=1
 done
 exit "$failed"
