@@ -130,7 +130,7 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 	case has && r != nil && r.pod == flow.Responder:
 		return false
 	case flow.Translated:
-		return t.ended(key, flow) || has && v.narrowed(key, flow) || !has && t.left(flow, r)
+		return t.ended(key, flow) || has && v.narrowed(key, flow) || !has && t.strays(flow, r, v)
 	case key.proto == tcp && !t.came(to.Addr()): // of somebody who had the port before
 		return false
 	default: // begun before there was the row, or the address
@@ -141,9 +141,13 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 // came reports whether the node did not have an address before.
 func (t *turnover) came(ip netip.Addr) bool { return t.before != nil && !t.before.Has(ip) }
 
-// left reports whether r has led a flow to an address that the node had before.
-func (t *turnover) left(flow nfnetlink.Flow, r *row) bool {
-	return t.before != nil && t.before.HadLocal(flow.Destination.Addr()) && r != nil && r.hasLedTo(flow.Responder)
+// strays reports whether r has led a flow to an address that is not the node's: it had
+// that before, or it is a Service's, of which CRI-O's rules know nothing.
+func (t *turnover) strays(flow nfnetlink.Flow, r *row, v nodeView) bool {
+	to := flow.Destination.Addr()
+	had := t.before != nil && t.before.HadLocal(to)
+
+	return r != nil && r.hasLedTo(flow.Responder) && (had || v.now.HasService(to))
 }
 
 // leads reports whether rows are asked where a flow is to go. What comes from a

@@ -171,6 +171,40 @@ func TestFlowsOfBriefAddresses(t *testing.T) {
 	})
 }
 
+// Connections are ended a moment later, once for all changes until then.
+func TestConnectionsToBriefAddress(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		n.do(func() { fm.flows.schedule(turnover{before: fm.node, protocols: []protocol{tcp}}, nil, time.Hour, 1) })
+
+		require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(f))))
+		n.look(m, f)
+
+		c := n.connect(t, netip.AddrPortFrom(vip(f), 8080))
+		require.Equal(t, "web", c.asks())
+		require.NoError(t, n.Host.RemoveAddress("eth1", hostPrefix(vip(f))))
+		n.look(m, f)
+
+		fm.flows.mu.Lock()
+		fm.flows.due.Reset(0)
+		fm.flows.mu.Unlock()
+
+		conn := n.nfnetlink()
+
+		eventually(t, func() bool {
+			list, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, 8080)
+			require.NoError(t, err)
+
+			return len(list) == 0
+		}, "the connection goes on")
+	})
+}
+
 // An answer that is under way when its flow is ended begins one from the other side, to
 // which the client's packets belong then: they would never meet a row.
 // An IPv4 one would be dropped: it comes from an address of the node.
@@ -241,14 +275,32 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 		n.assignService(vip(f))
 		s := n.send(netip.AddrPortFrom(vip(f), 5353))
 		s.reaches(t, "web")
+
+		flows := func() []nfnetlink.Flow {
+			list, err := n.nfnetlink().Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_UDP, 5353)
+			require.NoError(t, err)
+
+			return list
+		}
+		before := flows()
+
 		n.look(m, f)
 
 		if n.variant == viaNFTables {
 			_, err := n.Host.Serve("udp", netip.AddrPortFrom(vip(f), 5353))
 			require.NoError(t, err)
 			s.reaches(t, "host")
+
+			// CRI-O's rule knows nothing of Services.
+			n.commit(newNFTLayout(f).table.AppendRule(nftPrerouting,
+				nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+
+			misled := n.send(netip.AddrPortFrom(vip(f), 5353))
+			misled.reaches(t, "web")
+			n.look(m, f)
+			misled.reaches(t, "host")
 		} else {
-			s.reaches(t, "web")
+			assert.Equal(t, before, flows())
 		}
 
 		require.NoError(t, n.Host.RemoveAddress(nodeaddr.ServiceDevice, hostPrefix(vip(f))))

@@ -2,6 +2,7 @@ package nodeaddr_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -130,6 +131,71 @@ func TestAddresses(t *testing.T) {
 				assert.ElementsMatch(t, want, now.Services())
 				assert.Same(t, now, both.now(t, v6), "again")
 			}
+		})
+	}
+}
+
+// What has been local for a moment between two looks, or has not, is told as well.
+func TestBriefly(t *testing.T) {
+	host, both := node(t)
+	prefix := netip.MustParsePrefix
+
+	require.NoError(t, host.AddDevice(nodeaddr.ServiceDevice, false))
+
+	for _, step := range []struct {
+		name     string
+		ip       string
+		has      bool
+		do, undo func() error
+	}{
+		{
+			"an address", "203.0.113.7", false,
+			func() error { return host.AssignAddress("eth0", prefix("203.0.113.7/32")) },
+			func() error { return host.RemoveAddress("eth0", prefix("203.0.113.7/32")) },
+		},
+		{
+			"of IPv6", "fd00:9::7", false,
+			func() error { return host.AddAddress("eth0", prefix("fd00:9::7/128")) },
+			func() error { return host.RemoveAddress("eth0", prefix("fd00:9::7/128")) },
+		},
+		{
+			"by route alone", "203.0.113.9", false,
+			func() error { return host.AddLocalRoute("eth0", prefix("203.0.113.8/29")) },
+			func() error { return host.RemoveLocalRoute("eth0", prefix("203.0.113.8/29")) },
+		},
+		{
+			"of a Service", "10.96.0.1", false,
+			func() error { return host.AssignAddress(nodeaddr.ServiceDevice, prefix("10.96.0.1/32")) },
+			func() error { return host.RemoveAddress(nodeaddr.ServiceDevice, prefix("10.96.0.1/32")) },
+		},
+		{
+			"of a device that goes", "203.0.113.11", false,
+			func() error {
+				return errors.Join(host.AddDevice("d0", true), host.AddLocalRoute("d0", prefix("203.0.113.11/32")))
+			},
+			func() error { return host.RemoveDevice("d0") },
+		},
+		{
+			"gone and back", "192.0.2.11", true,
+			func() error { return host.RemoveAddress("eth0", prefix("192.0.2.11/24")) },
+			func() error { return host.AssignAddress("eth0", prefix("192.0.2.11/24")) },
+		},
+	} {
+		t.Run(step.name, func(t *testing.T) {
+			ip := netip.MustParseAddr(step.ip)
+			before := both.now(t, ip.Is6())
+
+			require.NoError(t, step.do())
+			require.NoError(t, step.undo())
+
+			now := both.now(t, ip.Is6())
+			assert.NotSame(t, before, now)
+			assert.Equal(t, step.has, now.Has(ip))
+			assert.True(t, now.HadLocal(ip))
+			assert.Equal(t, step.has, before.HadLocal(ip))
+			assert.True(t, before.Until(now).HadLocal(ip))
+			assert.Equal(t, before.Has(ip), before.Until(now).Has(ip))
+			assert.Same(t, now, both.now(t, ip.Is6()), "again")
 		})
 	}
 }
