@@ -144,3 +144,23 @@ func TestServiceAddressSeenBefore(t *testing.T) {
 	})
 	assert.Contains(t, n.command("nft", "list", "set", "ip", nftTable, nftServices), serviceIP(IPv4, 1).String())
 }
+
+// Where that makes a flushed table again, flows that have begun without it follow.
+func TestFlowsAfterServiceAddress(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.serve(0, "udp", IPv4, 53)
+	require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+
+	m := n.manager()
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})
+	require.NoError(t, n.add(m, "id", pod))
+	n.assignService(serviceIP(IPv4, 1))
+	require.NoError(t, n.add(m, "id", pod))
+	n.wipe(IPv4)
+
+	s := n.sendUntranslated(t, 5353)
+	n.do(func() {
+		require.NoError(t, m.families[0].mend(t.Context(), func(backend) bool { return false }))
+	})
+	s.reaches(t, "web")
+}

@@ -213,11 +213,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 	m.sockets.retry()
 
 	m.observeNode(ctx)
-
-	if m.exemptDue && m.ought() {
-		_, err := m.backend.apply(ctx, nil, m.table())
-		m.exemptDue, m.damaged = false, m.damaged || err != nil
-	}
+	m.exempt(ctx)
 
 	if m.nodeBefore != nil {
 		m.endStale(ctx, nil)
@@ -237,6 +233,20 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 	}
 
 	return nil
+}
+
+// exempt has what is for addresses of Services left alone, if that is due.
+func (m *hostportManager) exempt(ctx context.Context) {
+	if !m.exemptDue || !m.ought() {
+		return
+	}
+
+	restored, err := m.backend.apply(ctx, nil, m.table())
+	m.exemptDue, m.damaged = false, m.damaged || err != nil
+
+	if restored {
+		m.endMisled(ctx, nil)
+	}
 }
 
 const (
