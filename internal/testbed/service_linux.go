@@ -26,25 +26,29 @@ import (
 var patience = Stretch(5 * time.Second) //nolint:gochecknoglobals // would be a constant if nothing were measured
 
 // Stretch makes a time limit longer on a slow machine, such as an emulated one,
-// by as much as that takes longer than 10 µs, which leaves room, to open a socket
-// and close it.
+// by as much as that takes longer than 1.5 µs for a page of memory. There a process
+// takes longer still.
 func Stretch(limit time.Duration) time.Duration { return limit * time.Duration(slowness) }
 
-var slowness = int64(max(1, timeOfSocket()/(10*time.Microsecond))) //nolint:gochecknoglobals // measured once
+var slowness = int64(max(1, timeOfPage()/(1500*time.Nanosecond))) //nolint:gochecknoglobals // measured once
 
-func timeOfSocket() time.Duration {
-	const runs, sockets = 5, 200
+func timeOfPage() time.Duration {
+	const runs, pages = 5, 256
+	size := os.Getpagesize()
 	least := time.Duration(math.MaxInt64)
 	for range runs { // one of them is not interrupted by others
 		start := time.Now()
-		for range sockets {
-			if fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err == nil {
-				_ = unix.Close(fd)
-			}
+		memory, err := unix.Mmap(-1, 0, pages*size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+		if err != nil {
+			return 0
 		}
+		for i := range pages {
+			memory[i*size] = 1
+		}
+		_ = unix.Munmap(memory)
 		least = min(least, time.Since(start))
 	}
-	return least / sockets
+	return least / pages
 }
 
 // maxDatagram is more than any request or answer.
