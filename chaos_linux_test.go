@@ -230,6 +230,7 @@ func (p *runtimeProcess) obeyDuring(something func(), orders ...order) []reply {
 // chaos is one run of the suite.
 type chaos struct {
 	*node
+	traffic
 
 	t       *testing.T
 	random  *rand.Rand
@@ -249,7 +250,7 @@ const takesPort = "foreign process takes a port"
 // Ports that pods compete for.
 const (
 	firstPort = 8000
-	somePorts = 24
+	somePorts = 16
 	somePods  = 8
 )
 
@@ -275,7 +276,14 @@ func TestChaos(t *testing.T) {
 			c.layout[f] = c.rulesNow(f)
 		}
 
+		c.setUpTraffic()
 		c.runtime.obey(order{Op: "remove", ID: "first"})
+
+		defer func() {
+			if t.Failed() {
+				t.Logf("addresses that came and went last: %s", strings.Join(c.toggled, "; "))
+			}
+		}()
 
 		begun := time.Now()
 
@@ -287,8 +295,6 @@ func TestChaos(t *testing.T) {
 			c.step(i)
 
 			if t.Failed() {
-				t.Logf("step %d", i)
-
 				break
 			}
 		}
@@ -323,43 +329,60 @@ func (c *chaos) serveAll(i int) {
 	}
 }
 
-// step does something, perhaps breaks something, and looks.
+// step does something, perhaps breaks or moves something, and looks.
 func (c *chaos) step(i int) {
-	before, during, name := func() {}, func() {}, ""
+	var before, during []func()
 
-	if c.random.IntN(2) == 0 {
-		all := c.allFaults()
-		names := slices.Sorted(maps.Keys(all))
-		name = names[c.random.IntN(len(names))]
+	what := []string{fmt.Sprintf("step %d", i)}
+
+	c.goOn()
+
+	for _, all := range []map[string]func(){c.allFaults(), c.allMoves()} {
+		if c.random.IntN(2) == 0 {
+			continue
+		}
+
+		name := pick(c, slices.Sorted(maps.Keys(all)))
+		fault := all[name]
 
 		if c.random.IntN(2) == 0 || name == takesPort { // which the model has to know before
-			before = all[name]
+			before = append(before, fault)
 		} else {
-			during = all[name]
+			during = append(during, fault)
 			name += " meanwhile"
 		}
 
 		c.faults[name]++
+		what = append(what, name)
 	}
 
-	before()
+	doAll(before)
+
+	meanwhile := func() { doAll(during) }
 
 	switch c.random.IntN(8) {
 	case 0:
-		c.killed(during)
+		what = append(what, "kill")
+		c.killed(meanwhile)
 	case 1:
 		c.choosePods()
-		c.sync(during)
+		c.sync(meanwhile)
 	default:
-		c.operations(during)
+		c.operations(meanwhile)
 	}
 
-	c.check(fmt.Sprintf("step %d, fault %q", i, name))
+	c.check(strings.Join(what, ", "))
 }
 
-// randomPod is a pod with random rows, in one family.
-func (c *chaos) randomPod() *PodPortMapping {
-	f := []ipFamily{IPv4, IPv6}[c.random.IntN(2)]
+func doAll(list []func()) {
+	for _, do := range list {
+		do()
+	}
+}
+
+// randomPod is a pod with random rows, in one family. Some are to ports that it has.
+func (c *chaos) randomPod(id string) *PodPortMapping {
+	f := c.family()
 
 	taken := slices.SortedFunc(maps.Keys(c.taken), func(a, b portKey) int { return cmp.Compare(a.port, b.port) })
 
@@ -371,12 +394,21 @@ func (c *chaos) randomPod() *PodPortMapping {
 			ContainerPort: 80,
 			Protocol:      []v1.Protocol{"TCP", "UDP", "SCTP"}[min(c.random.IntN(5)/2, 2)],
 		}
-		if len(taken) > 0 && c.random.IntN(4) == 0 {
-			pm.HostPort, pm.Protocol = int32(taken[c.random.IntN(len(taken))].port), v1.ProtocolTCP
+		if c.random.IntN(3) == 0 {
+			pm.HostIP = pick(c, c.hostIPs(f)).String()
 		}
 
-		if c.random.IntN(3) == 0 {
-			pm.HostIP = c.otherNodeIP(f).String()
+		if rows := slices.DeleteFunc(slices.Clone(c.model[id]), func(r *row) bool { return r.family() != f }); len(rows) > 0 && c.random.IntN(3) == 0 {
+			r := pick(c, rows)
+			pm.HostPort, pm.Protocol = int32(r.port), r.proto.api()
+
+			if c.random.IntN(2) == 0 {
+				pm.HostIP = r.hostIP(f).String()
+			}
+		}
+
+		if len(taken) > 0 && c.random.IntN(4) == 0 {
+			pm.HostPort, pm.Protocol = int32(taken[c.random.IntN(len(taken))].port), v1.ProtocolTCP
 		}
 
 		mappings = append(mappings, pm)
@@ -405,7 +437,7 @@ func (c *chaos) operations(during func()) {
 		o, rows, outcome := order{Op: "remove", ID: id}, c.model[id], ""
 
 		if c.random.IntN(3) > 0 {
-			o = order{Op: "add", ID: id, Pod: c.randomPod()}
+			o = order{Op: "add", ID: id, Pod: c.randomPod(id)}
 
 			var err error
 			if rows, err = rowsOf(id, o.Pod); err != nil {
@@ -516,11 +548,25 @@ func (c *chaos) apply(cmd order) {
 	rows, err := rowsOf(cmd.ID, cmd.Pod)
 	require.NoError(c.t, err)
 
+	moveTo(rows, c.model[cmd.ID])
+
 	rest := slices.DeleteFunc(slices.Clone(c.model[cmd.ID]), func(o *row) bool {
-		return slices.ContainsFunc(rows, func(r *row) bool { return r.endpoint == o.endpoint && r.family() == o.family() })
+		return slices.ContainsFunc(rows, o.sameAs)
 	})
 
 	c.model[cmd.ID] = append(rest, rows...)
+}
+
+func (r *row) sameAs(o *row) bool { return r.endpoint == o.endpoint && r.family() == o.family() }
+
+// moveTo notes where rows led before.
+func moveTo(rows, before []*row) {
+	for _, r := range rows {
+		if i := slices.IndexFunc(before, r.sameAs); i >= 0 {
+			r.former = append(slices.Clone(before[i].former), before[i].pod)
+			r.former = slices.DeleteFunc(r.former, func(pod netip.AddrPort) bool { return pod == r.pod })
+		}
+	}
 }
 
 // desired is the model as Sync takes it.
@@ -547,13 +593,13 @@ func (c *chaos) desired() map[string][]*PodPortMapping {
 func (c *chaos) choosePods() {
 	for i := range somePods {
 		if id := podID(i); c.random.IntN(3) == 0 {
+			before, pod := c.model[id], c.randomPod(id)
 			delete(c.model, id)
-
-			pod := c.randomPod()
 
 			rows, err := rowsOf(id, pod)
 			if err == nil && c.outcome(id, rows) == "" {
 				c.apply(order{Op: "add", ID: id, Pod: pod})
+				moveTo(c.model[id], before)
 			}
 		}
 	}
@@ -563,7 +609,7 @@ func (c *chaos) sync(during func()) {
 	c.ops["sync"]++
 
 	// And there is one that cannot be had, perhaps.
-	pods, pod := c.desired(), c.randomPod()
+	pods, pod := c.desired(), c.randomPod("z")
 	want := ""
 
 	if rows, err := rowsOf("z", pod); err == nil {
@@ -581,18 +627,42 @@ func (c *chaos) sync(during func()) {
 	assert.Equal(c.t, want == "", r.Err == "", r.Err)
 }
 
-// killed kills the runtime in the middle of something. Another takes its place.
+// killed kills the runtime in the middle of something. Another takes its place. What was
+// to be removed is, perhaps.
 func (c *chaos) killed(during func()) {
 	c.ops["kill"]++
 
-	orders := []order{{Op: "add", ID: podID(c.random.IntN(somePods)), Pod: c.randomPod()}, {Op: "remove", ID: podID(c.random.IntN(somePods))}}
-	require.NoError(c.t, c.runtime.in.Encode(orders))
+	id := podID(c.random.IntN(somePods))
+	add := order{Op: "add", ID: id, Pod: c.randomPod(id)}
+	remove := order{Op: "remove", ID: podID(c.random.IntN(somePods))}
+	require.NoError(c.t, c.runtime.in.Encode([]order{add, remove}))
 	during()
 	time.Sleep(time.Duration(c.random.IntN(100)) * time.Millisecond) //nolint:forbidigo // at any moment
 	c.runtime.kill()
 	c.hintAgain()
 
+	flows := slices.Concat(c.flows(IPv4), c.flows(IPv6))
 	c.runtime = c.start(true, impatient)
+
+	gone, _ := rowsOf(add.ID, add.Pod)
+	gone = append(gone, c.model[remove.ID]...)
+	gone = slices.DeleteFunc(gone, func(r *row) bool {
+		return slices.ContainsFunc(c.runtime.begun, func(m Mapping) bool { return strings.HasSuffix(m.text(), " "+r.String()) })
+	})
+
+	if c.random.IntN(2) == 0 {
+		delete(c.model, remove.ID)
+	}
+
+	c.forget(func(k *client) bool { return k.owner == add.ID || k.owner == remove.ID })
+	c.excuse(flows, gone)
+
+	// What it was about to start has its ports until that begins, or ends with it.
+	eventually(c.t, func() bool {
+		r := c.runtime.obey(order{Op: "sync", Pods: c.desired()})[0]
+
+		return !strings.Contains(r.Err, syscall.EADDRINUSE.Error())
+	})
 	c.sync(func() {})
 }
 
@@ -619,6 +689,8 @@ func (c *chaos) allFaults() map[string]func() {
 		"pod's interface is removed": func() {
 			require.NoError(c.t, c.ReplacePod(1, "other"))
 			c.serveAll(1)
+			c.silent[1] = false
+			c.forget(func(k *client) bool { return c.podOf(k.pod.Addr()) == 1 })
 		},
 		"signals": func() {
 			for range 20 {
@@ -628,16 +700,8 @@ func (c *chaos) allFaults() map[string]func() {
 	}
 
 	if c.variant == viaNFTables || c.variant == variantNFT {
-		faults["nft flush ruleset"] = func() {
-			c.command("nft", "flush", "ruleset")
-			c.hintAgain()
-		}
-		faults["full netlink buffer"] = func() {
-			c.storms(func() {
-				c.command("nft", "flush", "ruleset")
-				c.hintAgain()
-			})
-		}
+		faults["nft flush ruleset"] = c.flushRuleset
+		faults["full netlink buffer"] = func() { c.storms(c.flushRuleset) }
 	}
 
 	if c.variant == viaNFTables {
@@ -661,7 +725,7 @@ func (c *chaos) allFaults() map[string]func() {
 				e := rowElement(r)
 				other := e.element()
 				other.Data = slices.Clone(other.Data)
-				other.Data[len(other.Data)-3]++ // another port
+				other.Data[len(other.Data)-3] = foreignPodPort
 				c.tryCommit(table.DeleteElement(e.set, e.element()), table.AddElement(e.set, other))
 			}
 		}
@@ -696,21 +760,12 @@ func (c *chaos) tryCommit(msgs ...netlink.Message) {
 }
 
 func (c *chaos) anyRow(f ipFamily) *row {
-	var rows []*row
-
-	for _, id := range slices.Sorted(maps.Keys(c.model)) {
-		for _, r := range c.model[id] {
-			if r.family() == f {
-				rows = append(rows, r)
-			}
-		}
-	}
-
+	rows := c.allRows(f)
 	if len(rows) == 0 {
 		return nil
 	}
 
-	return rows[c.random.IntN(len(rows))]
+	return pick(c, rows)
 }
 
 // A runtime that is killed at any moment leaves what New and Sync make exactly what
@@ -780,7 +835,7 @@ func (c *chaos) manyOrders() []order {
 	orders := []order{{Op: "sync", Pods: c.desired()}}
 
 	for i := range somePods {
-		orders = append(orders, order{Op: "add", ID: podID(i), Pod: c.randomPod()}, order{Op: "remove", ID: podID(c.random.IntN(somePods))})
+		orders = append(orders, order{Op: "add", ID: podID(i), Pod: c.randomPod(podID(i))}, order{Op: "remove", ID: podID(c.random.IntN(somePods))})
 	}
 
 	return orders
@@ -906,12 +961,16 @@ func (c *chaos) withoutIPv6() {
 	c.sysctl("net/ipv6/conf/all/disable_ipv6", "0")
 
 	for device, addrs := range map[string][]netip.Addr{
-		"eth0": {c.NodeIP(true), c.OtherNodeIP(true)}, "cni0": {netip.MustParseAddr("fd00:10:88::1")},
+		"eth0": {c.NodeIP(true), c.OtherNodeIP(true)}, "eth1": {netip.MustParseAddr("2001:db8:2::1")},
+		"cni0": {netip.MustParseAddr("fd00:10:88::1")},
 	} {
 		for _, ip := range addrs {
 			require.NoError(c.t, c.Host.AddAddress(device, netip.PrefixFrom(ip, 64)))
 		}
 	}
+
+	c.lostAddresses()
+	c.forget(func(k *client) bool { return k.family == IPv6 })
 }
 
 // storms has more news of nf_tables than the runtime has room for while it cannot
@@ -969,13 +1028,7 @@ func (c *chaos) holdLock() {
 // check compares everything with the model. What others have broken is repaired
 // within a while.
 func (c *chaos) check(what string) {
-	rows := map[ipFamily][]*row{}
-
-	for _, some := range c.model {
-		for _, r := range some {
-			rows[r.family()] = append(rows[r.family()], r)
-		}
-	}
+	rows := map[ipFamily][]*row{IPv4: c.allRows(IPv4), IPv6: c.allRows(IPv6)}
 
 	deadline := time.After(15 * time.Second) // with a lock that is held, and a repair that has failed once
 
@@ -984,6 +1037,11 @@ func (c *chaos) check(what string) {
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			list = append(list, c.deviations(f, rows[f])...)
 			list = append(list, c.changedLayout(f, rows[f])...)
+			list = append(list, c.changedServices(f)...)
+		}
+
+		if len(list) == 0 {
+			list = append(c.staleFlows(IPv4), c.staleFlows(IPv6)...)
 		}
 
 		select {
@@ -995,7 +1053,13 @@ func (c *chaos) check(what string) {
 
 	c.checkTable(what, rows)
 	c.checkSockets(what, rows)
-	c.checkTraffic(what, rows)
+	c.checkTraffic(what)
+	c.checkClients()
+	c.checkOthers()
+
+	if c.t.Failed() {
+		c.t.Log(what)
+	}
 }
 
 // rulesNow are the rules of our table of nftables, if it is there.
@@ -1081,40 +1145,38 @@ func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row) {
 }
 
 // checkTraffic asks at a sample of ports, with rows and without.
-func (c *chaos) checkTraffic(what string, rows map[ipFamily][]*row) {
+func (c *chaos) checkTraffic(what string) {
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		for range 2 {
-			to := endpoint{portKey{tcp, uint16(firstPort + c.random.IntN(somePorts))}, c.nodeIP(f)}
-			if c.random.IntN(2) == 0 {
-				to.ip = c.otherNodeIP(f)
-			}
+			to := endpoint{portKey{tcp, uint16(firstPort + c.random.IntN(somePorts))}, pick(c, c.hostIPs(f))}
 
 			if r := c.anyRow(f); r != nil && r.proto != sctp && c.random.IntN(2) == 0 {
 				to.portKey = r.portKey
 			}
 
-			var by *row
-
-			for _, r := range rows[f] {
-				if r.portKey == to.portKey && r.overlaps(to) && (by == nil || r.ip.IsValid()) {
-					by = r
-				}
-			}
-
-			at := netip.AddrPortFrom(to.ip, to.port)
-
-			switch {
-			case by != nil && by.pod.Addr() == c.Pods[0].IP(f == IPv6):
-				c.answers(c.Client, string(to.proto), at, "web")
-			case by != nil:
-				c.answers(c.Client, string(to.proto), at, "other")
-			case c.taken[to.portKey] == nil && to.proto == tcp:
-				c.refused(c.Client, "tcp", at)
-			}
+			c.askAt(to)
 
 			if c.t.Failed() {
 				c.t.Log(what)
 			}
 		}
+	}
+}
+
+func (c *chaos) askAt(to endpoint) {
+	at := netip.AddrPortFrom(to.ip, to.port)
+
+	by, _ := c.rowsAt(to)
+	if !c.leads(to.ip) {
+		by = nil
+	}
+
+	switch {
+	case by != nil:
+		if pod := c.podOf(by.pod.Addr()); !c.silent[pod] {
+			c.answers(c.Client, string(to.proto), at, c.Pods[pod].Name)
+		}
+	case c.taken[to.portKey] == nil && to.proto == tcp:
+		c.refused(c.Client, "tcp", at)
 	}
 }
