@@ -402,8 +402,8 @@ func (c *chaos) randomPod(id string) *PodPortMapping {
 			r := pick(c, rows)
 			pm.HostPort, pm.Protocol = int32(r.port), r.proto.api()
 
-			if c.random.IntN(2) == 0 {
-				pm.HostIP = r.hostIP(f).String()
+			if c.random.IntN(2) == 0 && r.ip.IsValid() {
+				pm.HostIP = r.ip.String()
 			}
 		}
 
