@@ -240,6 +240,9 @@ type chaos struct {
 	layout  map[ipFamily]string      // of our nftables, but for the elements
 	faults  map[string]int
 	ops     map[string]int
+	// compareFlows is set if flows are compared with the model as well: in the long form alone,
+	// as the model is not yet exact about them.
+	compareFlows bool
 }
 
 // impatient is a timeout that somebody who holds a lock can exceed.
@@ -267,6 +270,7 @@ func TestChaos(t *testing.T) {
 
 	eachBackend(t, func(t *testing.T, n *node) {
 		c := newChaos(t, n)
+		c.compareFlows = duration > 0
 		c.serveAll(0)
 		c.serveAll(1)
 		c.runtime = n.start(true, impatient)
@@ -1040,7 +1044,7 @@ func (c *chaos) check(what string) {
 			list = append(list, c.changedServices(f)...)
 		}
 
-		if len(list) == 0 {
+		if len(list) == 0 && c.compareFlows {
 			list = append(c.staleFlows(IPv4), c.staleFlows(IPv6)...)
 		}
 
