@@ -356,8 +356,7 @@ func TestSeveralTransactionsAreOurs(t *testing.T) {
 
 	b.most = 2
 	<-m.families[0].turn
-	<-time.After(2 * lookInterval) // of what is still under way
-	worked()
+	untilIdle(worked)
 	require.NoError(t, n.add(m, "media", n.media(0, IPv4, 7, v1.ProtocolUDP)))
 	require.NoError(t, n.remove(m, "media", nil))
 	<-time.After(2 * lookInterval)

@@ -170,8 +170,7 @@ func TestForeignRulesBehindOurs(t *testing.T) {
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
 		n.runs(m, logged)
-		<-time.After(2 * lookInterval) // of what is still under way
-		worked()
+		untilIdle(worked)
 
 		if n.variant == variantNFT {
 			n.iptables(IPv4, "-A", postRouting, "-s", "10.88.0.9", "-j", "ACCEPT")

@@ -470,6 +470,19 @@ func (n *node) countWork() func() int {
 	}
 }
 
+// untilIdle waits until nothing that worked counts has been done for two looks.
+func untilIdle(worked func() int) {
+	worked()
+
+	for range 10 {
+		<-time.After(2 * lookInterval)
+
+		if worked() == 0 {
+			return
+		}
+	}
+}
+
 // countProcesses puts a counter in front of every iptables program, and
 // returns a function that tells how many have been started since it was last
 // called.

@@ -1219,15 +1219,7 @@ func TestRunLeavesOthersAlone(t *testing.T) {
 		m := n.manager(log)
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		n.runs(m, logged)
-		worked()
-
-		for range 10 { // until nothing is under way any more
-			<-time.After(2 * lookInterval)
-
-			if worked() == 0 {
-				break
-			}
-		}
+		untilIdle(worked)
 
 		foreign := nfnetlink.Table{Family: newNFTLayout(IPv4).table.Family, Name: "foreign"}
 
