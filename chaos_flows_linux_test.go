@@ -2,6 +2,7 @@ package hostport
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -37,7 +38,6 @@ const (
 
 // traffic is what goes on between the steps, and what is known of it.
 type traffic struct {
-	conn    *nfnetlink.Conn
 	has     map[netip.Addr]way  // of the addresses that come and go
 	changed map[netip.Addr]bool // in this step
 	toggled []string            // the last of them, for whoever looks for a bug
@@ -68,7 +68,7 @@ func (c *chaos) family() ipFamily { return pick(c, []ipFamily{IPv4, IPv6}) }
 // setUpTraffic makes what is there whatever happens.
 func (c *chaos) setUpTraffic() {
 	c.traffic = traffic{
-		conn: c.nfnetlink(), has: map[netip.Addr]way{}, changed: map[netip.Addr]bool{},
+		has: map[netip.Addr]way{}, changed: map[netip.Addr]bool{},
 		dialers: make(chan struct{}, 4), excused: map[string]bool{},
 	}
 
@@ -262,7 +262,7 @@ func (c *chaos) isOthers(flow nfnetlink.Flow) bool {
 }
 
 func (c *chaos) flows(f ipFamily) []nfnetlink.Flow {
-	list, err := c.conn.Flows(c.t.Context(), newNFTLayout(f).table.Family, 0, 0)
+	list, err := c.reader().Flows(c.t.Context(), newNFTLayout(f).table.Family, 0, 0)
 	require.NoError(c.t, err)
 
 	return list
@@ -274,16 +274,15 @@ func (c *chaos) flushRuleset() {
 	c.hintAgain()
 }
 
-// move is one of the things that come and go.
+// allMoves are the ways in which things come and go.
 func (c *chaos) allMoves() map[string]func() {
+	ip, how := c.roamer(), pick(c, []way{ofInterface, byRoute, ofService})
+
 	return map[string]func(){
-		"address": func() {
-			ip := pick(c, roaming(c.family()))
-			c.toggle(ip, pick(c, []way{ofInterface, byRoute, ofService}))
-		},
+		"address": func() { c.toggle(ip, how) },
 		"address twice": func() {
-			ip, how := pick(c, roaming(c.family())), pick(c, []way{ofInterface, byRoute, ofService})
 			c.toggle(ip, how)
+			c.begin(ip)
 			c.toggle(ip, how)
 		},
 		"pod dies, or is back": func() {
@@ -294,6 +293,41 @@ func (c *chaos) allMoves() map[string]func() {
 				c.silent[i] = true
 			}
 		},
+	}
+}
+
+// roamer is an address that comes or goes, to which somebody sends if there is one.
+func (c *chaos) roamer() netip.Addr {
+	s := pick(c, c.streams)
+	ips := roaming(s.family)
+
+	for _, to := range *s.to.Load() {
+		if slices.Contains(ips, to.ip) {
+			return to.ip
+		}
+	}
+
+	return pick(c, ips)
+}
+
+// begin has a client begin a flow to each UDP row of an address: what is sent all the time
+// goes on as it began.
+func (c *chaos) begin(ip netip.Addr) {
+	for _, r := range c.allRows(familyOf(ip)) {
+		if r.proto != udp || !r.overlaps(endpoint{ip: ip}) {
+			continue
+		}
+
+		require.NoError(c.t, c.Client.Do(func() error {
+			conn, err := (&net.Dialer{}).DialContext(c.t.Context(), "udp", netip.AddrPortFrom(ip, r.port).String())
+			if err != nil {
+				return err
+			}
+
+			_, err = conn.Write([]byte("hello\n"))
+
+			return errors.Join(err, conn.Close())
+		}))
 	}
 }
 
@@ -561,7 +595,7 @@ func (c *chaos) changedServices(f ipFamily) []string {
 		return nil
 	}
 
-	msgs, err := c.conn.Dump(c.t.Context(), newNFTLayout(f).table.Elements(nftServices))
+	msgs, err := c.reader().Dump(c.t.Context(), newNFTLayout(f).table.Elements(nftServices))
 	require.NoError(c.t, err)
 
 	have := map[netip.Addr]bool{}

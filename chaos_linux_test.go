@@ -402,12 +402,13 @@ func (c *chaos) randomPod(id string) *PodPortMapping {
 			pm.HostIP = pick(c, c.hostIPs(f)).String()
 		}
 
-		if rows := slices.DeleteFunc(slices.Clone(c.model[id]), func(r *row) bool { return r.family() != f }); len(rows) > 0 && c.random.IntN(3) == 0 {
-			r := pick(c, rows)
-			pm.HostPort, pm.Protocol = int32(r.port), r.proto.api()
+		own := slices.DeleteFunc(slices.Clone(c.model[id]), func(r *row) bool { return r.family() != f })
+		if len(own) > 0 && c.random.IntN(3) == 0 { // which moves, or stands beside
+			r := pick(c, own)
+			pm.HostPort, pm.Protocol, pm.HostIP = int32(r.port), r.proto.api(), ""
 
-			if c.random.IntN(2) == 0 && r.ip.IsValid() {
-				pm.HostIP = r.ip.String()
+			if ip := pick(c, []netip.Addr{{}, r.ip, pick(c, c.hostIPs(f))}); ip.IsValid() {
+				pm.HostIP = ip.String()
 			}
 		}
 
@@ -760,7 +761,7 @@ func (c *chaos) allFaults() map[string]func() {
 }
 
 func (c *chaos) tryCommit(msgs ...netlink.Message) {
-	_ = c.nfnetlink().Commit(c.t.Context(), 0, msgs) // it may not be there
+	_ = c.reader().Commit(c.t.Context(), 0, msgs) // it may not be there
 }
 
 func (c *chaos) anyRow(f ipFamily) *row {

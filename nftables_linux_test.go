@@ -41,6 +41,17 @@ func (n *node) nfnetlink() *nfnetlink.Conn {
 	return conn
 }
 
+// reader is such a socket for whoever looks often.
+func (n *node) reader() *nfnetlink.Conn {
+	n.t.Helper()
+
+	if n.reads == nil {
+		n.reads = n.nfnetlink()
+	}
+
+	return n.reads
+}
+
 // commit changes the node's nf_tables, as somebody else might.
 func (n *node) commit(msgs ...netlink.Message) {
 	n.t.Helper()

@@ -21,6 +21,7 @@ import (
 	"k8s.io/klog/v2"
 	"k8s.io/klog/v2/ktesting"
 
+	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -31,6 +32,7 @@ type node struct {
 
 	t       testing.TB
 	variant variant
+	reads   *nfnetlink.Conn // see reader
 }
 
 // viaNFTables stands for no iptables at all, but nftables.

@@ -119,7 +119,7 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 
 	var (
 		list   []string
-		conn   = n.nfnetlink()
+		conn   = n.reader()
 		b      = newNFTBackend(&nftRuleset{conn: conn}, f, newConfig(nil))
 		wanted = map[nftKey]nftElement{}
 	)
