@@ -130,7 +130,14 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 	case has && r != nil && r.pod == flow.Responder:
 		return false
 	case flow.Translated:
-		return t.ended(key, flow) || has && v.narrowed(key, flow) || !has && t.strays(flow, r, v)
+		switch led := v.haveLed(key, flow); {
+		case !has:
+			return t.ended(key, flow) || led && t.strays(to.Addr(), v)
+		case key.proto == udp:
+			return t.ended(key, flow) || v.narrowed(key, flow)
+		default: // what a row that stays has led goes on
+			return t.ended(key, flow) && !led
+		}
 	case key.proto == tcp && !t.came(to.Addr()): // of somebody who had the port before
 		return false
 	default: // begun before there was the row, or the address
@@ -141,13 +148,10 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 // came reports whether the node did not have an address before.
 func (t *turnover) came(ip netip.Addr) bool { return t.before != nil && !t.before.Has(ip) }
 
-// strays reports whether r has led a flow to an address that is not the node's: it had
-// that before, or it is a Service's, of which CRI-O's rules know nothing.
-func (t *turnover) strays(flow nfnetlink.Flow, r *row, v nodeView) bool {
-	to := flow.Destination.Addr()
-	had := t.before != nil && t.before.HadLocal(to)
-
-	return r != nil && r.hasLedTo(flow.Responder) && (had || v.now.HasService(to))
+// strays reports whether rows have led to an address that is not the node's: it had that
+// before, or it is a Service's, of which CRI-O's rules know nothing.
+func (t *turnover) strays(to netip.Addr, v nodeView) bool {
+	return t.before != nil && t.before.HadLocal(to) || v.now.HasService(to)
 }
 
 // leads reports whether rows are asked where a flow is to go. What comes from a
@@ -161,12 +165,23 @@ func (v nodeView) leads(flow nfnetlink.Flow) bool {
 }
 
 // narrowed reports whether a flow leads to the pod of the row for any address, in whose
-// place there is one for its address now. Connections and associations go on, as they do
-// where a row has moved.
+// place there is one for its address now.
 func (v nodeView) narrowed(key portKey, flow nfnetlink.Flow) bool {
 	wide := v.rowFor(key, netip.Addr{})
 
-	return key.proto == udp && wide != nil && wide.pod == flow.Responder
+	return wide != nil && wide.pod == flow.Responder
+}
+
+// haveLed reports whether a row has led a flow: that for its address, or that for any,
+// beside which there is one for its address since.
+func (v nodeView) haveLed(key portKey, flow nfnetlink.Flow) bool {
+	for _, ip := range []netip.Addr{flow.Destination.Addr(), {}} {
+		if r := v.rowFor(key, ip); r != nil && r.hasLedTo(flow.Responder) {
+			return true
+		}
+	}
+
+	return false
 }
 
 // ended reports whether a flow leads to the pod of a row that has gone.

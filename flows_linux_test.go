@@ -194,15 +194,22 @@ func TestConnectionsToBriefAddress(t *testing.T) {
 		fm.flows.due.Reset(0)
 		fm.flows.mu.Unlock()
 
-		conn := n.nfnetlink()
-
-		eventually(t, func() bool {
-			list, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, 8080)
-			require.NoError(t, err)
-
-			return len(list) == 0
-		}, "the connection goes on")
+		n.noConnections(f, netip.AddrPortFrom(vip(f), 8080))
 	})
+}
+
+// noConnections waits until there is no connection to an address.
+func (n *node) noConnections(f ipFamily, to netip.AddrPort) {
+	n.t.Helper()
+
+	conn := n.nfnetlink()
+
+	eventually(n.t, func() bool {
+		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, to.Port())
+		require.NoError(n.t, err)
+
+		return !slices.ContainsFunc(list, func(flow nfnetlink.Flow) bool { return flow.Destination == to })
+	}, "the connection goes on")
 }
 
 // An answer that is under way when its flow is ended begins one from the other side, to
@@ -453,6 +460,53 @@ func TestTCPFlows(t *testing.T) {
 		require.NoError(t, n.remove(m, "moves", nil))
 		moves.isReset()
 		assert.Equal(t, "other", stays.asks())
+	})
+}
+
+// Connections go on to where the pod's row for any address led when there is one for their
+// address as well, and end with the address.
+func TestConnectionsOfWiderRow(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.serve(1, "tcp", f, 80)
+		require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(f))))
+
+		m := n.manager()
+		port := func(ip netip.Addr) *PortMapping {
+			pm := &PortMapping{HostPort: 8080, ContainerPort: 80}
+			if ip.IsValid() {
+				pm.HostIP = ip.String()
+			}
+
+			return pm
+		}
+		wide, there, here := port(netip.Addr{}), port(vip(f)), port(n.nodeIP(f))
+		connect := func(to netip.Addr, pod string) *connection {
+			c := n.connect(t, netip.AddrPortFrom(to, 8080))
+			require.Equal(t, pod, c.asks())
+
+			return c
+		}
+
+		require.NoError(t, n.add(m, "id", n.pod(0, f, wide)))
+
+		gone, left := connect(vip(f), "web"), connect(n.otherNodeIP(f), "web")
+		require.NoError(t, n.add(m, "id", n.pod(0, f, here)))
+
+		stays := connect(n.nodeIP(f), "web")
+		require.NoError(t, n.add(m, "id", n.pod(1, f, there, here)))
+
+		for _, c := range []*connection{gone, left, stays} {
+			assert.Equal(t, "web", c.asks())
+		}
+
+		require.NoError(t, n.Host.RemoveAddress("eth1", hostPrefix(vip(f))))
+		n.look(m, f)
+		n.noConnections(f, netip.AddrPortFrom(vip(f), 8080))
+
+		require.NoError(t, n.remove(m, "id", n.pod(0, f, wide)))
+		left.isReset()
+		assert.Equal(t, "web", stays.asks(), "by the row that has moved")
 	})
 }
 
