@@ -623,16 +623,17 @@ func (c *chaos) changedServices(f ipFamily) []string {
 }
 
 // excuse notes what a new process cannot know of the flows that were there while there
-// was none: that an address has come or gone, what a row led to before it was moved, and
-// which rows have gone with a process that was killed before it could end their flows.
-func (c *chaos) excuse(flows []nfnetlink.Flow, gone []*row) {
+// was none: that an address has come or gone, what known rows led to before they were
+// moved, and which rows have gone with a process that was killed before it could end their
+// flows.
+func (c *chaos) excuse(flows []nfnetlink.Flow, known, gone []*row) {
 	for _, flow := range flows {
 		to := endpoint{portKey{protocolOf(flow.Protocol), flow.Destination.Port()}, flow.Destination.Addr()}
-		_, all := c.rowsAt(to)
-		left := slices.ContainsFunc(gone, func(r *row) bool {
-			return r.portKey == to.portKey && r.overlaps(to) && r.hasLedTo(flow.Responder)
-		})
-		moved := slices.ContainsFunc(all, func(r *row) bool { return slices.Contains(r.former, flow.Responder) })
+		are := func(rows []*row, led func(*row) bool) bool {
+			return slices.ContainsFunc(rows, func(r *row) bool { return r.portKey == to.portKey && r.overlaps(to) && led(r) })
+		}
+		left := are(gone, func(r *row) bool { return r.hasLedTo(flow.Responder) })
+		moved := are(known, func(r *row) bool { return slices.Contains(r.former, flow.Responder) })
 
 		if moved || (left || c.changed[to.ip]) && c.stale(flow) != "" {
 			c.excused[fmt.Sprint(flow)] = true

@@ -649,6 +649,7 @@ func (c *chaos) killed(during func()) {
 	flows := slices.Concat(c.flows(IPv4), c.flows(IPv6))
 	c.runtime = c.start(true, impatient)
 
+	known := slices.Concat(c.allRows(IPv4), c.allRows(IPv6))
 	gone, _ := rowsOf(add.ID, add.Pod)
 	gone = append(gone, c.model[remove.ID]...)
 	gone = slices.DeleteFunc(gone, func(r *row) bool {
@@ -660,7 +661,7 @@ func (c *chaos) killed(during func()) {
 	}
 
 	c.forget(func(k *client) bool { return k.owner == add.ID || k.owner == remove.ID })
-	c.excuse(flows, gone)
+	c.excuse(flows, known, gone)
 
 	// What it was about to start has its ports until that begins, or ends with it.
 	eventually(c.t, func() bool {
