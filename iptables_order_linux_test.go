@@ -10,6 +10,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // ends are rules that end the walk of whatever packet meets them in a base chain.
@@ -176,7 +178,12 @@ func TestForeignRulesBehindOurs(t *testing.T) {
 			n.iptables(IPv4, "-A", postRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
 			n.iptables(IPv4, "-I", preRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
 			<-time.After(2 * lookInterval)
-			assert.Equal(t, 2, worked(), "those of this test")
+
+			if ours := worked() - 2; nfnetlink.KernelAtLeast(5, 15) {
+				assert.Zero(t, ours)
+			} else { // which does not say whether a rule stands behind the others
+				assert.Positive(t, ours)
+			}
 		}
 
 		for _, processes := range []int{1, 1} {

@@ -14,6 +14,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // links knows the interfaces that lead to the pods of a family.
@@ -233,20 +235,7 @@ func bridgeFlag(bridge string, attr uint16) (bool, error) {
 
 // hasInputInPostrouting reports whether the kernel tells rules in postrouting by which
 // interface a packet came: from Linux 5.7 on (commit 28f8bfd1ac94).
-func hasInputInPostrouting() bool {
-	var (
-		name         unix.Utsname
-		major, minor int
-	)
-
-	if unix.Uname(&name) != nil {
-		return false
-	}
-
-	_, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &major, &minor)
-
-	return err == nil && slices.Compare([]int{major, minor}, []int{5, 7}) >= 0
-}
+func hasInputInPostrouting() bool { return nfnetlink.KernelAtLeast(5, 7) }
 
 // isInterface reports whether there is an interface of that name. Each has a
 // directory with its sysctls, and to look for that takes a tenth of the time that
