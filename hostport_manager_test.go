@@ -694,6 +694,20 @@ func TestConcurrentUse(t *testing.T) {
 	})
 }
 
+// What lets the pod of two sandboxes reach itself goes with the last of them, whoever it
+// was called after meanwhile.
+func TestLastOfSharedAddress(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		require.NoError(t, n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		require.NoError(t, n.add(m, "b", n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+		require.NoError(t, n.remove(m, "b", nil))
+		n.manager(WithoutSockets())
+		require.NoError(t, n.remove(m, "a", nil))
+		assert.Empty(t, n.leftOver(f))
+	})
+}
+
 func TestClose(t *testing.T) {
 	n := anyNode(t)
 	n.serve(0, "tcp", IPv4, 80)

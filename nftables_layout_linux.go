@@ -290,6 +290,9 @@ func (l nftLayout) within(network netip.Prefix, offset uint32, compare func(sreg
 // nftKey names an element: no two of one set have the same key.
 type nftKey struct{ set, key string }
 
+// isRow reports whether an element of that key stands for a row.
+func (k nftKey) isRow() bool { return k.set == nftHostPorts || k.set == nftHostIPPorts }
+
 // nftElement is an element. Its zero value is none.
 type nftElement struct {
 	nftKey

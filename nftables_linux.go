@@ -454,13 +454,14 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 
 	for key, w := range p.wanted {
 		found := have[key]
-		stranger := found.there() && found.comment != w.have.comment && found.comment != w.want.comment
+		// What several pods share is ours whoever it is called after.
+		stranger := found.there() && key.isRow() && found.comment != w.have.comment && found.comment != w.want.comment
 
 		switch {
 		case !stranger:
 		case !w.want.there():
 			found = nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
-		case key.set == nftHostPorts || key.set == nftHostIPPorts:
+		default:
 			b.log.Info("Replacing a host port whose owner is unknown",
 				"row", b.describe(found), "podIDHash", found.comment, "pod", w.row.owner)
 		}
