@@ -152,6 +152,8 @@ type row struct {
 	// it: CRI-O's, and those in another backend. The next Add of its pod that
 	// has to do with its port moves it.
 	astray bool
+	// gone is set if a Remove of the row has failed.
+	gone bool
 	// depth is the level of the range chain that the row stands in, as the
 	// iptables backend chose it.
 	depth int
@@ -176,7 +178,7 @@ func (o owner) String() string {
 
 // become makes o the owner of a row that the kernel has carried without.
 func (r *row) become(o owner) {
-	r.owner, r.ownerHash = o, shortHash(o.id)
+	r.owner, r.ownerHash, r.gone = o, shortHash(o.id), false
 	r.hash = cmp.Or(r.hash, rowHash(o.id, int32(r.port), string(r.proto.api()), r.hostIP(r.family()).String()))
 	r.label = cmp.Or(r.label, ruleLabel(o, r.port))
 }

@@ -46,8 +46,9 @@ type HostPortManager interface {
 	// and host IP were given to Add as Kubernetes spells them.
 	//
 	// Errors: context.DeadlineExceeded; os.ErrClosed; else what the kernel or
-	// iptables(8) said. Rows that could not be removed stay in the table, and
-	// Remove again tries again.
+	// iptables(8) said. Rows that could not be removed are nobody's then: the next
+	// Add that wants their ports gets them. Remove again tries again, and so does
+	// Run.
 	Remove(id string, podPortMapping *PodPortMapping) error
 }
 
@@ -61,6 +62,7 @@ type hostportManager struct {
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
+	failed  []*operation // Removes of whose rows the table does not know it yet
 
 	// turn is held by sending to it. Whoever holds it commits what has queued
 	// up, and only that one touches the fields below.
@@ -94,7 +96,8 @@ type hostportManager struct {
 	// may hold anything besides. Run does not try again before repairAt.
 	damaged, doubtful, leaked bool
 	repairAt                  time.Time
-	told                      string // the last error of a repair
+	told                      string    // the last error of a repair
+	pruneAt                   time.Time // not before this does Run try again to take out rows that are gone
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -186,14 +189,14 @@ func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) erro
 		return m.do(op)
 	}
 
-	claims := claimsOf(id, podPortMapping, m.family)
-	if podPortMapping.HostNetwork || len(claims) == 0 {
+	op.claims = claimsOf(id, podPortMapping, m.family)
+	if podPortMapping.HostNetwork || len(op.claims) == 0 {
 		return nil
 	}
 
 	op.owner.namespace, op.owner.name = podPortMapping.Namespace, podPortMapping.Name
 	op.plan = func(c *change) error {
-		for _, claim := range claims {
+		for _, claim := range op.claims {
 			for _, r := range m.rows[claim.portKey] {
 				if r.endpoint == claim.endpoint && m.owns(op.owner, claim.hash, r) {
 					c.del(r)
@@ -434,6 +437,8 @@ func (m *hostportManager) table() iter.Seq[*row] {
 func (m *hostportManager) mappings() []Mapping {
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
+
+	m.disownFailed()
 
 	var list []Mapping
 

@@ -531,7 +531,7 @@ func TestXtablesLock(t *testing.T) {
 	}
 
 	unlock()
-	assert.Equal(t, before, n.dump(m))
+	assert.Equal(t, disowned(before), n.dump(m))
 
 	m.families[0].cfg.timeout = defaultTimeout
 

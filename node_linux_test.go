@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -444,6 +445,11 @@ func (n *node) dump(m interface{ Mappings() []Mapping }) string {
 	}
 
 	return b.String()
+}
+
+// disowned is a dump in which no pod has the rows, as after a Remove that has failed.
+func disowned(dump string) string {
+	return regexp.MustCompile(`PodID:\S* Namespace:\S* Name:\S* `).ReplaceAllString(dump, "PodID: Namespace: Name: ")
 }
 
 // countWork returns a function that tells how much has been done in the kernel

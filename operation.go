@@ -16,7 +16,8 @@ type operation struct {
 	name   string
 	owner  owner
 	remove bool
-	rows   []*row // of an Add
+	rows   []*row  // of an Add
+	claims []claim // of a Remove; nil: all rows of the pod
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
@@ -79,7 +80,52 @@ func (m *hostportManager) withdraw(op *operation) bool {
 	before := len(m.queue)
 	m.queue = slices.DeleteFunc(m.queue, func(o *operation) bool { return o == op })
 
-	return len(m.queue) < before
+	withdrawn := len(m.queue) < before
+	if withdrawn && op.remove {
+		m.noteFailed(op)
+	}
+
+	return withdrawn
+}
+
+// noteFailed notes a Remove that has failed before it could touch the table. The caller
+// has queueMu.
+func (m *hostportManager) noteFailed(op *operation) {
+	m.failed = slices.DeleteFunc(m.failed, func(o *operation) bool {
+		return o.owner.id == op.owner.id && slices.Equal(o.claims, op.claims)
+	})
+	m.failed = append(m.failed, op)
+}
+
+// disownFailed does for Removes that have failed before what disown does.
+func (m *hostportManager) disownFailed() {
+	m.queueMu.Lock()
+	failed := m.failed
+	m.failed = nil
+	m.queueMu.Unlock()
+
+	for _, op := range failed {
+		m.disown(m.removedBy(op))
+	}
+}
+
+// removedBy are the rows that a Remove is to take out.
+func (m *hostportManager) removedBy(op *operation) []*row {
+	c := &change{m: m}
+	_ = op.plan(c) // a Remove's does not fail
+	rows := slices.Clone(c.delta.del)
+	c.undo()
+
+	return rows
+}
+
+// disown makes rows that could not be removed nobody's: their pods are gone, whatever the
+// kernel still holds. The next Add that wants their ports gets them, and Run takes the
+// others out.
+func (m *hostportManager) disown(rows []*row) {
+	for _, r := range rows {
+		r.owner, r.gone = owner{}, true
+	}
 }
 
 // wrap names the pod and the family, unless the error does.
@@ -125,6 +171,7 @@ func (m *hostportManager) commit(ops []*operation) {
 
 	err := m.ready(ctx)
 	if err == nil {
+		m.disownFailed()
 		m.observeNode(ctx)
 		m.commitAll(ctx, ops)
 		m.clearUp(ctx, ops)
@@ -134,6 +181,16 @@ func (m *hostportManager) commit(ops []*operation) {
 		op.done = true
 		if err != nil && !(op.remove && holdsNothing(err)) {
 			op.err = err
+		}
+
+		switch {
+		case !op.remove || op.err == nil || m.closed:
+		case err == nil:
+			m.disown(m.removedBy(op))
+		default:
+			m.queueMu.Lock()
+			m.noteFailed(op)
+			m.queueMu.Unlock()
 		}
 	}
 }

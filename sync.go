@@ -43,6 +43,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		return m.inFamily(err)
 	}
 
+	m.disownFailed()
 	m.observeNode(ctx)
 
 	var errs []error
@@ -212,6 +213,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.sockets.retry()
 
+	m.disownFailed()
 	m.observeNode(ctx)
 	m.exempt(ctx)
 
@@ -232,7 +234,40 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 		m.restore(ctx)
 	}
 
+	m.prune()
+
 	return nil
+}
+
+// prune takes out the rows that could not be removed.
+func (m *hostportManager) prune() {
+	op := &operation{remove: true, plan: func(c *change) error {
+		for r := range m.table() {
+			if r.gone {
+				c.del(r)
+			}
+		}
+
+		return nil
+	}}
+
+	rows := m.removedBy(op)
+	if len(rows) == 0 || time.Now().Before(m.pruneAt) {
+		return
+	}
+
+	m.commit([]*operation{op})
+
+	if op.err != nil {
+		m.pruneAt = time.Now().Add(leftoverPause)
+		m.cfg.log.Error(op.err, "Cannot remove host ports of pods that are gone", "family", m.family, "rows", len(rows), "first", rows[0])
+
+		return
+	}
+
+	for _, r := range rows {
+		m.cfg.log.Info("Removed a host port whose pod is gone", "row", r, "podIDHash", r.ownerMark(), "label", r.label)
+	}
 }
 
 // exempt has what is for addresses of Services left alone, if that is due.

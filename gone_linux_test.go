@@ -1,0 +1,133 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"net/netip"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/testbed"
+)
+
+// A pod that was removed is gone, also where the rows could not be taken out: another pod
+// gets the port, Run takes out what nobody wants, and the table says so.
+func TestRemoveFails(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.serve(1, "tcp", f, 80)
+
+		log, logged := logs(t)
+		m := n.manager(WithTimeout(testbed.Stretch(500*time.Millisecond)), log)
+		fm := m.familyOf([]*row{{pod: netip.AddrPortFrom(n.nodeIP(f), 80)}})
+		at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
+		port := func(port int32) *PortMapping { return &PortMapping{HostPort: port, ContainerPort: 80} }
+		add := func(id string, pod int, ports ...*PortMapping) {
+			eventually(t, func() bool { return n.add(m, id, n.pod(pod, f, ports...)) == nil })
+		}
+
+		held := func(remove func() error) {
+			fm.turn <- struct{}{}
+			defer func() { <-fm.turn }()
+
+			require.ErrorIs(t, remove(), context.DeadlineExceeded)
+		}
+		refused := func(remove func() error) {
+			works := fm.backend
+			fm.backend = refusingBackend{works}
+
+			defer func() { fm.backend = works }()
+
+			require.ErrorIs(t, remove(), syscall.EPERM)
+		}
+		all := func() error { return n.remove(m, "gone", nil) }
+		named := func() error { return n.remove(m, "gone", n.pod(0, f, port(8080), port(8081))) }
+
+		for name, fails := range map[string]func(){
+			"too late":        func() { held(all) },
+			"named, too late": func() { held(named) },
+			"refused":         func() { refused(all) },
+			"named, refused":  func() { refused(named) },
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := n.within(t)
+
+				add("gone", 0, port(8080), port(8081))
+				fails()
+				require.Len(t, m.Mappings(), 2)
+
+				for _, mapping := range m.Mappings() {
+					assert.Empty(t, mapping.PodID+mapping.Namespace+mapping.Name)
+					assert.NotEmpty(t, mapping.PodIDHash)
+				}
+
+				add("next", 1, port(8080))
+				n.answers(n.Client, "tcp", at(8080), "other")
+				n.answers(n.Client, "tcp", at(8081), "web")
+
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+
+				go n.do(func() { done <- m.Run(ctx) })
+
+				n.soon(func() bool { return len(m.Mappings()) == 1 })
+				cancel()
+				require.ErrorIs(t, <-done, context.Canceled)
+				n.refused(n.Client, "tcp", at(8081))
+				assert.Contains(t, logged(), "Removed a host port whose pod is gone")
+
+				require.NoError(t, n.remove(m, "next", nil))
+				assert.Empty(t, n.leftOver(f))
+			})
+		}
+	})
+}
+
+// A Remove of a family that cannot be looked at yet is carried out when it can.
+func TestRemoveBeforeReady(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		before := n.manager()
+		require.NoError(t, n.add(before, "gone", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		require.NoError(t, n.add(before, "stays", n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))
+		require.NoError(t, before.Close())
+
+		works := false
+		cfg := newConfig([]Option{WithLogger(testLogger(t)), WithBackend(n.backend())})
+		opener := newOpener(cfg)
+		m := newHostportManager(f, cfg, func(ctx context.Context) (backend, error) {
+			if !works {
+				return nil, syscall.EMFILE
+			}
+
+			return opener.open(f)(ctx)
+		})
+
+		t.Cleanup(func() { assert.NoError(t, errors.Join(m.Close(), opener.close())) })
+		n.do(func() {
+			for range 2 {
+				require.ErrorIs(t, m.Remove("gone", nil), syscall.EMFILE)
+			}
+
+			assert.Len(t, m.failed, 1, "of one pod")
+
+			works = true
+			require.NoError(t, m.mend(t.Context(), func(backend) bool { return false }))
+		})
+
+		mappings := m.mappings()
+		require.Len(t, mappings, 1)
+		assert.EqualValues(t, 8081, mappings[0].HostPort)
+	})
+}
+
+// refusingBackend changes nothing.
+type refusingBackend struct{ backend }
+
+func (refusingBackend) apply(context.Context, []delta, iter.Seq[*row]) (bool, error) {
+	return false, syscall.EPERM
+}
