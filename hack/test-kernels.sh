@@ -85,7 +85,8 @@ chmod 755 "$root/init"
 
 # run boots a machine and waits until it has ended; what it says is in $log. It fails if the tests did not begin.
 run() {
-	timeout "$test_limit" qemu-system-x86_64 -M pc -accel tcg,thread=multi -cpu max,la57=off,cx16=off -m 2048 -smp 2 \
+	# With a thread for each CPU one may run code that another has just patched: the kernel dies of int3.
+	timeout "$test_limit" qemu-system-x86_64 -M pc -accel tcg,thread=single -cpu max,la57=off,cx16=off -m 2048 -smp 2 \
 		-nodefaults -no-user-config -display none -no-reboot -serial "file:$log" \
 		-kernel "$dir/$series/vmlinuz" -initrd "$tmp/initrd" \
 		-append 'console=ttyS0 rdinit=/init quiet loglevel=1 panic=-1 mitigations=off random.trust_cpu=on nowatchdog' </dev/null &
