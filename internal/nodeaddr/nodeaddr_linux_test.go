@@ -222,6 +222,46 @@ func TestOthersChange(t *testing.T) {
 }
 
 // Whoever watches is told, as often as there is something new to be read.
+// What was there for a moment is not forgotten where others change meanwhile, so that the
+// addresses have to be read again.
+func TestBrieflyAmongOthers(t *testing.T) {
+	host, both := node(t)
+	brief, other := netip.MustParsePrefix("203.0.113.9/32"), netip.MustParsePrefix("203.0.113.10/32")
+	stop, done := make(chan struct{}), make(chan error, 1)
+
+	go func() {
+		for {
+			select {
+			case <-stop:
+				done <- nil
+
+				return
+			default:
+			}
+
+			if err := errors.Join(host.AddLocalRoute("eth0", other), host.RemoveLocalRoute("eth0", other)); err != nil {
+				done <- err
+
+				return
+			}
+		}
+	}()
+
+	for range 200 {
+		before := both.now(t, false)
+
+		require.NoError(t, host.AddLocalRoute("eth0", brief))
+		require.NoError(t, host.RemoveLocalRoute("eth0", brief))
+
+		if now := both.now(t, false); !assert.True(t, before.Until(now).HadLocal(brief.Addr())) {
+			break
+		}
+	}
+
+	close(stop)
+	require.NoError(t, <-done)
+}
+
 func TestWatch(t *testing.T) {
 	host, both := node(t)
 	news := make(chan struct{}, 1)

@@ -36,7 +36,7 @@ type Table struct {
 	last     *Addresses      // as they were read last
 	devices  map[uint32]bool // that had any of these, or have had since, by index
 	stale    bool            // something has changed since
-	passed   prefixes        // that have come or gone since
+	passed   prefixes        // that have come or gone since Now returned last
 	gone     bool            // some have gone since, if only for a moment, or may have
 	buf      [4096]byte
 }
@@ -137,11 +137,13 @@ func (t *Table) Now(ctx context.Context) (*Addresses, error) {
 			t.last = now
 		}
 
-		t.passed, t.gone = newPrefixes(), false
-
 		if err := t.drain(); err != nil { // what came meanwhile may be missing
 			return nil, err
 		}
+	}
+
+	if !t.stale {
+		t.passed, t.gone = newPrefixes(), false
 	}
 
 	return t.last, nil
