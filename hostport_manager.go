@@ -33,7 +33,8 @@ type HostPortManager interface {
 	// Errors: ErrInvalidMapping; *ConflictError, where another pod has the
 	// port; syscall.EADDRINUSE, where another process has it;
 	// context.DeadlineExceeded; os.ErrClosed; errors.ErrUnsupported on systems
-	// other than Linux; else what the kernel or iptables(8) said.
+	// other than Linux; a thread in another network namespace than the manager was
+	// made in; else what the kernel or iptables(8) said.
 	Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error
 
 	// Remove takes out the rows of a pod that podPortMapping names, in both
@@ -59,6 +60,7 @@ type hostportManager struct {
 	cfg    config
 	open   func(ctx context.Context) (backend, error)
 	addrs  *nodeaddr.Table
+	at     namespace // in which operations are to be called
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
@@ -369,6 +371,10 @@ func (m *hostportManager) ought() bool {
 // start is the constructors' attempt at ready. What keeps it from succeeding
 // is told by the first Add.
 func (m *hostportManager) start() error {
+	if err := m.at.isCurrent(); err != nil {
+		return err
+	}
+
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
 

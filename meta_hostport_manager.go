@@ -16,7 +16,8 @@ import (
 )
 
 // Manager maps host ports for both IP families. It implements HostPortManager. Its
-// methods are to be called in the network namespace of the node.
+// methods are to be called in the network namespace that it was made in, the node's:
+// Add, Remove, Sync, Check and Run fail on a thread in another one, and change nothing.
 type Manager struct {
 	families []*hostportManager
 	opener   *opener

@@ -29,6 +29,10 @@ type operation struct {
 
 // do brings op into the kernel, together with whatever else waits.
 func (m *hostportManager) do(op *operation) error {
+	if err := m.at.isCurrent(); err != nil {
+		return m.wrap(op, err)
+	}
+
 	start := time.Now()
 
 	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)

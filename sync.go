@@ -28,7 +28,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 
 	start := time.Now()
 
-	if err := m.takeTurn(ctx); err != nil {
+	if err := m.enter(ctx); err != nil {
 		return m.inFamily(err)
 	}
 	defer func() { <-m.turn }()
@@ -92,6 +92,16 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 
 // inFamily names the family in an error that names no row.
 func (m *hostportManager) inFamily(err error) error { return fmt.Errorf("IPv%s: %w", m.family, err) }
+
+// enter waits for the turn until ctx ends, for an operation that is called in the right
+// network namespace.
+func (m *hostportManager) enter(ctx context.Context) error {
+	if err := m.at.isCurrent(); err != nil {
+		return err
+	}
+
+	return m.takeTurn(ctx)
+}
 
 // takeTurn waits for the turn until ctx ends.
 func (m *hostportManager) takeTurn(ctx context.Context) error {
@@ -197,7 +207,7 @@ func (m *hostportManager) takeBack(ctx context.Context) {
 // mend puts back what others have broken, if they may have, and holds ports that
 // could not be held. It fails only where there will be nothing to mend any more.
 func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool) error {
-	if err := m.takeTurn(ctx); err != nil {
+	if err := m.enter(ctx); err != nil {
 		return err
 	}
 	defer func() { <-m.turn }()
@@ -319,7 +329,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
 	defer cancel()
 
-	if err := m.takeTurn(ctx); err != nil {
+	if err := m.enter(ctx); err != nil {
 		return nil, err
 	}
 	defer func() { <-m.turn }()
