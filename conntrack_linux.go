@@ -130,18 +130,25 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 	case has && r != nil && r.pod == flow.Responder:
 		return false
 	case flow.Translated:
-		switch led := v.haveLed(key, flow); {
-		case !has:
-			return t.ended(key, flow) || led && t.strays(to.Addr(), v)
-		case key.proto == udp:
-			return t.ended(key, flow) || v.narrowed(key, flow)
-		default: // what a row that stays has led goes on
-			return t.ended(key, flow) && !led
-		}
+		return t.isMisled(key, flow, v)
 	case key.proto == tcp && !t.came(to.Addr()): // of somebody who had the port before
 		return false
 	default: // begun before there was the row, or the address
 		return has && r != nil
+	}
+}
+
+// isMisled reports whether a translated flow leads where no row for it does.
+func (t *turnover) isMisled(key portKey, flow nfnetlink.Flow, v nodeView) bool {
+	ended, led := t.ended(key, flow), v.haveLed(key, flow)
+
+	switch {
+	case !v.leads(flow):
+		return ended || led && t.strays(flow.Destination.Addr(), v)
+	case key.proto == udp:
+		return ended || v.narrowed(key, flow)
+	default: // what a row that stays has led goes on
+		return ended && !led
 	}
 }
 

@@ -235,7 +235,7 @@ func bridgeFlag(bridge string, attr uint16) (bool, error) {
 
 // hasInputInPostrouting reports whether the kernel tells rules in postrouting by which
 // interface a packet came: from Linux 5.7 on (commit 28f8bfd1ac94).
-func hasInputInPostrouting() bool { return nfnetlink.KernelAtLeast(5, 7) }
+func hasInputInPostrouting() bool { return nfnetlink.KernelAtLeast(5, 7) } //nolint:mnd // Linux 5.7
 
 // isInterface reports whether there is an interface of that name. Each has a
 // directory with its sysctls, and to look for that takes a tenth of the time that

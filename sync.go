@@ -244,7 +244,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 		m.restore(ctx)
 	}
 
-	m.prune()
+	m.prune() //nolint:contextcheck // an operation, which has its own
 
 	return nil
 }
