@@ -246,7 +246,7 @@ type chaos struct {
 }
 
 // impatient is a timeout that somebody who holds a lock can exceed.
-const impatient = 2 * time.Second
+var impatient = testbed.Stretch(2 * time.Second) //nolint:gochecknoglobals // measured
 
 const takesPort = "foreign process takes a port"
 
@@ -1036,7 +1036,7 @@ func (c *chaos) holdLock() {
 func (c *chaos) check(what string) {
 	rows := map[ipFamily][]*row{IPv4: c.allRows(IPv4), IPv6: c.allRows(IPv6)}
 
-	deadline := time.After(15 * time.Second) // with a lock that is held, and a repair that has failed once
+	deadline := time.After(testbed.Stretch(15 * time.Second)) // with a lock that is held, and a repair that has failed once
 
 	for list := []string{""}; len(list) > 0; {
 		list = nil
