@@ -82,9 +82,7 @@ type nftBackend struct {
 	log     klog.Logger
 	epoch   int // in which what follows was true
 	// seal is how our rules are recognised; zero: they have yet to be made.
-	seal string
-	// misfit is set while something that is not as ours bears one of our names.
-	misfit   bool
+	seal     string
 	hairpins map[netip.Addr]nftHairpin
 	// services are the addresses that are not to be translated, exempted those that the
 	// kernel has for that.
@@ -270,8 +268,6 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 			return false, err
 		}
 
-		p.anew = !intact && b.misfit
-
 		err = b.commit(ctx, gen, p, !intact)
 		if refused := (*nfnetlink.BatchError)(nil); !overtaken(err) || try > maxOvertaken && errors.As(err, &refused) {
 			return !intact && err == nil, err
@@ -316,8 +312,6 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 			return &refusedError{delta: w.delta, err: &rowError{w.row, err}}
 		}
 	}
-
-	b.misfit = refused != nil && refused.Message < base && inPlaceOfOurs(refused)
 
 	switch {
 	case err == nil:
@@ -439,14 +433,21 @@ func (b *nftBackend) readSeal(ctx context.Context) (table nfnetlink.TableInfo, s
 // look puts into the plan what the kernel holds, and tells whether our rules are
 // what they were. If not, the plan is for the whole table from now on.
 func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row]) (intact bool, err error) {
-	_, seal, err := b.readSeal(ctx)
+	info, seal, err := b.readSeal(ctx)
 	if err != nil {
 		return false, err
 	}
 
+	intact = seal != "" && seal == b.seal
+	if p.anew = false; seal != "" && !intact {
+		if _, _, p.anew, err = b.strangers(ctx, info); err != nil {
+			return false, err
+		}
+	}
+
 	var have map[nftKey]nftElement
 
-	if intact = seal != "" && seal == b.seal; intact {
+	if intact {
 		have, err = b.lookUp(ctx, p.order)
 	} else if have, err = b.dump(ctx); err == nil {
 		p.wantAll(b, table)

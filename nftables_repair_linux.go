@@ -46,17 +46,21 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 
 	p := b.planAll(have, rows, purge)
 	intact := seal != "" && seal == b.seal
-	p.anew = !intact && b.misfit
 	repairs := p.differences(b)
 
-	if purge && seal != "" {
-		var others bool
-		if p.strangers, others, err = b.strangers(ctx, table); err != nil {
+	if seal != "" && (purge || !intact) {
+		strangers, others, misfit, err := b.strangers(ctx, table)
+		if err != nil {
 			return nil, err
 		}
 
-		p.anew = p.anew || others
-		intact = intact && !others && len(p.strangers) == 0 // and sealed again
+		p.anew = misfit
+
+		if purge {
+			p.strangers, p.anew = strangers, misfit || others
+		}
+
+		intact = intact && !p.anew && len(p.strangers) == 0 // and sealed again
 	}
 
 	if !intact && b.seal != "" || len(p.strangers) > 0 {
@@ -75,15 +79,30 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 // strangers returns what takes out the chains and sets that others have put into our
 // table. To make the table anew would do as well, but not unnoticed: between two
 // chains of one hook, the old one and the new, a packet may meet neither. others is
-// set if there is something of another kind, which nothing less takes out.
-func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (msgs []netlink.Message, others bool, err error) {
-	ours := map[string]bool{}
+// set if there is something of another kind, which nothing less takes out, and misfit if
+// something bears one of our names and is not as ours.
+func (b *nftBackend) strangers(
+	ctx context.Context, table nfnetlink.TableInfo,
+) (msgs []netlink.Message, others, misfit bool, err error) {
+	ours := map[any]bool{}
+
 	for _, c := range b.chains() {
-		ours["chain "+c.Name] = true
+		info, err := nfnetlink.ParseChain(b.table.CreateChain(c))
+		if err != nil {
+			return nil, false, false, err
+		}
+
+		info.Policy = 0
+		ours[c.Name], ours[info] = true, true
 	}
 
 	for _, s := range b.sets() {
-		ours["set "+s.Name] = true
+		info, err := nfnetlink.ParseSet(b.table.CreateSet(s))
+		if err != nil {
+			return nil, false, false, err
+		}
+
+		ours[setName(s.Name)], ours[info] = true, true
 	}
 
 	var flush, sets, chains []netlink.Message
@@ -92,13 +111,13 @@ func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (
 
 	answers, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
 	if err != nil {
-		return nil, false, err
+		return nil, false, false, err
 	}
 
 	for _, m := range answers {
 		c, err := nfnetlink.ParseChain(m)
 		if err != nil {
-			return nil, false, err
+			return nil, false, false, err
 		}
 
 		if c.Table != nftTable {
@@ -107,30 +126,42 @@ func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (
 
 		found++
 
-		if !ours["chain "+c.Name] {
+		if !ours[c.Name] {
 			flush, chains = append(flush, b.table.FlushChain(c.Name)), append(chains, b.table.DeleteChain(c.Name))
+
+			continue
 		}
+
+		c.Handle, c.Policy = 0, 0 // to make the chain sets its policy
+		misfit = misfit || !ours[c]
 	}
 
 	if answers, err = b.ruleset.conn.Dump(ctx, b.table.Sets()); err != nil {
-		return nil, false, err
+		return nil, false, false, err
 	}
 
 	for _, m := range answers {
-		name, anonymous, err := nfnetlink.ParseSet(m)
+		s, err := nfnetlink.ParseSet(m)
 		if err != nil {
-			return nil, false, err
+			return nil, false, false, err
 		}
 
 		found++
 
-		if !anonymous && !ours["set "+name] {
-			sets = append(sets, b.table.DeleteSet(name))
+		switch {
+		case s.Anonymous():
+		case ours[setName(s.Name)]:
+			misfit = misfit || !ours[s]
+		default:
+			sets = append(sets, b.table.DeleteSet(s.Name))
 		}
 	}
 
-	return slices.Concat(flush, sets, chains), int(table.Use) > found, nil
+	return slices.Concat(flush, sets, chains), int(table.Use) > found, misfit, nil
 }
+
+// setName is the name of a set, where those of chains are strings.
+type setName string
 
 // planAll works out what it takes for the kernel, which has the elements given,
 // to hold rows, and with purge nothing else.

@@ -61,14 +61,32 @@ type Chain struct {
 	Comment string
 }
 
-// ChainInfo is what the kernel tells of a chain.
+// ChainInfo is what the kernel tells of a chain, or a message that makes one.
 type ChainInfo struct {
 	Table, Name string
+	// Type, Hook and Priority are as in Chain.
+	Type     string
+	Hook     uint32
+	Priority int32
 	// Handle is of this chain alone, as long as its table lives.
 	Handle uint64
 	// Policy is what becomes of packets that come to its end.
 	Policy uint32
 }
+
+// SetInfo is what the kernel tells of a set or map, or a message that makes one.
+type SetInfo struct {
+	Name string
+	// Flags are those of enum nft_set_flags.
+	Flags uint32
+	// KeyType and DataType are nft's numbers for what it consists of, the lengths in bytes.
+	KeyType, KeyLen, DataType, DataLen uint32
+	// Size is how many elements there may be; 0: any number.
+	Size uint32
+}
+
+// Anonymous reports whether the set is part of a rule.
+func (s SetInfo) Anonymous() bool { return s.Flags&unix.NFT_SET_ANONYMOUS != 0 }
 
 // RuleInfo is what the kernel tells of a rule.
 type RuleInfo struct {
@@ -200,7 +218,7 @@ func (t Table) GetChain(name string) netlink.Message {
 // Chains asks for all chains of the table's family, other tables' too, with Dump.
 func (t Table) Chains() netlink.Message { return t.message(unix.NFT_MSG_GETCHAIN, 0, nil) }
 
-// ParseChain reads an answer to GetChain or Chains.
+// ParseChain reads an answer to GetChain or Chains, or what CreateChain returns.
 func ParseChain(m netlink.Message) (ChainInfo, error) {
 	var info ChainInfo
 
@@ -214,6 +232,21 @@ func ParseChain(m netlink.Message) (ChainInfo, error) {
 			info.Handle = ad.Uint64()
 		case unix.NFTA_CHAIN_POLICY:
 			info.Policy = ad.Uint32()
+		case unix.NFTA_CHAIN_TYPE:
+			info.Type = ad.String()
+		case unix.NFTA_CHAIN_HOOK:
+			ad.Nested(func(ad *netlink.AttributeDecoder) error {
+				for ad.Next() {
+					switch ad.Type() {
+					case unix.NFTA_HOOK_HOOKNUM:
+						info.Hook = ad.Uint32()
+					case unix.NFTA_HOOK_PRIORITY:
+						info.Priority = ad.Int32()
+					}
+				}
+
+				return nil
+			})
 		}
 	})
 
@@ -313,17 +346,35 @@ func (t Table) Sets() netlink.Message {
 
 // ParseSet reads an answer to Sets: the name of the set, and whether it is part of
 // a rule, and goes with that.
-func ParseSet(m netlink.Message) (name string, anonymous bool, err error) {
-	err = decode(m.Data, func(ad *netlink.AttributeDecoder) {
-		switch ad.Type() {
-		case unix.NFTA_SET_NAME:
-			name = ad.String()
-		case unix.NFTA_SET_FLAGS:
-			anonymous = ad.Uint32()&unix.NFT_SET_ANONYMOUS != 0
+func ParseSet(m netlink.Message) (SetInfo, error) {
+	var info SetInfo
+
+	numbers := map[uint16]*uint32{
+		unix.NFTA_SET_FLAGS:    &info.Flags,
+		unix.NFTA_SET_KEY_TYPE: &info.KeyType, unix.NFTA_SET_KEY_LEN: &info.KeyLen,
+		unix.NFTA_SET_DATA_TYPE: &info.DataType, unix.NFTA_SET_DATA_LEN: &info.DataLen,
+	}
+
+	err := decode(m.Data, func(ad *netlink.AttributeDecoder) {
+		switch number := numbers[ad.Type()]; {
+		case number != nil:
+			*number = ad.Uint32()
+		case ad.Type() == unix.NFTA_SET_NAME:
+			info.Name = ad.String()
+		case ad.Type() == unix.NFTA_SET_DESC:
+			ad.Nested(func(ad *netlink.AttributeDecoder) error {
+				for ad.Next() {
+					if ad.Type() == unix.NFTA_SET_DESC_SIZE {
+						info.Size = ad.Uint32()
+					}
+				}
+
+				return nil
+			})
 		}
 	})
 
-	return name, anonymous, err
+	return info, err
 }
 
 // DeleteSet deletes a set or map, which no rule may use.
