@@ -547,6 +547,17 @@ func TestNamesCollide(t *testing.T) {
 	assert.ErrorContains(t, err, "ns/web")
 	assert.ErrorContains(t, err, "want another sandbox id, hostPort or hostIP")
 	assert.Equal(t, before, n.dump(m))
+
+	// A row that has gone, or has never come to be, has no name.
+	require.NoError(t, n.remove(m, "pod1", nil))
+	require.NoError(t, n.add(m, "pod110", n.pod(1, IPv4, &PortMapping{HostPort: 80, ContainerPort: 80})))
+	require.NoError(t, n.remove(m, "pod110", nil))
+
+	s := n.hostService("tcp", "192.0.2.1:8080")
+	require.ErrorIs(t, n.add(m, "pod1", n.pod(0, IPv4,
+		&PortMapping{HostPort: 1080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80})), syscall.EADDRINUSE)
+	require.NoError(t, s.Close())
+	require.NoError(t, n.add(m, "pod110", n.pod(1, IPv4, &PortMapping{HostPort: 80, ContainerPort: 80})))
 }
 
 // An operation ends in time when its turn does not come, or when its process
