@@ -288,7 +288,7 @@ func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 
 	return errors.Is(err, nfnetlink.ErrStale) ||
-		errors.As(err, &refused) && (inPlaceOfOurs(err) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOENT))
+		errors.As(err, &refused) && (inPlaceOfOurs(err) || errors.Is(err, unix.ENOENT))
 }
 
 // inPlaceOfOurs tells whether the kernel has refused to make something because there
