@@ -580,10 +580,42 @@ func TestOvertakenEachTime(t *testing.T) {
 
 	fake.commit = nil
 
+	fake.commits.Store(0)
+	require.NoError(t, n.add(m, "id3", n.pod(0, IPv4, &PortMapping{HostPort: 8083, ContainerPort: 80})))
+	assert.Equal(t, int32(1), fake.commits.Load(), "it knows that it does not know")
+	require.NoError(t, n.remove(m, "id3", nil))
+
 	n.wipe(IPv4)
 	require.NoError(t, n.remove(m, "id0", nil))
 	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8081), "web")
 	assert.Len(t, n.elements(IPv4), 4)
+}
+
+// What somebody does to rules that have just been made, before they have been looked
+// at, is not taken for ours.
+func TestWipedWhenJustMade(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		m, fake := n.viaFake()
+		fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+			fake.commit = nil
+			fake.get = func() error {
+				fake.get = nil
+
+				n.wipe(f)
+
+				return nil
+			}
+
+			return msgs, nil
+		}
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		require.Nil(t, fake.get, "it has been looked at")
+
+		require.NoError(t, n.add(m, "other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+	})
 }
 
 // fitting is how many rows a test puts into one transaction: many, or fewer with
@@ -871,6 +903,46 @@ func TestLostAnswer(t *testing.T) {
 
 	require.NoError(t, only.remove(m, "id", nil))
 	require.Empty(t, only.elements(IPv4))
+}
+
+// What of that somebody else has put another row in place of is not ours to take back.
+func TestLostToOthers(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+		element := func(id string, pod *PodPortMapping) nftElement {
+			return rowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{id: {pod}})[0])
+		}
+		ours, theirs := element("id", n.pod(0, f, port)), element("theirs", n.pod(1, f, port))
+		table := newNFTLayout(f).table
+
+		for name, next := range map[string]func(n *node, m *Manager){
+			"another pod's Add": func(n *node, m *Manager) {
+				require.NoError(t, n.add(m, "other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+			},
+			"Remove": func(n *node, m *Manager) { require.NoError(t, n.remove(m, "id", nil)) },
+			"Run":    (*node).run,
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := n.within(t)
+				m, fake := n.viaFake()
+				fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+					fake.commit = nil
+
+					n.commit(msgs...)
+					n.commit(table.DeleteElement(ours.set, ours.element()), table.AddElement(theirs.set, theirs.element()))
+
+					return nil, errInjected
+				}
+				require.ErrorIs(t, n.add(m, "id", n.pod(0, f, port)), errInjected)
+				next(n, m)
+
+				elements := func() string { return strings.Join(n.elements(f), "\n") }
+				n.soon(func() bool { return !strings.Contains(elements(), ours.comment) })
+				assert.Contains(t, elements(), theirs.comment)
+				require.NoError(t, n.sync(m, nil))
+			})
+		}
+	})
 }
 
 // An element that somebody has deleted comes back with its pod's Add, whatever
