@@ -149,7 +149,8 @@ func servedBy(data []byte, e endpoint, f ipFamily) uint32 {
 		src = netip.AddrFrom4([4]byte(m.ID.Src[:4]))
 	}
 
-	if m.Family == unix.AF_INET6 && f == IPv4 && !src.Is4() && (!src.IsUnspecified() || v6Only(data[n:])) {
+	// The kernel makes one that is bound to an address of IPv6 v6-only itself (__inet6_bind, net/ipv6/af_inet6.c).
+	if m.Family == unix.AF_INET6 && f == IPv4 && v6Only(data[n:]) {
 		return 0
 	}
 

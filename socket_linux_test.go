@@ -262,6 +262,7 @@ func TestPortsOfOthers(t *testing.T) {
 			{"one address", unix.SOCK_STREAM, n.nodeIP(f), nil, PortMapping{}},
 			{"any, and a row for one address", unix.SOCK_STREAM, f.anyAddr(), nil, PortMapping{HostIP: n.nodeIP(f).String()}},
 			{"dual stack", unix.SOCK_STREAM, netip.IPv6Unspecified(), nil, PortMapping{}},
+			{"one address, in 16 bytes", unix.SOCK_STREAM, netip.AddrFrom16(n.nodeIP(f).As16()), nil, PortMapping{}},
 			{"UDP", unix.SOCK_DGRAM, f.anyAddr(), nil, PortMapping{Protocol: "UDP"}},
 			{"UDP reusing", unix.SOCK_DGRAM, n.nodeIP(f), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{Protocol: "UDP"}},
 		} {
@@ -341,6 +342,51 @@ func TestBystander(t *testing.T) {
 			require.NoError(t, m.Close())
 		}
 	})
+}
+
+// Nor is a server of IPv6 alone one of the port in IPv4.
+func TestBystanderBesideIPv6(t *testing.T) {
+	n := anyNode(t)
+	n.serve(0, "tcp", IPv4, 80)
+	n.serve(0, "udp", IPv4, 80)
+
+	for network, kind := range map[string]int{"tcp": unix.SOCK_STREAM, "udp": unix.SOCK_DGRAM} {
+		for _, server := range []netip.Addr{netip.IPv6Unspecified(), n.nodeIP(IPv6)} {
+			t.Run(network+" "+server.String(), func(t *testing.T) {
+				n := n.within(t)
+				n.do(func() {
+					fd, err := unix.Socket(unix.AF_INET6, kind|unix.SOCK_CLOEXEC, 0)
+					require.NoError(t, err)
+					t.Cleanup(func() { assert.NoError(t, unix.Close(fd)) })
+
+					if server.IsUnspecified() {
+						require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1))
+					}
+
+					require.NoError(t, unix.Bind(fd, sockaddr(server, 8080)))
+
+					if network == "tcp" {
+						require.NoError(t, unix.Listen(fd, 1))
+					}
+
+					d := net.Dialer{LocalAddr: addrOf(network, netip.AddrPortFrom(podGatewayOf(n, IPv4), 8080))}
+					conn, err := d.DialContext(t.Context(), network, netip.AddrPortFrom(n.Pods[0].IPv4, 80).String())
+					require.NoError(t, err)
+					t.Cleanup(func() { assert.NoError(t, conn.Close()) })
+
+					if tcp, ok := conn.(*net.TCPConn); ok {
+						require.NoError(t, tcp.SetLinger(0)) // no TIME_WAIT
+					}
+				})
+
+				m := n.manager()
+				row := &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: map[string]protocol{"tcp": tcp, "udp": udp}[network].api()}
+				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, row)))
+				n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+				require.NoError(t, n.remove(m, "id", nil))
+			})
+		}
+	}
 }
 
 func podGatewayOf(n *node, f ipFamily) netip.Addr { return n.Pods[0].IP(f == IPv6).Prev() }
