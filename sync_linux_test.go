@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -397,6 +398,36 @@ func TestSync(t *testing.T) {
 	})
 }
 
+// Where Sync has taken everything out, it is forgotten as well: what comes next begins
+// with nothing, and leaves nothing.
+func TestAfterSyncOfNothing(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+		n.assignService(vip(f))
+
+		m := n.manager(WithoutLocalhost()) // whose sysctl would keep the table
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+		for _, id := range []string{"id", "id", "another"} {
+			require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}))
+			require.NoError(t, n.sync(m, nil))
+			require.Empty(t, n.ours(f))
+
+			require.NoError(t, n.add(m, id, pod))
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+			n.answers(n.Pods[0].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+
+			if n.variant == viaNFTables { // with iptables kube-proxy sees to it
+				n.refused(n.Client, "tcp", netip.AddrPortFrom(vip(f), 8080))
+			}
+
+			require.NoError(t, n.remove(m, id, nil))
+			assert.Empty(t, slices.DeleteFunc(n.leftOver(f), func(line string) bool { return strings.Contains(line, " element "+nftServices) }))
+		}
+	})
+}
+
 // feed gives commands to iptables-restore, for the nat table.
 func (n *node) feed(commands ...string) {
 	n.t.Helper()
@@ -609,6 +640,32 @@ func TestSyncReports(t *testing.T) {
 			"b": named("b", port(8004)), "z": named("z", port(8001)), "bad": named("bad", port(8003)),
 		})
 		require.NoError(t, s.Close())
+	})
+}
+
+// What stays of a pod that cannot be had as wanted keeps its ports.
+func TestSyncReportsAndHolds(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		m := n.manager()
+		stays := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
+		require.NoError(t, n.add(m, "id", stays))
+
+		s := n.hostService("tcp", "192.0.2.1:9000")
+		before := n.dump(m)
+		err := n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, IPv4,
+			&PortMapping{HostPort: 8080, ContainerPort: 81}, &PortMapping{HostPort: 8080, ContainerPort: 81, Protocol: "UDP"},
+			&PortMapping{HostPort: 9000, ContainerPort: 81})}})
+		require.ErrorIs(t, err, syscall.EADDRINUSE)
+		assert.Equal(t, before, n.dump(m))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		n.refusesOthers(unix.SOCK_STREAM, 8080, IPv4.anyAddr(), n.nodeIP(IPv4))
+		n.refusesOthers(unix.SOCK_DGRAM, 8080, IPv4.anyAddr(), n.nodeIP(IPv4))
+
+		require.NoError(t, s.Close())
+		require.NoError(t, n.remove(m, "id", nil))
+		n.exactly(m, nil)
 	})
 }
 
