@@ -534,6 +534,105 @@ func TestGroupCommitForgetsUndone(t *testing.T) {
 	assert.Len(t, m.mappings(), 2)
 }
 
+// Of several that build on each other and fail together nothing stays.
+func TestGroupCommitUndoesAll(t *testing.T) {
+	n := newNode(t, variantNFT)
+	fake := &fakeIPTables{IPTables: n.realIPTables()}
+	m := n.oneFamily(fake)
+
+	one := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.nodeIP(IPv4).String()})
+	other := n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: n.otherNodeIP(IPv4).String()})
+	stays := n.pod(0, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})
+	moves := n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})
+	require.NoError(t, n.add(m, "stays", stays))
+
+	errs := together(n, fake, m, func(string) error { return errInjected },
+		func() error { return m.Add("first", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80}), "") },
+		func() error { return m.Add("one", one, "") },
+		func() error { return m.Add("other", other, "") },
+		func() error { return m.Add("stays", moves, "") },
+		func() error { return m.Remove("stays", nil) })
+	for _, err := range errs[1:] {
+		require.ErrorIs(t, err, errInjected)
+	}
+
+	require.Len(t, m.mappings(), 2)
+	assert.Len(t, parsedRows(t, n), 2)
+
+	for _, mapping := range m.mappings() {
+		assert.True(t, mapping.Held, mapping)
+	}
+
+	require.NoError(t, n.add(m, "another", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})), "nobody has the port")
+	require.NoError(t, n.add(m, "stays", stays))
+
+	for _, id := range []string{"first", "stays", "another"} {
+		require.NoError(t, n.remove(m, id, nil))
+	}
+
+	assert.Empty(t, m.mappings())
+	assert.Empty(t, heldPorts(m))
+	n.onlyBase(IPv4)
+}
+
+// Several that fail together may have taken effect, also where in the end none of them
+// comes to the kernel again: Remove of one takes that back.
+func TestGroupCommitTakesEffect(t *testing.T) {
+	n := newNode(t, variantNFT)
+	n.serve(0, "tcp", IPv4, 80)
+
+	ipt := n.realIPTables()
+	fake := &fakeIPTables{IPTables: ipt}
+	m := n.oneFamily(fake)
+
+	// Connections that have the ports keep us from holding them.
+	var conns []net.Conn
+
+	ports := []uint16{8080, 8081}
+
+	n.do(func() {
+		for _, port := range ports {
+			d := net.Dialer{LocalAddr: addrOf("tcp", netip.AddrPortFrom(podGatewayOf(n, IPv4), port))}
+			conn, err := d.DialContext(t.Context(), "tcp", netip.AddrPortFrom(n.Pods[0].IPv4, 80).String())
+			require.NoError(t, err)
+
+			tcp, ok := conn.(*net.TCPConn)
+			require.True(t, ok)
+			require.NoError(t, tcp.SetLinger(0)) // no TIME_WAIT
+
+			conns = append(conns, conn)
+		}
+	})
+
+	add := func(port uint16) func() error {
+		return func() error {
+			return m.Add(strconv.Itoa(int(port)), n.pod(0, IPv4, &PortMapping{HostPort: int32(port), ContainerPort: 80}), "")
+		}
+	}
+	errs := together(n, fake, m,
+		func(input string) error {
+			for i, port := range ports { // and then a server has them
+				assert.NoError(t, conns[i].Close())
+				n.hostService("tcp", netip.AddrPortFrom(n.nodeIP(IPv4), port).String())
+			}
+
+			fake.save = func() error { return errInjected } // else all is found in place
+
+			return errors.Join(ipt.Restore(t.Context(), []byte(input)), errInjected)
+		},
+		add(9000), add(ports[0]), add(ports[1]))
+	require.NoError(t, errs[0])
+	require.ErrorIs(t, errs[1], syscall.EADDRINUSE)
+	require.ErrorIs(t, errs[2], syscall.EADDRINUSE)
+	require.Len(t, m.mappings(), 1)
+	require.Len(t, parsedRows(t, n), 3, "it did commit")
+
+	fake.save = nil
+
+	require.NoError(t, n.remove(m, strconv.Itoa(int(ports[0])), nil))
+	assert.Len(t, parsedRows(t, n), 1)
+}
+
 // Ids of unequal length can give rows one name in the kernel, as CRI-O makes
 // names. The second is refused, or it would take the first one's traffic.
 func TestNamesCollide(t *testing.T) {
