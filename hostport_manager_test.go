@@ -534,6 +534,36 @@ func TestGroupCommitForgetsUndone(t *testing.T) {
 	assert.Len(t, m.mappings(), 2)
 }
 
+// Where it is another pod's row, which is to be put back, that iptables refuses, the
+// operation fails, and nothing else.
+func TestRefusedWhenPutBack(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+
+		fake := &fakeIPTables{IPTables: n.realIPTables()}
+		m := n.oneFamily(fake)
+		stays := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		comes := n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})
+		require.NoError(t, n.add(m, "stays", stays))
+		n.wipeAll()
+
+		to := n.Pods[0].IPv4.String() + ":80"
+		fake.restore = func(input []byte) ([]byte, error) {
+			return []byte(strings.ReplaceAll(string(input), to, "1."+to)), nil
+		}
+
+		require.ErrorContains(t, n.add(m, "comes", comes), "Bad IP address")
+		assert.Len(t, m.mappings(), 1)
+		assert.Empty(t, parsedRows(t, n))
+
+		fake.restore = nil
+
+		require.NoError(t, n.add(m, "comes", comes))
+		assert.Len(t, parsedRows(t, n), 2)
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+	})
+}
+
 // Of several that build on each other and fail together nothing stays.
 func TestGroupCommitUndoesAll(t *testing.T) {
 	n := newNode(t, variantNFT)
@@ -547,7 +577,9 @@ func TestGroupCommitUndoesAll(t *testing.T) {
 	require.NoError(t, n.add(m, "stays", stays))
 
 	errs := together(n, fake, m, func(string) error { return errInjected },
-		func() error { return m.Add("first", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80}), "") },
+		func() error {
+			return m.Add("first", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80}), "")
+		},
 		func() error { return m.Add("one", one, "") },
 		func() error { return m.Add("other", other, "") },
 		func() error { return m.Add("stays", moves, "") },

@@ -712,6 +712,39 @@ func TestGroupTransactions(t *testing.T) {
 	assert.Len(t, n.elements(IPv4), 2*pods)
 }
 
+// Where it is another pod's row, which is to be put back, that the kernel refuses, the
+// operation fails, and nothing else.
+func TestAnothersRowIsRefused(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m, fake := n.viaFake()
+		stays := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		comes := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})
+		require.NoError(t, n.add(m, "stays", stays))
+		n.commit(newNFTLayout(f).table.Delete())
+
+		key := []byte(rowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{"stays": {stays}})[0]).key)
+		fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+			msgs = slices.Clone(msgs)
+			for i, m := range msgs {
+				if m.Header.Type&0xff == unix.NFT_MSG_NEWSETELEM && bytes.Contains(m.Data, key) {
+					msgs[i] = newNFTLayout(f).table.AddElement("no-such-set", nfnetlink.Element{Key: key})
+				}
+			}
+
+			return msgs, nil
+		}
+
+		require.ErrorIs(t, n.add(m, "comes", comes), unix.ENOENT)
+		assert.Len(t, m.Mappings(), 1)
+		assert.Empty(t, n.elements(f))
+
+		fake.commit = nil
+
+		require.NoError(t, n.add(m, "comes", comes))
+		n.exactly(m, map[string][]*PodPortMapping{"stays": {stays}, "comes": {comes}})
+	})
+}
+
 // Whatever step fails, all is as before, and the second try works.
 func TestFailedTransactionIsUndone(t *testing.T) {
 	n := newNode(t, viaNFTables)
