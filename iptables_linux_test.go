@@ -360,8 +360,11 @@ func TestVariantChangeFails(t *testing.T) {
 	require.NoError(t, m.Close())
 
 	fail := true
+	wipes := func() {}
 	old := &fakeIPTables{IPTables: n.realIPTables(), restore: func(input []byte) ([]byte, error) {
 		if fail {
+			wipes()
+
 			return nil, errInjected
 		}
 
@@ -379,6 +382,12 @@ func TestVariantChangeFails(t *testing.T) {
 
 	require.ErrorIs(t, n.add(m, "id", pod), errInjected)
 	n.onlyBase(IPv4)
+
+	// Whatever others do to what has been put there.
+	wipes = func() { n.iptables(IPv4, "-F", dnatDispatch) }
+
+	require.ErrorIs(t, n.add(m, "id", pod), errInjected)
+	n.onlyBase(IPv4)
 	require.ErrorIs(t, n.remove(m, "id", nil), errInjected)
 	require.Len(t, m.mappings(), 1)
 
@@ -391,6 +400,27 @@ func TestVariantChangeFails(t *testing.T) {
 
 	n.variant = variantNFT
 	assert.Empty(t, parsedRows(t, n))
+}
+
+// Rows that stand in the variant that was used before are put right by New, also where
+// nothing is amiss in the one in use.
+func TestVariantDamagedBefore(t *testing.T) {
+	for _, tc := range []struct{ from, to variant }{{variantNFT, variantLegacy}, {variantLegacy, variantNFT}} {
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			t.Run(fmt.Sprintf("%s to %s/IPv%s", tc.from, tc.to, f), func(t *testing.T) {
+				n := newNode(t, tc.from)
+				n.serve(0, "tcp", f, 80)
+				n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+				old := *n
+				n.change(tc.to)
+				n.leftBehind("other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80}))
+				old.iptables(f, "-F", dnatDispatch)
+				n.manager()
+				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+			})
+		}
+	}
 }
 
 // ofTwo is one backend in use, and another with rows from before.

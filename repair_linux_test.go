@@ -67,6 +67,32 @@ func TestSyncLeavesBehind(t *testing.T) {
 	n.soon(func() bool { return len(old.ours(IPv4)) == 0 })
 }
 
+// What is left of a failed Add in the backend in use is taken out by Remove, and that is
+// success though another backend cannot be put right just now.
+func TestRemoveLeavesBehind(t *testing.T) {
+	n := newNode(t, variantLegacy)
+	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80}))
+
+	old := *n
+	n.change(variantNFT)
+
+	flag := filepath.Join(t.TempDir(), "now")
+	shim(t, "iptables-nft-restore", fmt.Sprintf(`"$real" "$@" && if [ -e %[1]s ]; then rm %[1]s; exec sleep 1000; fi`, flag))
+
+	m := n.manager(WithTimeout(testbed.Stretch(time.Second)))
+	require.NoError(t, os.WriteFile(flag, nil, 0o600))
+	require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})), context.DeadlineExceeded)
+	require.Len(t, parsedRows(t, n), 1, "it did commit")
+
+	old.iptables(IPv4, "-F", dnatDispatch)
+
+	defer lockXtables(t)()
+
+	require.NoError(t, n.remove(m, "id", nil))
+	assert.Empty(t, parsedRows(t, n))
+	assert.NotContains(t, old.iptablesSave(IPv4), "-A "+dnatDispatch, "it could not be put right")
+}
+
 // Nothing of ours gets into tables that are not in use.
 func TestOthersLegacyTables(t *testing.T) {
 	n := newNode(t, viaNFTables)
