@@ -14,6 +14,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // sender sends from one UDP port to another and never pauses.
@@ -236,6 +238,67 @@ func TestOthersFlowsStay(t *testing.T) {
 		// For one address and for any: each has its own.
 		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 5353, ContainerPort: 54, Protocol: "UDP"})))
 		assert.Equal(t, before, flows())
+	})
+}
+
+// A flow that has taken the place of one that was listed, between the same ends, is
+// another one, and lives on.
+func TestFlowInPlaceOfAnother(t *testing.T) {
+	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f ipFamily) {
+		to := netip.AddrPortFrom(n.nodeIP(f), 5353)
+		m := n.manager() // without any rule the kernel would not track
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+
+		_, err := n.Host.Serve("udp", to)
+		require.NoError(t, err)
+
+		var client net.Conn
+
+		require.NoError(t, n.Client.Do(func() (err error) {
+			client, err = (&net.Dialer{}).DialContext(t.Context(), "udp", to.String())
+
+			return err
+		}))
+		t.Cleanup(func() { assert.NoError(t, client.Close()) })
+
+		conn, family := n.nfnetlink(), newNFTLayout(f).table.Family
+		flows := func() []nfnetlink.Flow {
+			list, err := conn.Flows(t.Context(), family, unix.IPPROTO_UDP, to.Port())
+			require.NoError(t, err)
+
+			return slices.DeleteFunc(list, func(flow nfnetlink.Flow) bool { return flow.Source.String() != client.LocalAddr().String() })
+		}
+		begin := func() nfnetlink.Flow {
+			_, err := client.Write([]byte("hello\n"))
+			require.NoError(t, err)
+			require.NoError(t, client.SetReadDeadline(time.Now().Add(patience)))
+			_, err = client.Read(make([]byte, 100))
+			require.NoError(t, err)
+
+			list := flows()
+			require.Len(t, list, 1)
+
+			return list[0]
+		}
+		first := begin()
+		second := first
+
+		// In the same memory it has the same id: others have that meanwhile.
+		for try := 0; assert.ObjectsAreEqual(first, second); try++ {
+			require.Less(t, try, 100)
+			require.NoError(t, conn.DeleteFlows(t.Context(), family, []nfnetlink.Flow{first}))
+
+			for range 10 {
+				n.answers(n.Client, "udp", to, "host")
+			}
+
+			second = begin()
+		}
+
+		require.NoError(t, conn.DeleteFlows(t.Context(), family, []nfnetlink.Flow{first}), "has ended")
+		assert.Equal(t, []nfnetlink.Flow{second}, flows())
+		require.NoError(t, conn.DeleteFlows(t.Context(), family, []nfnetlink.Flow{second}))
+		assert.Empty(t, flows())
 	})
 }
 
