@@ -695,6 +695,62 @@ func TestAdoptedCommentIsHarmless(t *testing.T) {
 	})
 }
 
+// What iptables-nft cannot show has not gone: where somebody has put such a thing into
+// the table, that is an error, until it is taken out.
+func TestTableThatCannotBeShown(t *testing.T) {
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		t.Run("IPv"+string(f), func(t *testing.T) {
+			n := newNode(t, variantNFT)
+			n.serve(0, "tcp", f, 80)
+
+			m := n.manager()
+			pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+			require.NoError(t, n.add(m, "id", pod))
+
+			before := n.rules(f)
+			table := map[ipFamily]string{IPv4: "ip", IPv6: "ip6"}[f] + " nat "
+			n.command("nft", "add chain "+table+"others; add rule "+table+"others ct status dnat counter")
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+
+			var again HostPortManager
+
+			for _, tc := range []struct {
+				name string
+				do   func() error
+			}{
+				{"Add", func() error { return n.add(m, "id", pod) }},
+				{"Sync", func() error { return n.sync(m, map[string][]*PodPortMapping{"id": {pod}}) }},
+				{"Sync of nothing", func() error { return n.sync(m, nil) }},
+				{"Check", func() (err error) {
+					n.do(func() { err = m.Check(t.Context(), "id", pod) })
+
+					return err
+				}},
+				{"Remove after a restart", func() error {
+					require.NoError(t, m.Close())
+					n.do(func() { again = NewMetaHostportManager(WithBackend(BackendIPTables), WithLogger(testLogger(t))) })
+
+					return n.remove(again, "id", pod)
+				}},
+				{"Remove of all", func() error { return n.remove(again, "id", nil) }},
+				{"Add after a restart", func() error { return n.add(again, "id", pod) }},
+			} {
+				require.ErrorContains(t, tc.do(), "somebody has put into table nat what iptables cannot show", tc.name)
+			}
+
+			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+			n.command("nft", "flush chain "+table+"others; delete chain "+table+"others")
+			assert.Equal(t, before, n.rules(f))
+			require.NoError(t, n.remove(again, "id", nil))
+			assert.Empty(t, n.leftOver(f))
+
+			closer, ok := again.(*Manager)
+			require.True(t, ok)
+			require.NoError(t, closer.Close())
+		})
+	}
+}
+
 // Half of a row found at start is not taken for a row of CRI-O's: the first
 // operation makes it whole.
 func TestHalfARowAtStart(t *testing.T) {

@@ -119,6 +119,47 @@ func TestNoVariantWorks(t *testing.T) {
 	}
 }
 
+// What is older than 1.6.2 has no --wait, which New says, and not the first Add.
+func TestOldIPTables(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	path := os.Getenv("PATH")
+
+	for _, version := range []string{"1.4.21", "1.6.1", "1.6.2"} {
+		t.Setenv("PATH", path)
+
+		dir := t.TempDir()
+
+		for _, name := range []string{"iptables", "ip6tables"} {
+			for _, suffix := range []string{"", "-save", "-restore"} {
+				program, err := exec.LookPath(name + "-legacy" + suffix)
+				require.NoError(t, err)
+
+				script := fmt.Sprintf("#!/bin/sh\ncase $1 in --version) echo %s v%s;; *) exec %s \"$@\";; esac\n", name, version, program)
+				require.NoError(t, os.WriteFile(filepath.Join(dir, name+suffix), []byte(script), 0o700))
+			}
+		}
+
+		t.Setenv("PATH", dir)
+		n.do(func() {
+			pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+			m, err := New(WithBackend(BackendIPTables), WithLogger(testLogger(t)))
+			if version == "1.6.2" {
+				require.NoError(t, err)
+				require.NoError(t, m.Add("id", pod, ""))
+				require.NoError(t, m.Close())
+
+				return
+			}
+
+			require.ErrorContains(t, err, "iptables "+version+" is too old")
+			require.ErrorContains(t, err, "1.6.2")
+			require.ErrorContains(t, err, "ip6tables "+version+" is too old")
+			require.NoError(t, NewMetaHostportManager(WithBackend(BackendIPTables), WithLogger(testLogger(t))).Remove("id", pod), "there is nothing")
+		})
+	}
+}
+
 // The xtables lock says nothing about the kernel.
 func TestVariantUnderLock(t *testing.T) {
 	n := newNode(t, viaNFTables)
