@@ -1060,6 +1060,60 @@ func TestBackendChanges(t *testing.T) {
 	}
 }
 
+// Rows that move over because another row of their pod's does, and are not named, can be
+// told apart where they come to stand, and after one more restart.
+func TestBackendChangesUnnamed(t *testing.T) {
+	for _, tc := range []struct{ from, to variant }{
+		{viaNFTables, variantNFT}, {viaNFTables, variantLegacy}, {variantNFT, viaNFTables}, {variantLegacy, viaNFTables},
+	} {
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			t.Run(fmt.Sprintf("%s to %s/IPv%s", tc.from, tc.to, f), func(t *testing.T) {
+				n := newNode(t, tc.from)
+				n.serve(0, "tcp", f, 80)
+
+				nodeIP, other := n.nodeIP(f), n.otherNodeIP(f)
+				anyIP := &PortMapping{HostPort: 8080, ContainerPort: 80}
+				pod := n.pod(0, f, anyIP,
+					&PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: nodeIP.String()},
+					&PortMapping{HostPort: 8080, ContainerPort: 81, HostIP: other.String()}) // where nobody listens
+				n.leftBehind("id", pod)
+
+				from := *n
+				n.change(tc.to)
+
+				m := n.manager()
+				require.NoError(t, n.add(m, "id", n.pod(0, f, anyIP)))
+
+				check := func() {
+					for _, mapping := range m.Mappings() {
+						assert.Equal(t, n.backend(), mapping.Backend)
+					}
+
+					assert.Len(t, m.Mappings(), 3)
+					n.answers(n.Client, "tcp", netip.AddrPortFrom(nodeIP, 8080), "web")
+					n.answers(n.Host, "tcp", netip.AddrPortFrom(podGatewayOf(n, f), 8080), "web")
+					n.refused(n.Client, "tcp", netip.AddrPortFrom(other, 8080))
+				}
+
+				check()
+
+				if n.variant != viaNFTables { // and people can tell whose they are
+					assert.Equal(t, 3, strings.Count(n.iptablesSave(f), `"web_ns hostport 8080"`))
+				}
+
+				require.NoError(t, m.Close())
+
+				m = n.manager()
+				check()
+				require.NoError(t, n.remove(m, "id", nil))
+				assert.Empty(t, m.Mappings())
+				assert.Empty(t, n.leftOver(f))
+				assert.Empty(t, from.leftOver(f))
+			})
+		}
+	}
+}
+
 // Where iptables carries nothing, none of its programs is started.
 func TestNoProcessWithNFTables(t *testing.T) {
 	n := newNode(t, variantNFT) // which has tables, and a hint in it
