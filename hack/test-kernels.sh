@@ -17,7 +17,7 @@ tries=3
 
 tmp=$(mktemp -d)
 qemu=
-trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null; rm -rf "$tmp"' EXIT
+trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null || true; rm -rf "$tmp"' EXIT
 trap 'exit 1' INT TERM
 
 # What all machines have: the tests, each in its folder, and the programs they call with their libraries.
