@@ -440,7 +440,7 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 
 	intact = seal != "" && seal == b.seal
 	if p.anew = false; seal != "" && !intact {
-		if _, _, p.anew, err = b.strangers(ctx, info); err != nil {
+		if err := p.lookForOthers(ctx, b, info, false); err != nil {
 			return false, err
 		}
 	}

@@ -49,15 +49,8 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 	repairs := p.differences(b)
 
 	if seal != "" && (purge || !intact) {
-		strangers, others, misfit, err := b.strangers(ctx, table)
-		if err != nil {
+		if err := p.lookForOthers(ctx, b, table, purge); err != nil {
 			return nil, err
-		}
-
-		p.anew = misfit
-
-		if purge {
-			p.strangers, p.anew = strangers, misfit || others
 		}
 
 		intact = intact && !p.anew && len(p.strangers) == 0 // and sealed again
@@ -76,33 +69,33 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 	return repairs, nil
 }
 
-// strangers returns what takes out the chains and sets that others have put into our
-// table. To make the table anew would do as well, but not unnoticed: between two
-// chains of one hook, the old one and the new, a packet may meet neither. others is
-// set if there is something of another kind, which nothing less takes out, and misfit if
-// something bears one of our names and is not as ours.
-func (b *nftBackend) strangers(
-	ctx context.Context, table nfnetlink.TableInfo,
-) (msgs []netlink.Message, others, misfit bool, err error) {
-	ours := map[any]bool{}
+// lookForOthers has the table made anew where something of others is in the way, and
+// with purge all that they have put there taken out.
+func (p *nftPlan) lookForOthers(ctx context.Context, b *nftBackend, table nfnetlink.TableInfo, purge bool) error {
+	found, err := b.strangers(ctx, table)
+	p.anew = found.misfit
 
-	for _, c := range b.chains() {
-		info, err := nfnetlink.ParseChain(b.table.CreateChain(c))
-		if err != nil {
-			return nil, false, false, err
-		}
-
-		info.Policy = 0
-		ours[c.Name], ours[info] = true, true
+	if purge {
+		p.strangers, p.anew = found.takeOut, found.misfit || found.others
 	}
 
-	for _, s := range b.sets() {
-		info, err := nfnetlink.ParseSet(b.table.CreateSet(s))
-		if err != nil {
-			return nil, false, false, err
-		}
+	return err
+}
 
-		ours[setName(s.Name)], ours[info] = true, true
+// nftStrangers is what others have put into our table, or in place of something of ours.
+type nftStrangers struct {
+	takeOut []netlink.Message
+	others  bool // there is something of a kind that nothing takes out but to make the table anew
+	misfit  bool // something bears one of our names and is not as ours
+}
+
+// strangers returns what there is of others. To make the table anew would take out all
+// of it, but not unnoticed: between two chains of one hook, the old one and the new, a
+// packet may meet neither.
+func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (all nftStrangers, err error) {
+	ours, err := b.definitions()
+	if err != nil {
+		return all, err
 	}
 
 	var flush, sets, chains []netlink.Message
@@ -111,13 +104,13 @@ func (b *nftBackend) strangers(
 
 	answers, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
 	if err != nil {
-		return nil, false, false, err
+		return all, err
 	}
 
 	for _, m := range answers {
 		c, err := nfnetlink.ParseChain(m)
 		if err != nil {
-			return nil, false, false, err
+			return all, err
 		}
 
 		if c.Table != nftTable {
@@ -132,18 +125,18 @@ func (b *nftBackend) strangers(
 			continue
 		}
 
-		c.Handle, c.Policy = 0, 0 // to make the chain sets its policy
-		misfit = misfit || !ours[c]
+		c.Handle, c.Policy = 0, 0
+		all.misfit = all.misfit || !ours[c]
 	}
 
 	if answers, err = b.ruleset.conn.Dump(ctx, b.table.Sets()); err != nil {
-		return nil, false, false, err
+		return all, err
 	}
 
 	for _, m := range answers {
 		s, err := nfnetlink.ParseSet(m)
 		if err != nil {
-			return nil, false, false, err
+			return all, err
 		}
 
 		found++
@@ -151,13 +144,41 @@ func (b *nftBackend) strangers(
 		switch {
 		case s.Anonymous():
 		case ours[setName(s.Name)]:
-			misfit = misfit || !ours[s]
+			all.misfit = all.misfit || !ours[s]
 		default:
 			sets = append(sets, b.table.DeleteSet(s.Name))
 		}
 	}
 
-	return slices.Concat(flush, sets, chains), int(table.Use) > found, misfit, nil
+	all.takeOut, all.others = slices.Concat(flush, sets, chains), int(table.Use) > found
+
+	return all, nil
+}
+
+// definitions are our chains and sets as the kernel is to tell of them, and their names.
+func (l nftLayout) definitions() (map[any]bool, error) {
+	ours := map[any]bool{}
+
+	for _, c := range l.chains() {
+		info, err := nfnetlink.ParseChain(l.table.CreateChain(c))
+		if err != nil {
+			return nil, err
+		}
+
+		info.Policy = 0 // which is put back where the chain is
+		ours[c.Name], ours[info] = true, true
+	}
+
+	for _, s := range l.sets() {
+		info, err := nfnetlink.ParseSet(l.table.CreateSet(s))
+		if err != nil {
+			return nil, err
+		}
+
+		ours[setName(s.Name)], ours[info] = true, true
+	}
+
+	return ours, nil
 }
 
 // setName is the name of a set, where those of chains are strings.
