@@ -42,8 +42,8 @@ type nftRuleset struct {
 	epoch int
 }
 
-// saw notes the generation that the ruleset turned out to have.
-func (n *nftRuleset) saw(gen uint32) {
+// observe notes the generation that the ruleset turned out to have.
+func (n *nftRuleset) observe(gen uint32) {
 	if gen != n.gen {
 		n.gen = gen
 		n.epoch++
@@ -58,7 +58,7 @@ func (n *nftRuleset) now(ctx context.Context, try int) (uint32, error) {
 		return 0, err
 	}
 
-	n.saw(gen)
+	n.observe(gen)
 
 	if try >= maxOvertaken {
 		gen = 0
@@ -81,9 +81,9 @@ type nftBackend struct {
 	ruleset *nftRuleset
 	log     klog.Logger
 	epoch   int // in which what follows was true
-	// seal is how our rules are recognised; zero: they have yet to be made.
-	seal     string
-	hairpins map[netip.Addr]nftHairpin
+	// fingerprint is how our rules are recognised; zero: they have yet to be made.
+	fingerprint string
+	hairpins    map[netip.Addr]nftHairpin
 	// services are the addresses that are not to be translated, exempted those that the
 	// kernel has for that.
 	services, exempted map[netip.Addr]bool
@@ -157,7 +157,7 @@ func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err er
 		}
 
 		if before == after { // else some elements may be missing
-			b.ruleset.saw(after)
+			b.ruleset.observe(after)
 			b.epoch = b.ruleset.epoch
 
 			return b.adopt(elements), false, nil
@@ -251,7 +251,7 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 	p.settleDoubts(b, table)
 
 	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 && p.provesItself() {
-		err := b.commit(ctx, b.ruleset.gen, p, b.seal == "")
+		err := b.commit(ctx, b.ruleset.gen, p, b.fingerprint == "")
 		if !overtaken(err) {
 			return false, err
 		}
@@ -282,7 +282,7 @@ func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*
 //
 // After maxOvertaken times the transaction is made all the same. It still fails if
 // there is an element that the look did not find, or none that it did, though not
-// if a stranger's has come into its place. What else may have happened in that
+// if a foreign one has come into its place. What else may have happened in that
 // instant the next operation finds.
 func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
@@ -342,7 +342,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	}
 
 	if objects {
-		b.seal = b.learnSeal(ctx, gen)
+		b.fingerprint = b.learnFingerprint(ctx, gen)
 	}
 
 	return nil
@@ -350,7 +350,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 
 // frame is what a transaction does besides to elements.
 func (b *nftBackend) frame(p *nftPlan, objects bool) (msgs []netlink.Message) {
-	if p.anew {
+	if p.recreate {
 		msgs = append(msgs, b.table.Create(), b.table.Delete())
 	}
 
@@ -358,17 +358,17 @@ func (b *nftBackend) frame(p *nftPlan, objects bool) (msgs []netlink.Message) {
 		msgs = append(msgs, b.objects()...)
 	}
 
-	if !p.anew {
-		msgs = append(msgs, p.strangers...)
+	if !p.recreate {
+		msgs = append(msgs, p.foreign...)
 	}
 
 	return msgs
 }
 
-// learnSeal returns how the rules just made are recognised, or "" if somebody
-// else may have changed them since, in another generation than gen.
-func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
-	_, seal, err := b.readSeal(ctx)
+// learnFingerprint returns that of the rules just made, or "" if somebody else may have
+// changed them since, in another generation than gen.
+func (b *nftBackend) learnFingerprint(ctx context.Context, gen uint32) string {
+	found, err := b.observe(ctx)
 	if err != nil {
 		return ""
 	}
@@ -377,16 +377,33 @@ func (b *nftBackend) learnSeal(ctx context.Context, gen uint32) string {
 		return ""
 	}
 
-	return seal
+	return found.fingerprint()
 }
 
-// readSeal reads our table, and what changes if anybody makes, deletes or replaces
-// a rule of it, one of our chains or its policy, or the table itself, or if it comes
-// to have more or fewer chains and sets. Without a table it is "".
+// nftObserved is what the kernel holds of the layout, but for sets and elements. Its zero
+// value is that there is no table.
+type nftObserved struct {
+	table  nfnetlink.TableInfo
+	chains []nfnetlink.ChainInfo // as nftLayout.chains has them; zero where there is none
+	rules  []nfnetlink.RuleInfo
+}
+
+// fingerprint changes if anybody makes, deletes or replaces a rule of our table, one of
+// our chains or its policy, or the table itself, or if it comes to have more or fewer
+// chains and sets. Without a table it is "".
 //
-// Our sets need no look besides: as long as a rule is there, the kernel keeps those
-// it refers to.
-func (b *nftBackend) readSeal(ctx context.Context) (table nfnetlink.TableInfo, seal string, err error) {
+// Our sets need no look besides: as long as a rule is there, the kernel keeps those it
+// refers to.
+func (o nftObserved) fingerprint() string {
+	if o.chains == nil {
+		return ""
+	}
+
+	return fmt.Sprint(o.table, o.chains, o.rules)
+}
+
+// observe reads our table.
+func (b *nftBackend) observe(ctx context.Context) (found nftObserved, err error) {
 	ours := b.chains()
 	requests := append(make([]netlink.Message, 0, 1+len(ours)), b.table.Get())
 
@@ -396,51 +413,53 @@ func (b *nftBackend) readSeal(ctx context.Context) (table nfnetlink.TableInfo, s
 
 	answers, err := b.ruleset.conn.Get(ctx, requests...)
 	if err != nil || answers[0] == nil {
-		return table, "", err
+		return nftObserved{}, err
 	}
 
-	if table, err = nfnetlink.ParseTable(*answers[0]); err != nil {
-		return table, "", err
+	if found.table, err = nfnetlink.ParseTable(*answers[0]); err != nil {
+		return nftObserved{}, err
 	}
 
-	chains := make([]nfnetlink.ChainInfo, len(answers)-1)
+	found.chains = make([]nfnetlink.ChainInfo, len(ours))
 
 	for i, answer := range answers[1:] {
 		if answer == nil {
 			continue
 		}
 
-		if chains[i], err = nfnetlink.ParseChain(*answer); err != nil {
-			return table, "", err
+		if found.chains[i], err = nfnetlink.ParseChain(*answer); err != nil {
+			return nftObserved{}, err
 		}
 	}
 
 	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
 	if err != nil {
-		return table, "", err
+		return nftObserved{}, err
 	}
 
-	rules := make([]nfnetlink.RuleInfo, len(msgs))
+	found.rules = make([]nfnetlink.RuleInfo, len(msgs))
 	for i, m := range msgs {
-		if rules[i], err = nfnetlink.ParseRule(m); err != nil {
-			return table, "", err
+		if found.rules[i], err = nfnetlink.ParseRule(m); err != nil {
+			return nftObserved{}, err
 		}
 	}
 
-	return table, fmt.Sprint(table, chains, rules), nil
+	return found, nil
 }
 
 // look puts into the plan what the kernel holds, and tells whether our rules are
 // what they were. If not, the plan is for the whole table from now on.
 func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row]) (intact bool, err error) {
-	info, seal, err := b.readSeal(ctx)
+	observed, err := b.observe(ctx)
 	if err != nil {
 		return false, err
 	}
 
-	intact = seal != "" && seal == b.seal
-	if p.anew = false; seal != "" && !intact {
-		if err := p.lookForOthers(ctx, b, info, false); err != nil {
+	intact = b.isIntact(observed)
+	p.recreate = false
+
+	if !intact {
+		if p.recreate, err = b.nameTaken(ctx, observed); err != nil {
 			return false, err
 		}
 	}
@@ -456,10 +475,10 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 	for key, w := range p.wanted {
 		found := have[key]
 		// What several pods share is ours whoever it is called after.
-		stranger := found.there() && key.isRow() && found.comment != w.have.comment && found.comment != w.want.comment
+		foreign := found.there() && key.isRow() && found.comment != w.have.comment && found.comment != w.want.comment
 
 		switch {
-		case !stranger:
+		case !foreign:
 		case !w.want.there():
 			found = nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
 		default:
@@ -510,9 +529,9 @@ type nftPlan struct {
 	wanted   map[nftKey]*nftWanted
 	order    []nftKey                  // in which the deltas came to them
 	hairpins map[netip.Addr]nftHairpin // what becomes of those that the deltas touch
-	anew     bool                      // the table is deleted first
-	// strangers are what takes out what others have put into the table.
-	strangers []netlink.Message
+	recreate bool                      // the table is deleted first
+	// foreign is what takes out what others have put into the table.
+	foreign []netlink.Message
 }
 
 // nftWanted is one element as it is, as far as that is known, and as it is to be.
@@ -707,7 +726,7 @@ func (p *nftPlan) messages(t nfnetlink.Table, msgs []netlink.Message) ([]netlink
 		w := p.wanted[key]
 
 		have := w.have
-		if p.anew {
+		if p.recreate {
 			have = nftElement{}
 		}
 

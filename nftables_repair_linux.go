@@ -34,7 +34,7 @@ func (b *nftBackend) repair(ctx context.Context, table iter.Seq[*row], purge boo
 // tryRepair repairs if the ruleset stays of generation gen, or in any case if that
 // is 0.
 func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, purge bool) ([]string, error) {
-	table, seal, err := b.readSeal(ctx)
+	observed, err := b.observe(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -45,18 +45,24 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 	}
 
 	p := b.planAll(have, rows, purge)
-	intact := seal != "" && seal == b.seal
+	intact := b.isIntact(observed)
 	repairs := p.differences(b)
 
-	if seal != "" && (purge || !intact) {
-		if err := p.lookForOthers(ctx, b, table, purge); err != nil {
+	if !intact {
+		if p.recreate, err = b.nameTaken(ctx, observed); err != nil {
 			return nil, err
 		}
-
-		intact = intact && !p.anew && len(p.strangers) == 0 // and sealed again
 	}
 
-	if !intact && b.seal != "" || len(p.strangers) > 0 {
+	if purge {
+		if err := p.takeOutForeign(ctx, b, observed.table); err != nil {
+			return nil, err
+		}
+	}
+
+	intact = intact && !p.recreate && len(p.foreign) == 0 // and has another fingerprint then
+
+	if !intact && b.fingerprint != "" || len(p.foreign) > 0 {
 		repairs = append(repairs, "rules of table "+nftTable)
 	}
 
@@ -69,33 +75,80 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 	return repairs, nil
 }
 
-// lookForOthers has the table made anew where something of others is in the way, and
-// with purge all that they have put there taken out.
-func (p *nftPlan) lookForOthers(ctx context.Context, b *nftBackend, table nfnetlink.TableInfo, purge bool) error {
-	found, err := b.strangers(ctx, table)
-	p.anew = found.misfit
+// isIntact reports whether our rules are what they were.
+func (b *nftBackend) isIntact(o nftObserved) bool {
+	now := o.fingerprint()
 
-	if purge {
-		p.strangers, p.anew = found.takeOut, found.misfit || found.others
+	return now != "" && now == b.fingerprint
+}
+
+// nameTaken reports whether a chain or set bears one of our names and is not as ours: to
+// make ours takes another table then.
+func (b *nftBackend) nameTaken(ctx context.Context, o nftObserved) (bool, error) {
+	if o.chains == nil {
+		return false, nil
 	}
 
-	return err
-}
+	for i, c := range b.chains() {
+		ours, err := nfnetlink.ParseChain(b.table.CreateChain(c))
+		if err != nil {
+			return false, err
+		}
 
-// nftStrangers is what others have put into our table, or in place of something of ours.
-type nftStrangers struct {
-	takeOut []netlink.Message
-	others  bool // there is something of a kind that nothing takes out but to make the table anew
-	misfit  bool // something bears one of our names and is not as ours
-}
+		there := o.chains[i]
+		there.Handle, there.Policy = 0, ours.Policy // which is put back where the chain is
 
-// strangers returns what there is of others. To make the table anew would take out all
-// of it, but not unnoticed: between two chains of one hook, the old one and the new, a
-// packet may meet neither.
-func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (all nftStrangers, err error) {
-	ours, err := b.definitions()
+		if there.Name != "" && there != ours {
+			return true, nil
+		}
+	}
+
+	ours := map[string]nfnetlink.SetInfo{}
+
+	for _, s := range b.sets() {
+		info, err := nfnetlink.ParseSet(b.table.CreateSet(s))
+		if err != nil {
+			return false, err
+		}
+
+		ours[s.Name] = info
+	}
+
+	answers, err := b.ruleset.conn.Dump(ctx, b.table.Sets())
 	if err != nil {
-		return all, err
+		return false, err
+	}
+
+	for _, m := range answers {
+		there, err := nfnetlink.ParseSet(m)
+		if err != nil {
+			return false, err
+		}
+
+		if s, ok := ours[there.Name]; ok && there != s {
+			return true, nil
+		}
+	}
+
+	return false, nil
+}
+
+// takeOutForeign extends the plan to the chains and sets that others have put into our
+// table. To make the table again would do as well, but not unnoticed: between two chains
+// of one hook, the old one and the new, a packet may meet neither. It is made again if
+// there is something of another kind, which nothing less takes out.
+func (p *nftPlan) takeOutForeign(ctx context.Context, b *nftBackend, table nfnetlink.TableInfo) error {
+	if table == (nfnetlink.TableInfo{}) {
+		return nil
+	}
+
+	ours := map[string]bool{}
+	for _, c := range b.chains() {
+		ours["chain "+c.Name] = true
+	}
+
+	for _, s := range b.sets() {
+		ours["set "+s.Name] = true
 	}
 
 	var flush, sets, chains []netlink.Message
@@ -104,13 +157,13 @@ func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (
 
 	answers, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
 	if err != nil {
-		return all, err
+		return err
 	}
 
 	for _, m := range answers {
 		c, err := nfnetlink.ParseChain(m)
 		if err != nil {
-			return all, err
+			return err
 		}
 
 		if c.Table != nftTable {
@@ -119,70 +172,33 @@ func (b *nftBackend) strangers(ctx context.Context, table nfnetlink.TableInfo) (
 
 		found++
 
-		if !ours[c.Name] {
+		if !ours["chain "+c.Name] {
 			flush, chains = append(flush, b.table.FlushChain(c.Name)), append(chains, b.table.DeleteChain(c.Name))
-
-			continue
 		}
-
-		c.Handle, c.Policy = 0, 0
-		all.misfit = all.misfit || !ours[c]
 	}
 
 	if answers, err = b.ruleset.conn.Dump(ctx, b.table.Sets()); err != nil {
-		return all, err
+		return err
 	}
 
 	for _, m := range answers {
 		s, err := nfnetlink.ParseSet(m)
 		if err != nil {
-			return all, err
+			return err
 		}
 
 		found++
 
-		switch {
-		case s.Anonymous():
-		case ours[setName(s.Name)]:
-			all.misfit = all.misfit || !ours[s]
-		default:
+		if !s.Anonymous() && !ours["set "+s.Name] {
 			sets = append(sets, b.table.DeleteSet(s.Name))
 		}
 	}
 
-	all.takeOut, all.others = slices.Concat(flush, sets, chains), int(table.Use) > found
+	p.foreign = slices.Concat(flush, sets, chains)
+	p.recreate = p.recreate || int(table.Use) > found
 
-	return all, nil
+	return nil
 }
-
-// definitions are our chains and sets as the kernel is to tell of them, and their names.
-func (l nftLayout) definitions() (map[any]bool, error) {
-	ours := map[any]bool{}
-
-	for _, c := range l.chains() {
-		info, err := nfnetlink.ParseChain(l.table.CreateChain(c))
-		if err != nil {
-			return nil, err
-		}
-
-		info.Policy = 0 // which is put back where the chain is
-		ours[c.Name], ours[info] = true, true
-	}
-
-	for _, s := range l.sets() {
-		info, err := nfnetlink.ParseSet(l.table.CreateSet(s))
-		if err != nil {
-			return nil, err
-		}
-
-		ours[setName(s.Name)], ours[info] = true, true
-	}
-
-	return ours, nil
-}
-
-// setName is the name of a set, where those of chains are strings.
-type setName string
 
 // planAll works out what it takes for the kernel, which has the elements given,
 // to hold rows, and with purge nothing else.
@@ -290,7 +306,7 @@ func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
 		return repairs, err
 	}
 
-	b.seal = ""
+	b.fingerprint = ""
 	clear(b.hairpins)
 	clear(b.doubtful)
 	b.exempted = map[netip.Addr]bool{}
@@ -368,8 +384,8 @@ func (b *nftBackend) missingRules(ctx context.Context) ([]string, error) {
 		}
 	}
 
-	_, seal, err := b.readSeal(ctx)
-	if err == nil && len(missing) == 0 && b.seal != "" && seal != b.seal {
+	observed, err := b.observe(ctx)
+	if err == nil && len(missing) == 0 && b.fingerprint != "" && observed.fingerprint() != b.fingerprint {
 		missing = append(missing, "rules of table "+nftTable+" as they were made")
 	}
 

@@ -185,10 +185,10 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		}
 	}
 
-	table, _, err := b.readSeal(n.t.Context())
+	observed, err := b.observe(n.t.Context())
 	require.NoError(n.t, err)
 
-	if int(table.Use) > len(b.sets())+len(b.chains()) {
+	if int(observed.table.Use) > len(b.sets())+len(b.chains()) {
 		list = append(list, "left over chains or sets")
 	}
 
@@ -926,7 +926,7 @@ func TestSyncKeepsTable(t *testing.T) {
 		},
 		func() { n.commit(l.table.FlushChain(nftNATPrerouting)) },
 		func() { n.command("nft", "chain ip crio-hostports prerouting { policy drop; }") },
-		func() { b.seal = "" }, // others have committed while it was learnt
+		func() { b.fingerprint = "" }, // others have committed while it was learnt
 	} {
 		breakIt()
 		require.NoError(t, n.sync(m, pods))

@@ -85,7 +85,7 @@ type SetInfo struct {
 	Size uint32
 }
 
-// Anonymous reports whether the set is part of a rule.
+// Anonymous reports whether the set is part of a rule, and goes with that.
 func (s SetInfo) Anonymous() bool { return s.Flags&unix.NFT_SET_ANONYMOUS != 0 }
 
 // RuleInfo is what the kernel tells of a rule.
@@ -344,8 +344,7 @@ func (t Table) Sets() netlink.Message {
 	})
 }
 
-// ParseSet reads an answer to Sets: the name of the set, and whether it is part of
-// a rule, and goes with that.
+// ParseSet reads an answer to Sets, or what CreateSet returns.
 func ParseSet(m netlink.Message) (SetInfo, error) {
 	var info SetInfo
 
