@@ -790,7 +790,7 @@ func TestTranslatedFlowsOfOthers(t *testing.T) {
 			n.serve(1, network, f, 80)
 		}
 
-		ip := map[ipFamily]string{IPv4: "ip", IPv6: "ip6"}[f]
+		ip := nftFamily(f)
 		to := netip.AddrPortFrom(n.nodeIP(f), 8080)
 		// As a Service does, before anything else.
 		n.commandWith(fmt.Sprintf(`add table %[1]s others

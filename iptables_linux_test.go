@@ -708,7 +708,7 @@ func TestTableThatCannotBeShown(t *testing.T) {
 			require.NoError(t, n.add(m, "id", pod))
 
 			before := n.rules(f)
-			table := map[ipFamily]string{IPv4: "ip", IPv6: "ip6"}[f] + " nat "
+			table := nftFamily(f) + " nat "
 			n.command("nft", "add chain "+table+"others; add rule "+table+"others ct status dnat counter")
 			n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 

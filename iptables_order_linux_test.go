@@ -101,7 +101,7 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 			if n.variant == variantNFT { // and put behind one that is before ours
 				n.command(command(f)+"-nft", "-t", hole.table, "-I", hole.chain, "-j", "MARK", "--set-mark", "1")
 				<-time.After(2 * lookInterval) // that is looked at
-				n.command("nft", "add", "rule", map[ipFamily]string{IPv4: "ip", IPv6: "ip6"}[f], hole.table, hole.chain,
+				n.command("nft", "add", "rule", nftFamily(f), hole.table, hole.chain,
 					"index", "0", "counter", "accept")
 				n.soon(func() bool { return check() == nil })
 			}

@@ -678,16 +678,7 @@ func TestGroupTransactions(t *testing.T) {
 	require.NoError(t, err)
 
 	key := []byte(rowElement(rows[0]).key)
-	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
-		msgs = slices.Clone(msgs)
-		for i, m := range msgs {
-			if m.Header.Type&0xff == unix.NFT_MSG_NEWSETELEM && bytes.Contains(m.Data, key) {
-				msgs[i] = newNFTLayout(IPv4).table.AddElement("no-such-set", nfnetlink.Element{Key: key})
-			}
-		}
-
-		return msgs, nil
-	}
+	fake.commit = refusing(IPv4, key)
 
 	fake.commits.Store(0)
 
@@ -712,6 +703,20 @@ func TestGroupTransactions(t *testing.T) {
 	assert.Len(t, n.elements(IPv4), 2*pods)
 }
 
+// refusing has the real kernel refuse to add elements with a key.
+func refusing(f ipFamily, key []byte) func([]netlink.Message) ([]netlink.Message, error) {
+	return func(msgs []netlink.Message) ([]netlink.Message, error) {
+		msgs = slices.Clone(msgs)
+		for i, m := range msgs {
+			if m.Header.Type&0xff == unix.NFT_MSG_NEWSETELEM && bytes.Contains(m.Data, key) {
+				msgs[i] = newNFTLayout(f).table.AddElement("no-such-set", nfnetlink.Element{Key: key})
+			}
+		}
+
+		return msgs, nil
+	}
+}
+
 // Where it is another pod's row, which is to be put back, that the kernel refuses, the
 // operation fails, and nothing else.
 func TestAnothersRowIsRefused(t *testing.T) {
@@ -723,16 +728,7 @@ func TestAnothersRowIsRefused(t *testing.T) {
 		n.commit(newNFTLayout(f).table.Delete())
 
 		key := []byte(rowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{"stays": {stays}})[0]).key)
-		fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
-			msgs = slices.Clone(msgs)
-			for i, m := range msgs {
-				if m.Header.Type&0xff == unix.NFT_MSG_NEWSETELEM && bytes.Contains(m.Data, key) {
-					msgs[i] = newNFTLayout(f).table.AddElement("no-such-set", nfnetlink.Element{Key: key})
-				}
-			}
-
-			return msgs, nil
-		}
+		fake.commit = refusing(f, key)
 
 		require.ErrorIs(t, n.add(m, "comes", comes), unix.ENOENT)
 		assert.Len(t, m.Mappings(), 1)
