@@ -130,7 +130,7 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 	case has && r != nil && r.pod == flow.Responder:
 		return false
 	case flow.Translated:
-		return t.isMisled(key, flow, v)
+		return t.isMisled(key, flow, v, has)
 	case key.proto == tcp && !t.came(to.Addr()): // of somebody who had the port before
 		return false
 	default: // begun before there was the row, or the address
@@ -138,12 +138,13 @@ func (t *turnover) isStale(flow nfnetlink.Flow, v nodeView) bool {
 	}
 }
 
-// isMisled reports whether a translated flow leads where no row for it does.
-func (t *turnover) isMisled(key portKey, flow nfnetlink.Flow, v nodeView) bool {
+// isMisled reports whether a translated flow leads where no row for it does. has is set
+// if rows are asked for it.
+func (t *turnover) isMisled(key portKey, flow nfnetlink.Flow, v nodeView, has bool) bool {
 	ended, led := t.ended(key, flow), v.haveLed(key, flow)
 
 	switch {
-	case !v.leads(flow):
+	case !has:
 		return ended || led && t.strays(flow.Destination.Addr(), v)
 	case key.proto == udp:
 		return ended || v.narrowed(key, flow)
