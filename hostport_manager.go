@@ -99,7 +99,7 @@ type hostportManager struct {
 	damaged, doubtful, leaked bool
 	repairAt                  time.Time
 	told                      string    // the last error of a repair
-	pruneAt                   time.Time // not before this does Run try again to take out rows that are gone
+	pruneAt                   time.Time // from then on Run takes out rows that are gone; zero: there are none
 }
 
 // NewHostportManager returns the manager of one IP family that works through

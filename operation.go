@@ -130,6 +130,10 @@ func (m *hostportManager) disown(rows []*row) {
 	for _, r := range rows {
 		r.owner, r.gone = owner{}, true
 	}
+
+	if len(rows) > 0 && m.pruneAt.IsZero() {
+		m.pruneAt = time.Now()
+	}
 }
 
 // wrap names the pod and the family, unless the error does.

@@ -249,8 +249,12 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 	return nil
 }
 
-// prune takes out the rows that could not be removed.
+// prune takes out the rows that could not be removed, if that is due.
 func (m *hostportManager) prune() {
+	if m.pruneAt.IsZero() || time.Now().Before(m.pruneAt) {
+		return
+	}
+
 	op := &operation{remove: true, plan: func(c *change) error {
 		for r := range m.table() {
 			if r.gone {
@@ -262,7 +266,9 @@ func (m *hostportManager) prune() {
 	}}
 
 	rows := m.removedBy(op)
-	if len(rows) == 0 || time.Now().Before(m.pruneAt) {
+	if len(rows) == 0 { // their pods have them again
+		m.pruneAt = time.Time{}
+
 		return
 	}
 
@@ -274,6 +280,8 @@ func (m *hostportManager) prune() {
 
 		return
 	}
+
+	m.pruneAt = time.Time{}
 
 	for _, r := range rows {
 		m.cfg.log.Info("Removed a host port whose pod is gone", "row", r, "podIDHash", r.ownerMark(), "label", r.label)
