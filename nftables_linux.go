@@ -99,6 +99,7 @@ type nftHairpin struct {
 	comment string
 	link    string
 	rows    int // that lead to the pod IP
+	epoch   int // in which it was last known to be so
 }
 
 func newNFTBackend(ruleset *nftRuleset, f ipFamily, cfg config) *nftBackend {
@@ -337,6 +338,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 		if h.rows == 0 {
 			delete(b.hairpins, ip)
 		} else {
+			h.epoch = b.epoch
 			b.hairpins[ip] = h
 		}
 	}
@@ -537,6 +539,7 @@ type nftPlan struct {
 // nftWanted is one element as it is, as far as that is known, and as it is to be.
 type nftWanted struct {
 	have, want nftElement
+	known      bool // the kernel has it as long as nobody else commits anything
 	delta      int
 	row        *row // the last that it was touched for
 }
@@ -585,11 +588,11 @@ func (p *nftPlan) exempt(have, want map[netip.Addr]bool) {
 	}
 }
 
-// provesItself tells whether the kernel would refuse the plan if it did not hold
-// what it should. It says nothing of what is only kept.
+// provesItself reports whether the kernel would refuse the plan if it did not hold
+// what it should. It says nothing of what is only kept, unless that is known.
 func (p *nftPlan) provesItself() bool {
 	for _, w := range p.wanted {
-		if w.have == w.want {
+		if w.have == w.want && !w.known {
 			return false
 		}
 	}
@@ -599,7 +602,7 @@ func (p *nftPlan) provesItself() bool {
 
 // touch plans for an element to be want. have is what it should be before that,
 // which is what the kernel holds if the plan comes to it for the first time.
-func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) {
+func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) *nftWanted {
 	w := p.wanted[key]
 	if w == nil {
 		w = &nftWanted{have: have}
@@ -608,6 +611,8 @@ func (p *nftPlan) touch(delta int, r *row, key nftKey, have, want nftElement) {
 	}
 
 	w.delta, w.row, w.want = delta, r, want
+
+	return w
 }
 
 // hairpin plans for the element that lets r's pod reach itself, and for the one that has
@@ -634,7 +639,8 @@ func (p *nftPlan) hairpin(b *nftBackend, delta int, r *row, rows int) {
 	}
 
 	p.hairpins[ip] = h
-	p.touch(delta, r, hairpinElement(ip, "").nftKey, before.element(ip), h.element(ip))
+	known := h.epoch == b.ruleset.epoch
+	p.touch(delta, r, hairpinElement(ip, "").nftKey, before.element(ip), h.element(ip)).known = known
 
 	if before.link != h.link && before.link != "" {
 		p.touch(delta, r, neighbourElement(before.link, ip, "").nftKey, before.neighbour(ip), nftElement{})
@@ -642,7 +648,7 @@ func (p *nftPlan) hairpin(b *nftBackend, delta int, r *row, rows int) {
 	}
 
 	if h.link != "" {
-		p.touch(delta, r, neighbourElement(h.link, ip, "").nftKey, before.neighbour(ip), h.neighbour(ip))
+		p.touch(delta, r, neighbourElement(h.link, ip, "").nftKey, before.neighbour(ip), h.neighbour(ip)).known = known
 	}
 }
 

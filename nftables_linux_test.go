@@ -263,7 +263,7 @@ func (n *node) elements(f ipFamily) []string { return n.leftOver(f) }
 func TestOneTransactionPerOperation(t *testing.T) {
 	n := newNode(t, viaNFTables)
 	m, fake := n.viaFake()
-	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+	port, other := &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80}
 
 	first := &PodPortMapping{IP: net.IPv4(10, 88, 9, 9), PortMappings: []*PortMapping{{HostPort: 8079, ContainerPort: 80}}}
 
@@ -276,6 +276,8 @@ func TestOneTransactionPerOperation(t *testing.T) {
 		func() error { return n.add(m, "a", n.pod(0, IPv4, port)) },
 		func() error { return n.add(m, "a", n.pod(0, IPv6, port)) },
 		func() error { return n.add(m, "a", n.pod(1, IPv4, port)) },
+		func() error { return n.add(m, "a", n.pod(1, IPv4, other)) }, // which shares the pod's hairpin
+		func() error { return n.remove(m, "a", n.pod(1, IPv4, other)) },
 		func() error { return n.remove(m, "a", n.pod(0, IPv4, port)) },
 		func() error { return n.add(m, "b", n.pod(1, IPv6, port)) },
 		func() error { return n.remove(m, "b", nil) },
@@ -992,6 +994,17 @@ func TestAddAgainAfterOthers(t *testing.T) {
 			require.NoError(t, n.add(m, "id", pod))
 			require.Empty(t, n.deviations(f, []*row{r}))
 		}
+
+		// What the pod's rows share comes back with any of them.
+		hairpin := hairpinElement(r.pod.Addr(), r.ownerHash)
+		n.commit(l.table.DeleteElement(hairpin.set, hairpin.element()))
+		require.NoError(t, n.add(m, "between", n.pod(1, f, &PortMapping{HostPort: 9000, ContainerPort: 80})))
+
+		more := n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", more))
+		require.Empty(t, n.deviations(f, rowsOfAll(t, f, map[string][]*PodPortMapping{
+			"id": {pod, more}, "between": {n.pod(1, f, &PortMapping{HostPort: 9000, ContainerPort: 80})},
+		})))
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -70,7 +71,11 @@ func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, pur
 		return repairs, err
 	}
 
-	b.hairpins = p.hairpins
+	maps.DeleteFunc(b.hairpins, func(ip netip.Addr, _ nftHairpin) bool {
+		_, ok := p.hairpins[ip]
+
+		return !ok
+	})
 
 	return repairs, nil
 }
