@@ -170,11 +170,15 @@ func (m *hostportManager) add(rows []*row, device string) error {
 
 			return m.hold(c, savepoint{})
 		},
-	})
+	}, m.at.isCurrent)
 }
 
 // Remove implements HostPortManager.
 func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) error {
+	return m.remove(id, podPortMapping, m.at.isCurrent)
+}
+
+func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allowed func() error) error {
 	op := &operation{name: "remove", owner: owner{id: id}, remove: true}
 
 	if podPortMapping == nil {
@@ -188,7 +192,7 @@ func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) erro
 			return nil
 		}
 
-		return m.do(op)
+		return m.do(op, allowed)
 	}
 
 	op.claims = claimsOf(id, podPortMapping, m.family)
@@ -209,7 +213,7 @@ func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) erro
 		return nil
 	}
 
-	return m.do(op)
+	return m.do(op, allowed)
 }
 
 // place puts w into the table and out of it what w replaces: the pod's own

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
@@ -90,8 +91,10 @@ func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceNam
 // Remove implements HostPortManager. It goes on past an error and returns all.
 func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 	var errs []error
+
+	allowed := sync.OnceValue(m.families[0].at.isCurrent) // both were made in one namespace
 	for _, fm := range m.families {
-		errs = append(errs, fm.Remove(id, podPortMapping))
+		errs = append(errs, fm.remove(id, podPortMapping, allowed))
 	}
 
 	return errors.Join(errs...)

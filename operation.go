@@ -27,9 +27,10 @@ type operation struct {
 	err    error
 }
 
-// do brings op into the kernel, together with whatever else waits.
-func (m *hostportManager) do(op *operation) error {
-	if err := m.at.isCurrent(); err != nil {
+// do brings op into the kernel, together with whatever else waits, unless allowed says
+// why not.
+func (m *hostportManager) do(op *operation, allowed func() error) error {
+	if err := allowed(); err != nil {
 		return m.wrap(op, err)
 	}
 
