@@ -55,6 +55,10 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 			if err != nil {
 				errs = append(errs, fmt.Errorf("backend %s: %w", kind, err))
 
+				if !isUnusable(err) {
+					break
+				}
+
 				continue
 			}
 
@@ -72,6 +76,14 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 
 		return nil, errs
 	}
+}
+
+// isUnusable reports whether err says that nftables cannot be used here. Any other error says
+// that nobody knows: iptables does not take its place then, or both might have rows.
+func isUnusable(err error) bool {
+	refused := (*nfnetlink.BatchError)(nil)
+
+	return errors.Is(err, errUnavailable) || errors.As(err, &refused)
 }
 
 // find returns a backend, and which iptables it drives, if any.
@@ -106,7 +118,7 @@ func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
 	if o.ruleset.conn == nil {
 		conn, err := nfnetlink.Dial()
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errUnavailable, err)
+			return nil, unavailable(err)
 		}
 
 		o.ruleset.conn = conn
@@ -124,7 +136,12 @@ func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) ([]backe
 		failure error
 	)
 
-	carries := map[variant]bool{variantLegacy: tableThere(f, variantLegacy, natTable)}
+	legacy, err := tableThere(f, variantLegacy, natTable)
+	if err != nil {
+		return nil, err
+	}
+
+	carries := map[variant]bool{variantLegacy: legacy}
 
 	// iptables-nft keeps its tables among those of nf_tables.
 	if nft, err := o.nftables(f); err == nil {

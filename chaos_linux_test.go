@@ -50,10 +50,14 @@ const (
 
 // order is what a runtime is told to do.
 type order struct {
-	Op   string // add, remove, sync, mappings
+	Op   string // add, remove, sync, mappings; files, restart: alone
 	ID   string
 	Pod  *PodPortMapping
 	Pods map[string][]*PodPortMapping
+	// Files is how many files the runtime may open from now on.
+	Files int
+	// Backend is what one that is restarted uses.
+	Backend Backend
 }
 
 type reply struct {
@@ -74,9 +78,12 @@ func runRuntime(backend Backend) int {
 		return complain("runtime: ", err)
 	}
 
-	if os.Getenv(runtimeVariable+"_RUN") != "" {
-		go func() { _ = m.Run(context.Background()) }()
+	run := func() {
+		if os.Getenv(runtimeVariable+"_RUN") != "" {
+			go func(m *Manager) { _ = m.Run(context.Background()) }(m)
+		}
 	}
+	run()
 
 	in, out := gob.NewDecoder(os.Stdin), gob.NewEncoder(os.Stdout)
 	replies := []reply{{Mappings: m.Mappings()}}
@@ -91,8 +98,47 @@ func runRuntime(backend Backend) int {
 			return complain("runtime: ", err)
 		}
 
+		switch orders[0].Op {
+		case "restart":
+			err = errors.Join(m.Close(), limitFiles(orders[0].Files))
+			m = NewMetaHostportManager(WithBackend(orders[0].Backend), WithTimeout(timeout)).(*Manager)
+			run()
+		case "files":
+			err = limitFiles(orders[0].Files)
+		}
+
+		if err != nil {
+			return complain("runtime: ", err)
+		}
+
 		replies = obeyAll(m, orders)
 	}
+}
+
+// manyFiles are enough for whatever a test does.
+const manyFiles = 4096
+
+// limitFiles has the process open at most so many files besides those that are open.
+func limitFiles(more int) error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return err
+	}
+
+	// A new file gets the lowest number that is free, below the limit.
+	for limit.Cur = 0; limit.Cur < limit.Max; limit.Cur++ {
+		if _, err := unix.FcntlInt(uintptr(limit.Cur), unix.F_GETFD, 0); err == nil {
+			continue
+		}
+
+		if more == 0 {
+			break
+		}
+
+		more--
+	}
+
+	return unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
 }
 
 func obeyAll(m *Manager, orders []order) []reply {

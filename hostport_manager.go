@@ -47,9 +47,9 @@ type HostPortManager interface {
 	// and host IP were given to Add as Kubernetes spells them.
 	//
 	// Errors: context.DeadlineExceeded; os.ErrClosed; else what the kernel or
-	// iptables(8) said. Rows that could not be removed are nobody's then: the next
-	// Add that wants their ports gets them. Remove again tries again, and so does
-	// Run.
+	// iptables(8) said, or why nobody could look, as if no file can be opened. Rows
+	// that could not be removed are nobody's then: the next Add that wants their ports
+	// gets them. Remove again tries again, and so does Run.
 	Remove(id string, podPortMapping *PodPortMapping) error
 }
 

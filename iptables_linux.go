@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/bits"
 	"os"
 	"os/exec"
@@ -78,8 +79,13 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 			continue // the node does not have both
 		}
 
-		if hinted, err := t.hinted(ctx); hinted || ctx.Err() != nil {
+		hinted, err := t.hinted(ctx)
+		if hinted || ctx.Err() != nil {
 			return t, err
+		}
+
+		if unasked(err) {
+			return nil, err
 		}
 
 		found = append(found, t)
@@ -87,6 +93,10 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 
 	plain, err := plainIPTables(ctx, family)
 	if unasked(err) {
+		return nil, err
+	}
+
+	if err != nil && len(found) == 0 {
 		return nil, err
 	}
 
@@ -115,7 +125,7 @@ func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 		errs = append(errs, err)
 	}
 
-	return nil, errors.Join(errs...)
+	return nil, errors.Join(errs[1:]...) // what is there, even if the iptables of PATH is not
 }
 
 // works asks the kernel whether it has what the variant drives.
@@ -126,12 +136,13 @@ func (t *ipTables) works(ctx context.Context) error {
 		return err
 	}
 
-	if len(legacyTables(t.family)) > 0 {
-		return nil
+	tables, err := legacyTables(t.family)
+	if err != nil || len(tables) > 0 {
+		return err
 	}
 
 	// To ask makes the table, as the first row does.
-	_, err := run(ctx, []byte("*"+natTable+"\n"+cmdCommit+"\n"), t.restore, "--noflush", "--test", "--wait=1")
+	_, err = run(ctx, []byte("*"+natTable+"\n"+cmdCommit+"\n"), t.restore, "--noflush", "--test", "--wait=1")
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == xtablesLocked {
 		return nil
 	}
@@ -142,12 +153,15 @@ func (t *ipTables) works(ctx context.Context) error {
 // xtablesLocked is what iptables-legacy exits with if others have the xtables lock.
 const xtablesLocked = 4
 
-// unasked reports whether err is of a program that is there and could not say anything:
-// it has not started, or somebody has killed it.
+// unasked reports whether err is of a look that nothing came of: a file could not be
+// opened, a program has not started, or somebody has killed it.
 func unasked(err error) bool {
-	exit, command := (*exec.ExitError)(nil), (*commandError)(nil)
+	exit, errno := (*exec.ExitError)(nil), syscall.Errno(0)
+	if errors.As(err, &exit) {
+		return !exit.Exited()
+	}
 
-	return errors.As(err, &command) && !errors.Is(err, exec.ErrNotFound) && !(errors.As(err, &exit) && exit.Exited())
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.As(err, &errno) && !isAbsence(err)
 }
 
 // plainIPTables returns the iptables of PATH.
@@ -203,21 +217,30 @@ func (t *ipTables) hinted(ctx context.Context) (bool, error) {
 		bytes.Contains(save, []byte("\n:KUBE-KUBELET-CANARY ")), err
 }
 
-// tableThere tells whether a legacy table exists; to ask iptables would make
+// tableThere reports whether a legacy table exists; to ask iptables would make
 // it. With nf_tables asking makes nothing.
-func tableThere(family ipFamily, v variant, table string) bool {
-	return v == variantNFT || slices.Contains(legacyTables(family), table)
+func tableThere(family ipFamily, v variant, table string) (bool, error) {
+	if v == variantNFT {
+		return true, nil
+	}
+
+	tables, err := legacyTables(family)
+
+	return slices.Contains(tables, table), err
 }
 
-func legacyTables(family ipFamily) []string {
+func legacyTables(family ipFamily) ([]string, error) {
 	names := "ip_tables_names"
 	if family == IPv6 {
 		names = "ip6_tables_names"
 	}
 
-	tables, _ := os.ReadFile("/proc/thread-self/net/" + names)
+	tables, err := os.ReadFile("/proc/thread-self/net/" + names)
+	if err != nil && !isAbsence(err) {
+		return nil, fmt.Errorf("look for tables: %w", err)
+	}
 
-	return strings.Fields(string(tables))
+	return strings.Fields(string(tables)), nil
 }
 
 // variantOf asks the iptables of PATH which variant it is. go-iptables, which
@@ -225,12 +248,12 @@ func legacyTables(family ipFamily) []string {
 func variantOf(ctx context.Context, name string) (variant, error) {
 	version, err := run(ctx, nil, name, "--version") // in bounded time, which go-iptables does not ask in
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errUnavailable, err)
+		return "", unavailable(err)
 	}
 
 	ipt, err := iptables.New(iptables.Path(name))
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errUnavailable, err)
+		return "", unavailable(err)
 	}
 
 	if major, minor, patch := ipt.GetIptablesVersion(); slices.Compare([]int{major, minor, patch}, []int{1, 6, 2}) < 0 {
@@ -262,6 +285,22 @@ func haveNetAdmin() error {
 	return nil
 }
 
+// isAbsence reports whether err says that something is not there. Any other error says that
+// nobody could look, as if no file can be opened.
+func isAbsence(err error) bool {
+	return slices.ContainsFunc([]error{unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT, unix.EOPNOTSUPP, fs.ErrNotExist, exec.ErrNotFound},
+		func(target error) bool { return errors.Is(err, target) })
+}
+
+// unavailable has errUnavailable in err if that says that something is not there.
+func unavailable(err error) error {
+	if isAbsence(err) {
+		return fmt.Errorf("%w: %w", errUnavailable, err)
+	}
+
+	return err
+}
+
 // haveFamily fails where the kernel does not have an IP family.
 func haveFamily(f ipFamily) error {
 	if f == IPv4 {
@@ -270,7 +309,7 @@ func haveFamily(f ipFamily) error {
 
 	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("%w: no IPv6 in the kernel: %w", errUnavailable, err)
+		return unavailable(fmt.Errorf("look for IPv6 in the kernel: %w", err))
 	}
 
 	return unix.Close(fd) //nolint:wrapcheck // cannot fail
@@ -281,8 +320,8 @@ func (t *ipTables) IsIPv6() bool { return t.family == IPv6 }
 
 // Save implements IPTables.
 func (t *ipTables) Save(ctx context.Context, table string) ([]byte, error) {
-	if !tableThere(t.family, t.variant, table) {
-		return nil, nil
+	if there, err := tableThere(t.family, t.variant, table); !there {
+		return nil, err
 	}
 
 	out, err := run(ctx, nil, t.save, "-t", table)
@@ -413,7 +452,12 @@ func (t *ipTables) legacyState() (tablesState, error) {
 	state := tablesState{}
 
 	for _, table := range []string{natTable, rawTable} {
-		if !tableThere(t.family, variantLegacy, table) { // else to ask would make it
+		there, err := tableThere(t.family, variantLegacy, table)
+		if err != nil {
+			return tablesState{}, err
+		}
+
+		if !there { // to ask would make it
 			continue
 		}
 

@@ -1,0 +1,131 @@
+package hostport
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// restart has the runtime begin again, with so many files that it may open.
+func (p *runtimeProcess) restart(files int) {
+	p.n.t.Helper()
+
+	backend := p.n.backend()
+	if backend == BackendNFTables {
+		backend = BackendAuto
+	}
+
+	p.obey(order{Op: "restart", Files: files, Backend: backend})
+}
+
+// However few files can be opened, nothing is said to be gone that could not be looked at.
+// It is looked at again by the next operation, and no other backend takes its place.
+func TestFewFiles(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		const enough = 40
+
+		add := order{Op: "add", ID: "id", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}
+		remove := order{Op: "remove", ID: "id"}
+		p := n.start(false, patience)
+		failed := 0
+
+		for files := range enough {
+			p.restart(manyFiles)
+			require.Empty(t, p.obey(add)[0].Err)
+			p.restart(files)
+
+			if err := p.obey(remove)[0].Err; err != "" {
+				failed++
+			} else {
+				require.Empty(t, n.leftOver(f), "with %d files", files)
+			}
+
+			p.obey(order{Op: "files", Files: manyFiles})
+			require.Empty(t, p.obey(remove)[0].Err)
+			require.Empty(t, n.leftOver(f), "with %d files at first", files)
+			require.Empty(t, p.obey(add)[0].Err)
+			require.NotEmpty(t, n.leftOver(f), "with %d files at first", files)
+			require.Empty(t, p.obey(remove)[0].Err)
+		}
+
+		assert.Positive(t, failed)
+		assert.Less(t, failed, enough)
+	})
+}
+
+// What could not be looked at for want of a file is looked at again by Run.
+func TestRunAfterFewFiles(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		p := n.start(true, patience)
+
+		for _, f := range []ipFamily{IPv4, IPv6} {
+			require.Empty(t, p.obey(order{Op: "add", ID: "id", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})})[0].Err)
+		}
+
+		mappings := func() []Mapping { return p.obey(order{Op: "mappings"})[0].Mappings }
+
+		p.restart(0)
+		require.Empty(t, mappings())
+		p.obey(order{Op: "files", Files: manyFiles})
+		eventually(t, func() bool { return len(mappings()) == 2 })
+	})
+}
+
+// An nftables that cannot be asked is not taken for one that cannot be used.
+func TestBackendAutoAsksAgain(t *testing.T) {
+	n := newNode(t, variantNFT)
+	conn := n.nfnetlink()
+	o := newOpener(newConfig([]Option{WithLogger(testLogger(t))}))
+	closed, err := nfnetlink.Dial()
+	require.NoError(t, err)
+	require.NoError(t, closed.Close())
+
+	o.ruleset.conn = closed
+
+	n.do(func() {
+		_, err := o.open(IPv4)(t.Context())
+		require.ErrorIs(t, err, net.ErrClosed)
+		assert.False(t, holdsNothing(err))
+
+		o.ruleset.conn = conn
+		b, err := o.open(IPv4)(t.Context())
+		require.NoError(t, err)
+		assert.Equal(t, BackendNFTables, b.kind(nil))
+	})
+}
+
+// Programs that are there and do not work may have made rows: they are not said to be gone.
+func TestProgramsThatDoNotWork(t *testing.T) {
+	n := newNode(t, variantNFT)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+	n.change(viaNFTables) // without hints
+
+	dir := t.TempDir()
+	for _, name := range []string{"iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"} {
+		for _, suffix := range []string{"", "-save", "-restore"} {
+			require.NoError(t, os.WriteFile(filepath.Join(dir, name+suffix), []byte("#!/bin/sh\nexit 1\n"), 0o700))
+		}
+	}
+
+	for _, plain := range []bool{false, true} {
+		if plain { // and does not say which it is
+			for _, name := range []string{"iptables", "ip6tables"} {
+				require.NoError(t, os.Rename(filepath.Join(dir, name+"-nft"), filepath.Join(dir, name)))
+				require.NoError(t, os.Remove(filepath.Join(dir, name+"-nft-save")))
+				require.NoError(t, os.Remove(filepath.Join(dir, name+"-legacy-save")))
+			}
+		}
+
+		t.Setenv("PATH", dir)
+		n.do(func() {
+			m := NewMetaHostportManager(WithBackend(BackendIPTables), WithLogger(testLogger(t)))
+			require.Error(t, m.Remove("id", nil), "plain: %v", plain)
+		})
+	}
+}
