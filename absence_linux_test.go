@@ -77,6 +77,56 @@ func TestRunAfterFewFiles(t *testing.T) {
 	})
 }
 
+// However few files can be opened, Sync leaves the guard as long as the sysctl may be on.
+func TestGuardStaysWithFewFiles(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		p := n.start(false, patience)
+		add := order{Op: "add", ID: "id", Pod: n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}
+		none := order{Op: "sync"}
+
+		for files := range 16 {
+			require.Empty(t, p.obey(add)[0].Err)
+			n.guarded()
+			p.obey(order{Op: "files", Files: files})
+
+			p.obey(none) // may fail
+			n.guarded()
+			p.obey(order{Op: "files", Files: manyFiles})
+			require.Empty(t, p.obey(none)[0].Err)
+			n.guarded()
+
+			if t.Failed() {
+				break
+			}
+		}
+
+		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
+		require.Empty(t, p.obey(none)[0].Err)
+		assert.Empty(t, n.ours(IPv4))
+	})
+}
+
+// That a sysctl cannot be read does not mean that the node does not forward: it is read again.
+func TestForwardingUnknown(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.sysctl("net/ipv6/conf/all/forwarding", "0")
+
+	p := n.start(false, patience)
+
+	for _, files := range []int{0, manyFiles} {
+		p.obey(order{Op: "files", Files: files})
+
+		for _, f := range []ipFamily{IPv4, IPv6} { // SCTP takes no socket
+			pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "SCTP"})
+			require.Empty(t, p.obey(order{Op: "add", ID: "id", Pod: pod})[0].Err)
+		}
+	}
+
+	p.kill()
+	assert.NotContains(t, p.stderr.String(), `does not forward" family="4"`)
+	assert.Contains(t, p.stderr.String(), `does not forward" family="6"`)
+}
+
 // An nftables that cannot be asked is not taken for one that cannot be used.
 func TestBackendAutoAsksAgain(t *testing.T) {
 	n := newNode(t, variantNFT)

@@ -25,7 +25,11 @@ func newLocalhost(log klog.Logger) localhost { return localhost{log: log} }
 // open sets route_localnet on the interface to a pod. It looks each time: an interface
 // may have been made anew, or somebody may have taken it back.
 func (l *localhost) open(device string) error {
-	if device == loopbackDevice || isSet(routeLocalnet(device)) {
+	if device == loopbackDevice {
+		return nil
+	}
+
+	if set, err := isSet(routeLocalnet(device)); set && err == nil {
 		return nil
 	}
 
@@ -38,11 +42,19 @@ func (l *localhost) open(device string) error {
 	return nil
 }
 
-// localnetRouted tells whether some interface has route_localnet.
+// localnetRouted reports whether some interface has route_localnet, or may have: what
+// cannot be read is on, or the guard would go for want of a file.
 func localnetRouted() bool {
-	paths, _ := filepath.Glob(routeLocalnet("*"))
+	interfaces, err := os.ReadDir(filepath.Dir(filepath.Dir(routeLocalnet("any"))))
+	if err != nil {
+		return !isAbsence(err)
+	}
 
-	return slices.ContainsFunc(paths, isSet)
+	return slices.ContainsFunc(interfaces, func(e os.DirEntry) bool {
+		set, err := isSet(routeLocalnet(e.Name()))
+
+		return set || err != nil && !isAbsence(err) // it may have gone meanwhile
+	})
 }
 
 func routeLocalnet(device string) string {
@@ -59,8 +71,8 @@ func forwarding(f ipFamily) string {
 }
 
 // isSet reports whether a sysctl has another value than 0.
-func isSet(path string) bool {
+func isSet(path string) (bool, error) {
 	value, err := os.ReadFile(path)
 
-	return err == nil && !bytes.Equal(value, []byte("0\n"))
+	return err == nil && !bytes.Equal(value, []byte("0\n")), err //nolint:wrapcheck // names the file
 }

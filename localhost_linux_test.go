@@ -213,7 +213,9 @@ func TestInterfaceNames(t *testing.T) {
 
 			if valid {
 				require.NoError(t, m.Add("id", pod, name))
-				assert.True(t, isSet(routeLocalnet(name)), "%q", name)
+				set, err := isSet(routeLocalnet(name))
+				require.NoError(t, err)
+				assert.True(t, set, "%q", name)
 			}
 		}
 

@@ -536,9 +536,14 @@ func (m *hostportManager) warnOfForwarding() {
 		return
 	}
 
+	set, err := isSet(forwarding(m.family))
+	if err != nil { // there will be another time
+		return
+	}
+
 	m.warned = true
 
-	if !isSet(forwarding(m.family)) {
+	if !set {
 		m.cfg.log.Info("Host ports can only be reached from the node itself: it does not forward",
 			"family", m.family, "sysctl", forwarding(m.family))
 	}

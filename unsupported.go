@@ -90,4 +90,4 @@ func (*links) close()                                {}
 
 func localnetRouted() bool       { return false }
 func forwarding(ipFamily) string { return "" }
-func isSet(string) bool          { return true }
+func isSet(string) (bool, error) { return true, nil }
