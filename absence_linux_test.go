@@ -1,13 +1,17 @@
 package hostport
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
@@ -54,6 +58,7 @@ func TestFewFiles(t *testing.T) {
 			require.Empty(t, p.obey(remove)[0].Err)
 		}
 
+		t.Logf("Remove failed with fewer than %d files", failed)
 		assert.Positive(t, failed)
 		assert.Less(t, failed, enough)
 	})
@@ -74,6 +79,84 @@ func TestRunAfterFewFiles(t *testing.T) {
 		require.Empty(t, mappings())
 		p.obey(order{Op: "files", Files: manyFiles})
 		eventually(t, func() bool { return len(mappings()) == 2 })
+	})
+}
+
+// filesLeft is how many files the runtime may still open.
+func (p *runtimeProcess) filesLeft() int {
+	p.n.t.Helper()
+
+	var limit unix.Rlimit
+	require.NoError(p.n.t, unix.Prlimit(p.cmd.Process.Pid, unix.RLIMIT_NOFILE, nil, &limit))
+
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid))
+	require.NoError(p.n.t, err)
+
+	return int(limit.Cur) - len(files)
+}
+
+// More rows from before than files can be opened: the sockets leave enough for operations, the
+// log says so in one line a family, and what could not be held is when there is room.
+func TestMoreRowsThanFiles(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		const rows, files = 500, 400
+
+		many := n.pod(0, IPv4)
+		for i := range rows {
+			many.PortMappings = append(many.PortMappings, &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80})
+		}
+
+		six := n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		few := n.pod(1, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80})
+		p := n.start(false, time.Minute)
+
+		for id, pod := range map[string]*PodPortMapping{"many": many, "six": six, "few": few} {
+			require.Empty(t, p.obey(order{Op: "add", ID: id, Pod: pod})[0].Err)
+		}
+
+		p.restart(files)
+
+		held := func() (held, all int) {
+			list := p.obey(order{Op: "mappings"})[0].Mappings
+			for _, m := range list {
+				if m.Held {
+					held++
+				}
+			}
+
+			return held, len(list)
+		}
+
+		some, all := held()
+		assert.Equal(t, rows+2, all)
+		assert.Greater(t, some, files/2)
+		assert.Less(t, some, files)
+		assert.GreaterOrEqual(t, p.filesLeft(), reserve/2) // the manager has some as well
+
+		// Both families remove at once what there is to be removed.
+		for _, r := range p.obey(order{Op: "remove", ID: "six"}, order{Op: "remove", ID: "few"}) {
+			require.Empty(t, r.Err)
+		}
+
+		assert.Empty(t, n.leftOver(IPv6))
+
+		refused := p.obey(order{Op: "add", ID: "new", Pod: n.pod(1, IPv4, &PortMapping{HostPort: 7001, ContainerPort: 80})})[0].Err
+		assert.Contains(t, refused, unix.EMFILE.Error())
+
+		gone := n.pod(0, IPv4)
+		gone.PortMappings = many.PortMappings[:rows/2]
+		require.Empty(t, p.obey(order{Op: "remove", ID: "many", Pod: gone})[0].Err)
+
+		eventually(t, func() bool {
+			require.Empty(t, p.obey(order{Op: "add", ID: "few", Pod: few})[0].Err)
+
+			some, all := held()
+
+			return some == all
+		})
+
+		p.kill()
+		assert.Equal(t, 2, strings.Count(p.stderr.String(), unix.EMFILE.Error()), "a line for each family: %s", &p.stderr)
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -344,14 +345,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	m.backend = b
 	m.relocation = len(rows) > 0
 
-	for _, r := range rows {
-		m.setRows(r.portKey, append(m.rows[r.portKey], r))
-
-		if err := m.sockets.adopt(r.endpoint); err != nil {
-			m.cfg.log.Error(err, "Cannot hold the port of a row from before",
-				"row", r, "podIDHash", r.ownerMark(), "label", r.label)
-		}
-	}
+	m.adopt(rows)
 
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
 
@@ -364,6 +358,30 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	}
 
 	return nil
+}
+
+// adopt takes over rows that stand, whether or not their ports can be held now.
+func (m *hostportManager) adopt(rows []*row) {
+	var (
+		what  []string
+		first error
+	)
+
+	for _, r := range rows {
+		m.setRows(r.portKey, append(m.rows[r.portKey], r))
+
+		if err := m.sockets.adopt(r.endpoint); err != nil {
+			what = append(what, fmt.Sprintf("%s (%s)", r, cmp.Or(r.label, r.ownerMark())))
+			first = cmp.Or(first, err)
+		}
+	}
+
+	if len(what) > 0 {
+		const some = 5 // of what may be thousands
+
+		m.cfg.log.Error(first, "Cannot hold the ports of rows from before", "family", m.family, "count", len(what),
+			"rows", strings.Join(what[:min(len(what), some)], "; "))
+	}
 }
 
 // ought tells whether something of ours ought to stand in the kernel: rows, or the

@@ -204,6 +204,21 @@ func (s *sockets) close() {
 	clear(s.waiting)
 }
 
+// reserve is how many files are left for others than sockets that hold ports. Both families
+// at once, with a process of iptables(8) each, open some 40; the rest is the runtime's, which
+// needs files for each pod. It is an eighth of the 1024 that many processes may have.
+const reserve = 128
+
+// mayHold reports whether a new socket leaves the reserve: it has the lowest number that is
+// free.
+func mayHold(fd int) bool {
+	var limit unix.Rlimit
+
+	err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
+
+	return err != nil || uint64(fd)+min(reserve, limit.Cur/2) < limit.Cur //nolint:gosec // is not negative
+}
+
 // bind returns a socket bound to e.
 func (s *sockets) bind(e endpoint) (fd int, err error) {
 	domain, level, freebind := unix.AF_INET, unix.SOL_IP, unix.IP_FREEBIND
@@ -228,6 +243,10 @@ func (s *sockets) bind(e endpoint) (fd int, err error) {
 			_ = unix.Close(sock)
 		}
 	}()
+
+	if !mayHold(fd) {
+		return -1, fmt.Errorf("open socket: %w", unix.EMFILE)
+	}
 
 	if s.family == IPv6 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
