@@ -3,6 +3,7 @@ package hostport
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -261,4 +262,195 @@ func TestProgramsThatDoNotWork(t *testing.T) {
 			require.Error(t, m.Remove("id", nil), "plain: %v", plain)
 		})
 	}
+}
+
+// unreadable is a node with rows from before in iptables-nft, which cannot list them because of
+// a rule of somebody's until release is called. Something else is in use.
+func unreadable(t *testing.T, inUse variant, f ipFamily, pods map[string]*PodPortMapping) (n, old *node, release func()) {
+	t.Helper()
+
+	n = newNode(t, variantNFT)
+	for id, pod := range pods {
+		n.leftBehind(id, pod)
+	}
+
+	before := *n
+	n.change(inUse)
+	n.command("nft", "add", "rule", nftFamily(f), "nat", "PREROUTING", "numgen", "random", "mod", "2", "0", "return")
+
+	return n, &before, func() {
+		list := n.command("nft", "-a", "list", "chain", nftFamily(f), "nat", "PREROUTING")
+		_, rule, _ := strings.Cut(list, "numgen")
+		_, handle, found := strings.Cut(rule, "# handle ")
+		require.True(t, found)
+		n.command("nft", "delete", "rule", nftFamily(f), "nat", "PREROUTING", "handle", strings.Fields(handle)[0])
+	}
+}
+
+func eachUnreadable(t *testing.T, f func(t *testing.T, inUse variant, family ipFamily)) {
+	t.Helper()
+
+	for _, inUse := range []variant{viaNFTables, variantLegacy} {
+		for _, family := range []ipFamily{IPv4, IPv6} {
+			t.Run(string(inUse)+"/IPv"+string(family), func(t *testing.T) { f(t, inUse, family) })
+		}
+	}
+}
+
+// podOn is what is left behind before there is a node.
+func podOn(i int, f ipFamily, port int32) *PodPortMapping {
+	ip := net.IPv4(10, 88, 0, byte(2+i))
+	if f == IPv6 {
+		ip = net.ParseIP(fmt.Sprintf("fd00:10:88::%d", 2+i))
+	}
+
+	return &PodPortMapping{Namespace: "ns", Name: "pod", IP: ip, PortMappings: []*PortMapping{{HostPort: port, ContainerPort: 80}}}
+}
+
+// Remove does not say that rows are gone that could not be looked at, and looks again.
+func TestRemoveLooksAgain(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{
+			"id": podOn(0, f, 8080), "taken": podOn(0, f, 7000), "stays": podOn(0, f, 9090),
+		})
+		n.serve(1, "tcp", f, 80)
+
+		log, logged := logs(t)
+		m := n.manager(log)
+		check := func() (err error) {
+			n.do(func() { err = m.Check(t.Context(), "stays", podOn(0, f, 9090)) })
+
+			return err
+		}
+
+		require.Empty(t, m.Mappings())
+		require.ErrorContains(t, n.remove(m, "id", nil), "cannot show")
+		require.ErrorContains(t, n.remove(m, "id", podOn(0, f, 8080)), "cannot show")
+		require.ErrorContains(t, check(), "cannot show")
+		assert.Equal(t, 1, strings.Count(logged(), "cannot show"), logged())
+
+		// What has nothing to do with it works.
+		require.NoError(t, n.add(m, "new", podOn(1, f, 7001)))
+		require.NoError(t, n.add(m, "takes", podOn(1, f, 7000)))
+
+		release()
+		require.NoError(t, n.remove(m, "id", nil))
+		require.NoError(t, check())
+
+		var ports []int32
+		for _, mapping := range m.Mappings() {
+			ports = append(ports, mapping.HostPort)
+
+			assert.True(t, mapping.Held)
+		}
+
+		assert.Equal(t, []int32{7000, 7001, 9090}, ports)
+
+		rules := strings.Join(old.rules(f), "\n")
+		assert.NotContains(t, rules, "8080 ")
+		assert.NotContains(t, rules, "7000 ", "what another pod has taken")
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 7000), "other")
+
+		require.NoError(t, n.remove(m, "stays", podOn(0, f, 9090)))
+		assert.Empty(t, old.leftOver(f))
+	})
+}
+
+// So does Run.
+func TestRunLooksAgain(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+		n, _, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": podOn(0, f, 8080)})
+		m := n.manager()
+		n.run(m)
+		require.Empty(t, m.Mappings())
+		release()
+		n.soon(func() bool { return len(m.Mappings()) == 1 && m.Mappings()[0].Held })
+		require.NoError(t, n.remove(m, "id", nil))
+	})
+}
+
+// Of a pod that is invalid, Sync leaves what stands, and looks for it again.
+func TestInvalidIsFoundLater(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+		n, _, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"odd": podOn(1, f, 9090)})
+		m := n.manager()
+		release()
+
+		odd := podOn(1, f, 9090)
+		odd.PortMappings[0].ContainerPort = 0
+		require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"odd": {odd}}), ErrInvalidMapping)
+		assert.Len(t, m.Mappings(), 1)
+	})
+}
+
+// A pod's row for one address stands beside the one for any that has come meanwhile.
+func TestFoundLaterStandsBeside(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+		both := podOn(0, f, 8080)
+		both.PortMappings = append(both.PortMappings, &PortMapping{
+			HostPort: 8080, ContainerPort: 81, HostIP: map[ipFamily]string{IPv4: "192.0.2.77", IPv6: "2001:db8::77"}[f],
+		})
+
+		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": both})
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", podOn(0, f, 8080)))
+		release()
+		require.NoError(t, n.remove(m, "another", nil))
+		assert.Len(t, m.Mappings(), 2)
+		require.NoError(t, n.remove(m, "id", nil))
+		assert.Empty(t, old.leftOver(f))
+	})
+}
+
+// What Sync was to take out and could not look at is not taken over, but taken out.
+func TestSyncLooksAgain(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+		for name, again := range map[string]func(n *node, m *Manager) error{
+			"Sync": func(n *node, m *Manager) error {
+				return n.sync(m, map[string][]*PodPortMapping{"id": {podOn(1, f, 8080)}})
+			},
+			"Remove": func(n *node, m *Manager) error { return n.remove(m, "another", nil) },
+			"Run":    func(n *node, m *Manager) error { n.run(m); return nil },
+		} {
+			t.Run(name, func(t *testing.T) {
+				n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": podOn(0, f, 8080), "goes": podOn(0, f, 9090)})
+				n.serve(1, "tcp", f, 80)
+
+				m := n.manager()
+				require.ErrorContains(t, n.sync(m, map[string][]*PodPortMapping{"id": {podOn(1, f, 8080)}}), "cannot show")
+				require.Error(t, n.remove(m, "goes", nil))
+				release()
+				require.NoError(t, again(n, m))
+				n.soon(func() bool { return len(old.ours(f)) == 0 })
+				assert.Len(t, m.Mappings(), 1)
+				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "other")
+				require.NoError(t, n.remove(m, "goes", nil))
+			})
+		}
+	})
+}
+
+// Rows that there is no program for are not said to be gone; chains without rows are none.
+func TestRemoveWithoutProgram(t *testing.T) {
+	n := newNode(t, variantNFT)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+	old := *n
+	n.change(viaNFTables)
+
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", t.TempDir())
+
+	m := n.manager()
+	require.ErrorContains(t, n.remove(m, "id", nil), "iptables-nft")
+	t.Setenv("PATH", path)
+	require.NoError(t, n.remove(m, "id", nil))
+	assert.Empty(t, old.leftOver(IPv4))
+	assert.NotEmpty(t, old.ours(IPv4), "what stays without rows")
+	require.NoError(t, m.Close())
+
+	t.Setenv("PATH", t.TempDir())
+
+	m = n.manager()
+	require.NoError(t, n.remove(m, "id", nil))
 }

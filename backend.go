@@ -10,8 +10,6 @@ import (
 	"slices"
 	"time"
 
-	"k8s.io/klog/v2"
-
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
@@ -29,7 +27,8 @@ type backend interface {
 	name(r *row) string
 
 	// list returns the rows that the kernel holds, whoever made them. intact is
-	// set if repair would have nothing to do for them.
+	// set if repair would have nothing to do for them. With an *unseenError there may
+	// be more: list again returns those that could not be looked at, and no others.
 	list(ctx context.Context) (rows []*row, intact bool, err error)
 
 	// apply commits the deltas, in their order, in one transaction, or where that
@@ -140,41 +139,66 @@ func (d *delta) parts(most int) []delta {
 type layers struct {
 	backend
 
-	find   func(ctx context.Context) ([]backend, error) // those that may carry rows from before
+	others []finder
+	listed bool     // the one in use is
+	unseen []finder // of others, what could not be looked at
 	before []backend
 	at     map[*row]backend // where the rows stand that are in one of before
-	log    klog.Logger
 }
 
-func newLayers(inUse backend, log klog.Logger, find func(context.Context) ([]backend, error)) *layers {
-	return &layers{backend: inUse, find: find, at: map[*row]backend{}, log: log}
+// finder returns a backend besides the one in use if that carries rows, or with all if it
+// has anything of ours, and else nil. It fails where nobody can look.
+type finder func(ctx context.Context, all bool) (backend, error)
+
+func newLayers(inUse backend, others ...finder) *layers {
+	return &layers{backend: inUse, others: others, unseen: others, at: map[*row]backend{}}
 }
 
 func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error) {
-	rows, intact, err = l.backend.list(ctx)
-	if err != nil {
-		return nil, false, err
-	}
-
-	l.before, _ = l.find(ctx) // which tells what it cannot look at
-
-	for _, b := range l.before {
-		old, oldIntact, err := b.list(ctx)
-		if err != nil {
-			l.log.Error(err, "Cannot look for host ports from before", "backend", b.kind(nil))
+	if intact = true; !l.listed {
+		if rows, intact, err = l.backend.list(ctx); err != nil {
+			return nil, false, err
 		}
 
-		intact = intact && oldIntact
-
-		for _, r := range old {
-			r.astray = true
-			l.at[r] = b
-		}
-
-		rows = append(rows, old...)
+		l.listed = true
 	}
 
-	return rows, intact, ctx.Err() // what had no time to answer is asked again
+	var errs []error
+
+	l.unseen = slices.DeleteFunc(slices.Clone(l.unseen), func(find finder) bool {
+		old, oldIntact, err := l.listBefore(ctx, find)
+		errs = append(errs, err)
+		rows, intact = append(rows, old...), intact && oldIntact
+
+		return err == nil
+	})
+
+	if err := errors.Join(errs...); err != nil {
+		return rows, intact, &unseenError{err}
+	}
+
+	return rows, intact, nil
+}
+
+// listBefore lists the rows of a backend that may carry some from before.
+func (l *layers) listBefore(ctx context.Context, find finder) (rows []*row, intact bool, err error) {
+	b, err := find(ctx, false)
+	if err != nil || b == nil {
+		return nil, true, err
+	}
+
+	if rows, intact, err = b.list(ctx); err != nil {
+		return nil, true, err
+	}
+
+	l.before = append(l.before, b)
+
+	for _, r := range rows {
+		r.astray = true
+		l.at[r] = b
+	}
+
+	return rows, intact, nil
 }
 
 // each yields the backends by what they are in at, nil being the one in use.
@@ -256,6 +280,18 @@ func isLeftBehind(err error) bool {
 	return errors.As(err, &leftBehind)
 }
 
+// unseenError says that nobody could look whether another backend has something.
+type unseenError struct{ err error }
+
+func (e *unseenError) Error() string { return "look for what is from before: " + e.err.Error() }
+func (e *unseenError) Unwrap() error { return e.err }
+
+func isUnseen(err error) bool {
+	unseen := (*unseenError)(nil)
+
+	return errors.As(err, &unseen)
+}
+
 // partlyError says that some of several transactions may have been committed.
 type partlyError struct{ err error }
 
@@ -294,7 +330,7 @@ func (l *layers) demolish(ctx context.Context) ([]string, error) {
 }
 
 // repairBefore repairs what is from before. What has no rows any more and is
-// purged is done with.
+// purged is done with, as is what could not be looked at.
 func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
 	var (
 		all  []string
@@ -302,11 +338,9 @@ func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge b
 		stay []backend
 	)
 
-	if purge && len(l.before) == 0 { // somebody may have restored it
-		var err error
-
-		l.before, err = l.find(ctx)
-		errs = append(errs, err)
+	if purge {
+		repairs, err := l.demolishUnseen(ctx)
+		all, errs = append(all, repairs...), append(errs, err)
 	}
 
 	for _, b := range l.before {
@@ -342,6 +376,38 @@ func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge b
 
 	if err := errors.Join(errs...); err != nil {
 		return all, &leftBehindError{err}
+	}
+
+	return all, nil
+}
+
+// demolishUnseen takes out what is in backends that have no rows of the table.
+func (l *layers) demolishUnseen(ctx context.Context) ([]string, error) {
+	if len(l.before) == 0 { // somebody may have restored it
+		l.unseen = l.others
+	}
+
+	var (
+		all  []string
+		errs []error
+	)
+
+	l.unseen = slices.DeleteFunc(slices.Clone(l.unseen), func(find finder) bool {
+		b, err := find(ctx, true)
+		if err == nil && b != nil {
+			var repairs []string
+
+			repairs, err = b.demolish(ctx)
+			all = append(all, repairs...)
+		}
+
+		errs = append(errs, err)
+
+		return err == nil
+	})
+
+	if err := errors.Join(errs...); err != nil {
+		return all, &unseenError{err}
 	}
 
 	return all, nil

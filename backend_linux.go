@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
@@ -71,7 +72,7 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "reason", reason)
 			}
 
-			return newLayers(b, o.cfg.log, func(ctx context.Context) ([]backend, error) { return o.before(ctx, f, v) }), nil
+			return newLayers(b, o.others(f, v)...), nil
 		}
 
 		return nil, errs
@@ -127,60 +128,87 @@ func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
 	return newNFTBackend(o.ruleset, f, o.cfg), nil
 }
 
-// before returns the backends besides the one in use that may carry rows. It
-// starts no process for one that does not. It fails where one does that there is no
-// program for.
-func (o *opener) before(ctx context.Context, f ipFamily, inUse variant) ([]backend, error) {
-	var (
-		before  []backend
-		failure error
-	)
+// others find the backends besides the one in use that may carry rows. They start no process
+// for one that does not.
+func (o *opener) others(f ipFamily, inUse variant) []finder {
+	var finders []finder
 
-	legacy, err := tableThere(f, variantLegacy, natTable)
+	if inUse != "" {
+		finders = append(finders, func(ctx context.Context, _ bool) (backend, error) {
+			nft, chains, err := o.chains(ctx, f)
+			if err != nil || !slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool { return c.Table == nftTable }) {
+				return nil, err
+			}
+
+			return nft, nil
+		})
+	}
+
+	for _, v := range []variant{variantNFT, variantLegacy} {
+		if v != inUse {
+			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.before(ctx, f, v, all) })
+		}
+	}
+
+	return finders
+}
+
+// chains lists the chains of a family in nf_tables, where the kernel has that.
+func (o *opener) chains(ctx context.Context, f ipFamily) (*nftBackend, []nfnetlink.ChainInfo, error) {
+	nft, err := o.nftables(f)
+	if errors.Is(err, errUnavailable) {
+		return nil, nil, nil
+	}
+
+	if err != nil {
+		return nil, nil, err
+	}
+
+	chains, err := nft.allChains(ctx)
+	if err != nil && errors.Is(nft.usable(ctx), errUnavailable) {
+		return nil, nil, nil
+	}
+
+	return nft, chains, err
+}
+
+// before returns an iptables that may carry rows from before.
+func (o *opener) before(ctx context.Context, f ipFamily, v variant, all bool) (backend, error) {
+	there, err := tableThere(f, v, natTable)
 	if err != nil {
 		return nil, err
 	}
 
-	carries := map[variant]bool{variantLegacy: legacy}
-
-	// iptables-nft keeps its tables among those of nf_tables.
-	if nft, err := o.nftables(f); err == nil {
-		chains, _ := nft.ruleset.conn.Dump(ctx, nft.table.Chains()) // there may be no nf_tables
-		ours := false
-
-		for _, m := range chains {
-			c, _ := nfnetlink.ParseChain(m)
-			ours = ours || c.Table == nftTable
-			carries[variantNFT] = carries[variantNFT] || c.Table == natTable && ourChain(c.Name)
+	if v == variantNFT { // which keeps its tables among those of nf_tables
+		var chains []nfnetlink.ChainInfo
+		if _, chains, err = o.chains(ctx, f); err != nil {
+			return nil, err
 		}
 
-		if inUse != "" && ours {
-			before = append(before, nft)
-		}
+		there = slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool {
+			return c.Table == natTable && ourChain(c.Name) && (all || c.Name != dnatDispatch && c.Name != masqDispatch)
+		})
 	}
 
-	for _, v := range []variant{variantNFT, variantLegacy} {
-		if !carries[v] || v == inUse {
-			continue
-		}
-
-		t, err := iptablesOf(ctx, f, v)
-		if err != nil {
-			o.cfg.log.Error(err, "Cannot look for host ports from before", "family", f, "variant", v)
-
-			if v == variantNFT { // a legacy table need not have anything of ours
-				failure = err
-			}
-
-			continue
-		}
-
-		b := o.iptables(t)
-		b.before, b.guard = true, nil // the guard stands with what is in use
-		before = append(before, b)
+	if !there {
+		return nil, nil //nolint:nilnil // as finder says
 	}
 
-	return before, failure
+	t, err := iptablesOf(ctx, f, v)
+	if v == variantLegacy && errors.Is(err, errUnavailable) { // the table need not have anything of ours
+		o.cfg.log.Error(err, "Cannot look for host ports from before", "family", f, "variant", v)
+
+		return nil, nil //nolint:nilnil // likewise
+	}
+
+	if err != nil {
+		return nil, err
+	}
+
+	b := o.iptables(t)
+	b.before, b.guard = true, nil // the guard stands with what is in use
+
+	return b, nil
 }
 
 // iptables returns a backend that can be told of what others do to its tables.

@@ -174,7 +174,9 @@ func TestLayersTakeBack(t *testing.T) {
 	}
 
 	inUse, a, b := &memory{}, &memory{rows: rows[:1:1]}, &memory{rows: rows[1:2:2], fail: errInjected}
-	l := newLayers(inUse, testLogger(t), func(context.Context) ([]backend, error) { return []backend{a, b}, nil })
+	l := newLayers(inUse,
+		func(context.Context, bool) (backend, error) { return a, nil },
+		func(context.Context, bool) (backend, error) { return b, nil })
 	_, _, err := l.list(t.Context())
 	require.NoError(t, err)
 

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -101,6 +102,10 @@ type hostportManager struct {
 	repairAt                  time.Time
 	told                      string    // the last error of a repair
 	pruneAt                   time.Time // from then on Run takes out rows that are gone; zero: there are none
+	// unseen is why rows from before could not be looked at. Run does not look again
+	// before lookAt.
+	unseen error
+	lookAt time.Time
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -336,15 +341,17 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	}
 
 	rows, intact, err := b.list(ctx)
-	if err != nil {
+	if err != nil && !isUnseen(err) {
 		return err
+	}
+
+	if err != nil {
+		m.cfg.log.Error(err, "Cannot look for all host ports from before", "family", m.family)
 	}
 
 	m.flows.open()
 
-	m.backend = b
-	m.relocation = len(rows) > 0
-
+	m.backend, m.unseen = b, err
 	m.adopt(rows)
 
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
@@ -367,6 +374,8 @@ func (m *hostportManager) adopt(rows []*row) {
 		first error
 	)
 
+	m.relocation = m.relocation || len(rows) > 0
+
 	for _, r := range rows {
 		m.setRows(r.portKey, append(m.rows[r.portKey], r))
 
@@ -382,6 +391,63 @@ func (m *hostportManager) adopt(rows []*row) {
 		m.cfg.log.Error(first, "Cannot hold the ports of rows from before", "family", m.family, "count", len(what),
 			"rows", strings.Join(what[:min(len(what), some)], "; "))
 	}
+}
+
+// lookAgain looks for the rows from before that could not be looked at, and fails if they
+// still cannot be.
+func (m *hostportManager) lookAgain(ctx context.Context) error {
+	if m.unseen == nil {
+		return nil
+	}
+
+	m.lookAt = time.Now().Add(repairPause)
+
+	if m.leaked { // by Sync, which wants none of them
+		if _, err := m.repair(ctx, true); err != nil && !isLeftBehind(err) {
+			return err
+		}
+
+		return m.unseen
+	}
+
+	rows, intact, err := m.backend.list(ctx)
+	m.unseen = err
+	m.adopt(rows)
+
+	if len(rows) > 0 {
+		m.cfg.log.Info("Found more host ports from before", "family", m.family, "rows", len(rows))
+	}
+
+	replace := &operation{name: "replace", plan: func(c *change) error {
+		for _, r := range rows {
+			if m.isReplaced(r) {
+				c.del(r)
+			}
+		}
+
+		return nil
+	}}
+
+	m.commitAll(ctx, []*operation{replace})
+
+	if replace.err != nil {
+		m.cfg.log.Error(replace.err, "Cannot take out what other rows have replaced", "family", m.family)
+	}
+
+	if !intact {
+		m.restore(ctx)
+	}
+
+	return err
+}
+
+// isReplaced reports whether an Add has taken the place of a row that was not known then.
+func (m *hostportManager) isReplaced(r *row) bool {
+	return slices.ContainsFunc(m.rows[r.portKey], func(o *row) bool {
+		beside := o.endpoint != r.endpoint && m.bears(o.owner, "", r)
+
+		return o != r && o.owner.known() && o.overlaps(r.endpoint) && !beside
+	})
 }
 
 // ought tells whether something of ours ought to stand in the kernel: rows, or the

@@ -141,29 +141,63 @@ func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err er
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
 
+	var elements map[nftKey]nftElement
+
+	gen, err := b.unmoved(ctx, func() (err error) {
+		elements, err = b.dump(ctx)
+
+		return err
+	})
+	if err != nil {
+		return nil, false, err
+	}
+
+	b.ruleset.observe(gen)
+	b.epoch = b.ruleset.epoch
+
+	return b.adopt(elements), false, nil
+}
+
+// unmoved lists until nobody has committed meanwhile, for else some may be missing. It
+// returns the generation of the list.
+func (b *nftBackend) unmoved(ctx context.Context, list func() error) (uint32, error) {
 	for {
 		before, err := b.ruleset.conn.Generation(ctx)
 		if err != nil {
-			return nil, false, err
+			return 0, err
 		}
 
-		elements, err := b.dump(ctx)
-		if err != nil {
-			return nil, false, err
+		if err := list(); err != nil {
+			return 0, err
 		}
 
-		after, err := b.ruleset.conn.Generation(ctx)
-		if err != nil {
-			return nil, false, err
-		}
-
-		if before == after { // else some elements may be missing
-			b.ruleset.observe(after)
-			b.epoch = b.ruleset.epoch
-
-			return b.adopt(elements), false, nil
+		if after, err := b.ruleset.conn.Generation(ctx); err != nil || before == after {
+			return after, err
 		}
 	}
+}
+
+// allChains lists the chains of the family, whosever they are.
+func (b *nftBackend) allChains(ctx context.Context) ([]nfnetlink.ChainInfo, error) {
+	var chains []nfnetlink.ChainInfo
+
+	_, err := b.unmoved(ctx, func() error {
+		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
+		if err != nil {
+			return fmt.Errorf("list chains: %w", err)
+		}
+
+		chains = make([]nfnetlink.ChainInfo, len(msgs))
+		for i, m := range msgs {
+			if chains[i], err = nfnetlink.ParseChain(m); err != nil {
+				return fmt.Errorf("list chains: %w", err)
+			}
+		}
+
+		return nil
+	})
+
+	return chains, err
 }
 
 // dump returns all elements of the family.

@@ -182,8 +182,15 @@ func (m *hostportManager) commit(ops []*operation) {
 	if err == nil {
 		m.disownFailed()
 		m.observeNode(ctx)
+		unseen := m.lookAgain(ctx)
 		m.commitAll(ctx, ops)
 		m.clearUp(ctx, ops)
+
+		for _, op := range ops {
+			if op.remove && op.err == nil { // what it names may be there
+				op.err = unseen
+			}
+		}
 	}
 
 	for _, op := range ops {

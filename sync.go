@@ -46,6 +46,8 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	m.disownFailed()
 	m.observeNode(ctx)
 
+	_ = m.lookAgain(ctx) // what it cannot look at, repair tells
+
 	var errs []error
 
 	c := &change{m: m}
@@ -175,6 +177,13 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 	}
 
 	inUse := err != nil && !isLeftBehind(err)
+
+	if purge && !inUse {
+		if m.unseen = nil; isUnseen(err) {
+			m.unseen = err
+		}
+	}
+
 	m.damaged, m.doubtful, m.leaked = inUse, inUse && (m.doubtful || purge), err != nil && purge
 
 	var lost []*row
@@ -232,6 +241,10 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 	}
 
 	m.flows.resume()
+
+	if m.unseen != nil && !m.leaked && time.Now().After(m.lookAt) {
+		_ = m.lookAgain(ctx) // there will be another time
+	}
 
 	m.damaged = disturbed(m.backend) || m.relocate() || m.damaged || m.doubtful
 
@@ -370,6 +383,10 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 	}
 
 	more, err := m.backend.missing(ctx, stand)
+
+	if len(stand) < len(rows) { // it may be where nobody could look
+		err = errors.Join(err, m.unseen)
+	}
 
 	return append(missing, more...), err
 }
