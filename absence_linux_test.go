@@ -65,6 +65,36 @@ func TestFewFiles(t *testing.T) {
 	})
 }
 
+// The same is true of what another backend carries from before.
+func TestFewFilesForWhatIsFromBefore(t *testing.T) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		const enough = 40
+
+		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+		old := *n
+		save := n.iptablesSave(f)
+		n.change(viaNFTables)
+
+		remove := order{Op: "remove", ID: "id"}
+		p := n.start(false, patience)
+
+		for files := range enough {
+			p.obey(order{Op: "files", Files: manyFiles})
+			n.commandWith(save, command(f)+"-"+string(old.variant)+"-restore")
+			p.restart(files)
+
+			if err := p.obey(remove)[0].Err; err == "" {
+				require.Empty(t, old.leftOver(f), "with %d files", files)
+			}
+
+			p.obey(order{Op: "files", Files: manyFiles})
+			require.Empty(t, p.obey(remove)[0].Err)
+			require.Empty(t, old.leftOver(f), "with %d files at first", files)
+		}
+	})
+}
+
 // What could not be looked at for want of a file is looked at again by Run.
 func TestRunAfterFewFiles(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
