@@ -399,6 +399,33 @@ func TestRunLooksAgain(t *testing.T) {
 	})
 }
 
+// A Remove that failed because nobody could look is carried out by Run, once somebody can. A
+// pod that has the port meanwhile keeps it.
+func TestRunRemovesWhatItFinds(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{
+			"all": podOn(0, f, 8080), "named": podOn(0, f, 8081), "again": podOn(0, f, 8082), "stays": podOn(0, f, 9090),
+		})
+		n.serve(1, "tcp", f, 80)
+
+		m := n.manager()
+		require.Error(t, n.remove(m, "all", nil))
+		require.Error(t, n.remove(m, "named", podOn(0, f, 8081)))
+		require.Error(t, n.remove(m, "named", podOn(0, f, 8081)))
+		require.Error(t, n.remove(m, "again", nil))
+		require.NoError(t, n.add(m, "again", podOn(1, f, 8082)))
+		release()
+		n.run(m)
+		n.soon(func() bool { return len(old.rules(f)) > 0 && len(m.Mappings()) == 2 })
+
+		rules := strings.Join(old.rules(f), "\n")
+		assert.NotContains(t, rules, "808")
+		assert.Contains(t, rules, "9090")
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8082), "other")
+		assert.Equal(t, []string{"again", ""}, []string{m.Mappings()[0].PodID, m.Mappings()[1].PodID})
+	})
+}
+
 // Of a pod that is invalid, Sync leaves what stands, and looks for it again.
 func TestInvalidIsFoundLater(t *testing.T) {
 	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {

@@ -102,10 +102,11 @@ type hostportManager struct {
 	repairAt                  time.Time
 	told                      string    // the last error of a repair
 	pruneAt                   time.Time // from then on Run takes out rows that are gone; zero: there are none
-	// unseen is why rows from before could not be looked at. Run does not look again
-	// before lookAt.
-	unseen error
-	lookAt time.Time
+	// unseen is why rows from before could not be looked at, unfinished are Removes that some
+	// of them may be for. Run does not look again before lookAt.
+	unseen     error
+	unfinished []*operation
+	lookAt     time.Time
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -416,6 +417,14 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 
 	if len(rows) > 0 {
 		m.cfg.log.Info("Found more host ports from before", "family", m.family, "rows", len(rows))
+	}
+
+	for _, op := range m.unfinished {
+		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row) bool { return !slices.Contains(rows, r) }))
+	}
+
+	if m.unseen == nil {
+		m.unfinished = nil
 	}
 
 	replace := &operation{name: "replace", plan: func(c *change) error {

@@ -87,22 +87,20 @@ func (m *hostportManager) withdraw(op *operation) bool {
 
 	withdrawn := len(m.queue) < before
 	if withdrawn && op.remove {
-		m.noteFailed(op)
+		m.failed = noted(m.failed, op)
 	}
 
 	return withdrawn
 }
 
-// noteFailed notes a Remove that has failed before it could touch the table. The caller
-// has queueMu.
-func (m *hostportManager) noteFailed(op *operation) {
-	m.failed = slices.DeleteFunc(m.failed, func(o *operation) bool {
-		return o.owner.id == op.owner.id && slices.Equal(o.claims, op.claims)
-	})
-	m.failed = append(m.failed, op)
+// noted are Removes that have failed, and op, once.
+func noted(failed []*operation, op *operation) []*operation {
+	same := func(o *operation) bool { return o.owner.id == op.owner.id && slices.Equal(o.claims, op.claims) }
+
+	return append(slices.DeleteFunc(failed, same), op)
 }
 
-// disownFailed does for Removes that have failed before what disown does.
+// disownFailed does disownBy for Removes that have failed before they could touch the table.
 func (m *hostportManager) disownFailed() {
 	m.queueMu.Lock()
 	failed := m.failed
@@ -110,7 +108,16 @@ func (m *hostportManager) disownFailed() {
 	m.queueMu.Unlock()
 
 	for _, op := range failed {
-		m.disown(m.removedBy(op))
+		m.disownBy(op)
+	}
+}
+
+// disownBy disowns what a Remove that has failed was to take out, also of what is found later.
+func (m *hostportManager) disownBy(op *operation) {
+	m.disown(m.removedBy(op))
+
+	if m.unseen != nil {
+		m.unfinished = noted(m.unfinished, op)
 	}
 }
 
@@ -202,10 +209,10 @@ func (m *hostportManager) commit(ops []*operation) {
 		switch {
 		case !op.remove || op.err == nil || m.closed:
 		case err == nil:
-			m.disown(m.removedBy(op))
+			m.disownBy(op)
 		default:
 			m.queueMu.Lock()
-			m.noteFailed(op)
+			m.failed = noted(m.failed, op)
 			m.queueMu.Unlock()
 		}
 	}

@@ -179,6 +179,8 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 	inUse := err != nil && !isLeftBehind(err)
 
 	if purge && !inUse {
+		m.unfinished = nil // nothing of what is found later is to stay
+
 		if m.unseen = nil; isUnseen(err) {
 			m.unseen = err
 		}
@@ -257,13 +259,13 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 		m.restore(ctx)
 	}
 
-	m.prune() //nolint:contextcheck // an operation, which has its own
+	m.prune(ctx)
 
 	return nil
 }
 
 // prune takes out the rows that could not be removed, if that is due.
-func (m *hostportManager) prune() {
+func (m *hostportManager) prune(ctx context.Context) {
 	if m.pruneAt.IsZero() || time.Now().Before(m.pruneAt) {
 		return
 	}
@@ -285,7 +287,8 @@ func (m *hostportManager) prune() {
 		return
 	}
 
-	m.commit([]*operation{op})
+	m.commitAll(ctx, []*operation{op})
+	m.clearUp(ctx, []*operation{op})
 
 	if op.err != nil {
 		m.pruneAt = time.Now().Add(leftoverPause)
