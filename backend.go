@@ -27,51 +27,57 @@ type backend interface {
 	name(r *row) string
 
 	// list returns the rows that the kernel holds, whoever made them. intact is
-	// set if repair would have nothing to do for them. With an *unseenError there may
-	// be more: list again returns those that could not be looked at, and no others.
+	// set if a reconcile of the whole would have nothing to do for them. With an
+	// *unseenError there may be more: list again returns those that could not be looked
+	// at, and no others.
 	list(ctx context.Context) (rows []*row, intact bool, err error)
 
-	// apply commits the deltas, in their order, in one transaction, or where that
-	// would be too large in several, of which it takes back the first if a later
-	// one fails; the rows of one port go together. table yields every row that stands
-	// when they are committed: where the kernel turns out not to hold what it should,
-	// apply puts it back from there, in the same transaction, and the guard of
-	// loopback addresses at the latest with it.
+	// reconcile makes the kernel hold what the target says, in one transaction, or where
+	// that would be too large in several. It returns what it has put right besides what the
+	// deltas ask for, in words, even if it fails then.
 	//
-	// restored is set if it has put back what leads packets to rows, even if it
-	// fails then. Without any deltas it does what exempt has said is due.
-	//
-	// On an error nothing has changed, or the next apply or repair takes back what
-	// has: a process that was killed may have committed before. A *refusedError
-	// tells which delta was at fault; after any other error of several deltas,
-	// each may be tried alone.
-	apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error)
+	// On an error nothing has changed, or the next reconcile takes back what has: a process
+	// that was killed may have committed before. A *refusedError says which delta was at
+	// fault. After any other error the outcome is unknown, and each of several deltas may
+	// be tried alone. With a *leftBehindError the backend in use holds what it is to hold,
+	// with a *partlyError it may hold some of it.
+	reconcile(ctx context.Context, t target) (repairs []string, err error)
 
 	// exempt makes the transactions to come leave addresses of Services untranslated,
 	// which are local and not the node's. due is set if that takes one.
 	exempt(services []netip.Addr) (due bool)
 
-	// repair makes the kernel hold the table, which it reads all of. With purge,
-	// whatever else bears our names is taken out. It returns what was missing, or
-	// too much, in words. What is too large for one transaction goes in several: a
-	// *partlyError says that some of it may be done.
-	repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error)
-
-	// demolish takes out everything that bears our names.
-	demolish(ctx context.Context) ([]string, error)
-
 	// missing returns what the kernel does not hold of what rows take, in words.
 	missing(ctx context.Context, rows []*row) ([]string, error)
 
-	// disturbed tells whether somebody else may have broken something since the
-	// last repair, by one of the transactions or in a way that the kernel does
+	// disturbed reports whether somebody else may have broken something since the
+	// last look, by one of the transactions or in a way that the kernel does
 	// not tell of.
 	disturbed(transactions []nfnetlink.Transaction) bool
 
-	// owns tells whether id is the owner of a row whose owner is known only
+	// ownedBy reports whether id is the owner of a row whose owner is known only
 	// by what the kernel carries of it.
-	owns(id string, r *row) bool
+	ownedBy(id string, r *row) bool
 }
+
+// target is what the kernel is to hold.
+type target struct {
+	// deltas are what operations change, in their order; the rows of one port go together.
+	deltas []delta
+	// rows yields every row that stands once the deltas are committed. Where the kernel
+	// turns out not to hold what it should, it is put back from there.
+	rows iter.Seq[*row]
+	// base is set if what leads packets to rows is to stand, and the guard of loopback
+	// addresses, whatever rows there are. Without it nothing of ours is to stand.
+	base bool
+	// whole has all of the rows looked at, and not only what the deltas touch.
+	whole bool
+	// exactly has whatever else bears our names taken out. It goes with whole.
+	exactly bool
+}
+
+// nothing is the target of a backend that has no rows.
+func nothing() target { return target{rows: func(func(*row) bool) {}, whole: true, exactly: true} }
 
 // maxOvertaken is how often somebody else may come between a backend's look and the
 // transaction that follows.
@@ -81,7 +87,7 @@ const maxOvertaken = 3
 // one endpoint, which no packet sees apart.
 type delta struct {
 	del, add []*row
-	keep     []*row // rows that ought to stand: checked, and put back if missing
+	keep     []*row // rows that are to stand: checked, and put back if missing
 }
 
 func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
@@ -225,25 +231,45 @@ func (l *layers) of(r *row) backend {
 	return l.backend
 }
 
-func (l *layers) kind(r *row) Backend         { return l.of(r).kind(r) }
-func (l *layers) name(r *row) string          { return l.of(r).name(r) }
-func (l *layers) owns(id string, r *row) bool { return l.of(r).owns(id, r) }
+func (l *layers) kind(r *row) Backend            { return l.of(r).kind(r) }
+func (l *layers) name(r *row) string             { return l.of(r).name(r) }
+func (l *layers) ownedBy(id string, r *row) bool { return l.of(r).ownedBy(id, r) }
 
-// apply commits to the backend in use first, so that a row that moves over
-// is at all times in one of the two, and takes back what is committed if
-// another fails.
-func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
+// reconcile takes the backend in use first, so that a row that moves over is at all times
+// in one of the two.
+func (l *layers) reconcile(ctx context.Context, t target) (repairs []string, err error) {
+	if !t.whole {
+		return l.commit(ctx, t)
+	}
+
+	inUse := t
+	inUse.rows = l.rows(t.rows, nil)
+
+	if repairs, err = l.backend.reconcile(ctx, inUse); err != nil {
+		return repairs, err
+	}
+
+	more, err := l.reconcileBefore(ctx, t)
+	if err != nil {
+		err = &leftBehindError{err}
+	}
+
+	return append(repairs, more...), err
+}
+
+// commit commits deltas, and takes back what is committed if another backend fails.
+func (l *layers) commit(ctx context.Context, t target) (repairs []string, err error) {
 	var undo []func() error
 
 	for b, layer := range l.each() {
-		part := l.part(deltas, b)
-		if allEmpty(part) && (b != nil || len(deltas) > 0) {
+		part := t
+		part.deltas, part.rows = l.part(t.deltas, b), l.rows(t.rows, b)
+
+		if allEmpty(part.deltas) && (b != nil || len(t.deltas) > 0) {
 			continue
 		}
 
-		rows := l.rows(table, b)
-
-		some, err := layer.apply(ctx, part, rows)
+		some, err := layer.reconcile(ctx, part)
 		if err != nil {
 			for _, back := range slices.Backward(undo) {
 				if backErr := back(); backErr != nil {
@@ -251,20 +277,20 @@ func (l *layers) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]
 				}
 			}
 
-			return restored, err
+			return repairs, err
 		}
 
-		restored = restored || some
-		undo = append(undo, func() error { return takeBack(ctx, layer, part, rows) })
+		repairs = append(repairs, some...)
+		undo = append(undo, func() error { return revert(ctx, layer, part) })
 	}
 
-	for _, d := range deltas {
+	for _, d := range t.deltas {
 		for _, r := range d.del {
 			delete(l.at, r)
 		}
 	}
 
-	return restored, nil
+	return repairs, nil
 }
 
 // leftBehindError says that the backend in use holds the table, but another one
@@ -304,61 +330,35 @@ func isPartly(err error) bool {
 	return errors.As(err, &partly)
 }
 
-// repair takes the backend in use first, so that a row that has moved over is at
-// all times in one of the two. If another fails after it, the error is a
-// *leftBehindError.
-func (l *layers) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
-	repairs, err := l.backend.repair(ctx, l.rows(table, nil), purge)
-	if err != nil {
-		return repairs, err
-	}
-
-	more, err := l.repairBefore(ctx, table, purge)
-
-	return append(repairs, more...), err
-}
-
-func (l *layers) demolish(ctx context.Context) ([]string, error) {
-	repairs, err := l.backend.demolish(ctx)
-	if err != nil {
-		return repairs, err
-	}
-
-	more, err := l.repairBefore(ctx, func(func(*row) bool) {}, true)
-
-	return append(repairs, more...), err
-}
-
-// repairBefore repairs what is from before. What has no rows any more and is
-// purged is done with, as is what could not be looked at.
-func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
+// reconcileBefore makes right what is from before. What has no rows any more, and is to
+// have nothing else, is done with, as is what could not be looked at.
+func (l *layers) reconcileBefore(ctx context.Context, t target) ([]string, error) {
 	var (
 		all  []string
 		errs []error
 		stay []backend
 	)
 
-	if purge {
-		repairs, err := l.demolishUnseen(ctx)
+	if t.exactly {
+		repairs, err := l.removeUnseen(ctx)
 		all, errs = append(all, repairs...), append(errs, err)
 	}
 
 	for _, b := range l.before {
+		part := t
+		part.rows = l.rows(t.rows, b)
+		part.base = hasRows(part.rows)
+
 		var (
 			repairs []string
 			err     error
 		)
 
-		rows := slices.Collect(l.rows(table, b))
-
-		switch {
-		case len(rows) > 0:
-			repairs, err = b.repair(ctx, slices.Values(rows), purge)
-		case purge:
-			repairs, err = b.demolish(ctx)
+		if part.base || t.exactly {
+			repairs, err = b.reconcile(ctx, part)
 		}
 
-		if len(rows) > 0 || !purge || err != nil {
+		if part.base || !t.exactly || err != nil {
 			stay = append(stay, b)
 		}
 
@@ -368,21 +368,25 @@ func (l *layers) repairBefore(ctx context.Context, table iter.Seq[*row], purge b
 	l.before = stay
 
 	standing := map[*row]bool{}
-	for r := range table {
+	for r := range t.rows {
 		standing[r] = true
 	}
 
 	maps.DeleteFunc(l.at, func(r *row, _ backend) bool { return !standing[r] })
 
-	if err := errors.Join(errs...); err != nil {
-		return all, &leftBehindError{err}
-	}
-
-	return all, nil
+	return all, errors.Join(errs...)
 }
 
-// demolishUnseen takes out what is in backends that have no rows of the table.
-func (l *layers) demolishUnseen(ctx context.Context) ([]string, error) {
+func hasRows(rows iter.Seq[*row]) bool {
+	for range rows {
+		return true
+	}
+
+	return false
+}
+
+// removeUnseen takes out what is in backends that have no rows of the table.
+func (l *layers) removeUnseen(ctx context.Context) ([]string, error) {
 	if len(l.before) == 0 { // somebody may have restored it
 		l.unseen = l.others
 	}
@@ -397,7 +401,7 @@ func (l *layers) demolishUnseen(ctx context.Context) ([]string, error) {
 		if err == nil && b != nil {
 			var repairs []string
 
-			repairs, err = b.demolish(ctx)
+			repairs, err = b.reconcile(ctx, nothing())
 			all = append(all, repairs...)
 		}
 
@@ -449,29 +453,29 @@ func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), grace)
 }
 
-// takeBack commits the opposite of deltas. table is with deltas.
-func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*row]) error {
+// revert commits the opposite of what t has changed.
+func revert(ctx context.Context, b backend, t target) error {
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	var back []delta
-	for _, d := range slices.Backward(deltas) {
-		back = append(back, delta{del: d.add, add: d.del})
+	back := target{base: true, rows: slices.Values(rowsWithout(t))}
+	for _, d := range slices.Backward(t.deltas) {
+		back.deltas = append(back.deltas, delta{del: d.add, add: d.del})
 	}
 
-	if allEmpty(back) {
+	if allEmpty(back.deltas) {
 		return nil
 	}
 
-	_, err := b.apply(ctx, back, slices.Values(tableBefore(deltas, table)))
+	_, err := b.reconcile(ctx, back)
 
 	return err
 }
 
-// tableBefore is the table without deltas, which it is with.
-func tableBefore(deltas []delta, table iter.Seq[*row]) []*row {
-	rows := slices.Collect(table)
-	for _, d := range slices.Backward(deltas) {
+// rowsWithout are the rows as they were before t's deltas.
+func rowsWithout(t target) []*row {
+	rows := slices.Collect(t.rows)
+	for _, d := range slices.Backward(t.deltas) {
 		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
 	}
 

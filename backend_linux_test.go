@@ -3,7 +3,6 @@ package hostport
 import (
 	"context"
 	"errors"
-	"iter"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -145,19 +144,19 @@ type memory struct {
 
 func (b *memory) kind(*row) Backend                          { return "memory" }
 func (b *memory) name(*row) string                           { return "" }
-func (b *memory) owns(string, *row) bool                     { return true }
+func (b *memory) ownedBy(string, *row) bool                  { return true }
 func (b *memory) list(context.Context) ([]*row, bool, error) { return slices.Clone(b.rows), true, nil }
 
-func (b *memory) apply(_ context.Context, deltas []delta, _ iter.Seq[*row]) (restored bool, err error) {
+func (b *memory) reconcile(_ context.Context, t target) ([]string, error) {
 	if b.fail != nil {
-		return false, b.fail
+		return nil, b.fail
 	}
 
-	for _, d := range deltas {
+	for _, d := range t.deltas {
 		b.rows = append(slices.DeleteFunc(b.rows, func(r *row) bool { return slices.Contains(d.del, r) }), d.add...)
 	}
 
-	return false, nil
+	return nil, nil
 }
 
 // Where one of several backends fails, all that went before is taken back.
@@ -181,7 +180,7 @@ func TestLayersTakeBack(t *testing.T) {
 	require.NoError(t, err)
 
 	deltas := []delta{{del: rows[:2], add: rows[2:]}}
-	_, err = l.apply(t.Context(), deltas, slices.Values(rows[2:]))
+	_, err = l.reconcile(t.Context(), target{deltas: deltas, rows: slices.Values(rows[2:]), base: true})
 	require.ErrorIs(t, err, errInjected)
 	assert.Empty(t, inUse.rows)
 	assert.Len(t, a.rows, 1)
@@ -189,7 +188,7 @@ func TestLayersTakeBack(t *testing.T) {
 
 	b.fail = nil
 
-	_, err = l.apply(t.Context(), deltas, slices.Values(rows[2:]))
+	_, err = l.reconcile(t.Context(), target{deltas: deltas, rows: slices.Values(rows[2:]), base: true})
 	require.NoError(t, err)
 	assert.Equal(t, rows[2:], inUse.rows)
 	assert.Empty(t, a.rows)

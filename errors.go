@@ -84,7 +84,7 @@ func (e *rowError) Unwrap() error { return e.err }
 // refusedError says that the kernel refused one delta of several, so that the
 // others may go without it. Nothing has been changed then.
 type refusedError struct {
-	delta int // index among those handed to apply
+	delta int // index among those handed to reconcile
 	err   error
 }
 

@@ -3,7 +3,6 @@ package hostport
 import (
 	"context"
 	"errors"
-	"iter"
 	"net/netip"
 	"syscall"
 	"testing"
@@ -107,10 +106,10 @@ func TestRemoveBeforeReady(t *testing.T) {
 				require.ErrorIs(t, m.Remove("gone", nil), syscall.EMFILE)
 			}
 
-			assert.Len(t, m.failed, 1, "of one pod")
+			assert.Len(t, m.unfinished, 1, "of one pod")
 
 			works = true
-			require.NoError(t, m.mend(t.Context(), func(backend) bool { return false }))
+			require.NoError(t, m.runOnce(t.Context(), func(backend) bool { return false }))
 		})
 
 		mappings := m.mappings()
@@ -122,6 +121,6 @@ func TestRemoveBeforeReady(t *testing.T) {
 // refusingBackend changes nothing.
 type refusingBackend struct{ backend }
 
-func (refusingBackend) apply(context.Context, []delta, iter.Seq[*row]) (bool, error) {
-	return false, syscall.EPERM
+func (refusingBackend) reconcile(context.Context, target) ([]string, error) {
+	return nil, syscall.EPERM
 }

@@ -176,8 +176,8 @@ func (o owner) String() string {
 	}
 }
 
-// become makes o the owner of a row that the kernel has carried without.
-func (r *row) become(o owner) {
+// setOwner makes o the owner of a row that the kernel has carried without.
+func (r *row) setOwner(o owner) {
 	r.owner, r.ownerHash, r.gone = o, shortHash(o.id), false
 	r.hash = cmp.Or(r.hash, rowHash(o.id, int32(r.port), string(r.proto.api()), r.hostIP(r.family()).String()))
 	r.label = cmp.Or(r.label, ruleLabel(o, r.port))

@@ -66,7 +66,9 @@ type hostportManager struct {
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
-	failed  []*operation // Removes of whose rows the table does not know it yet
+	// unfinished are Removes that have failed, until the table knows, and as long as there
+	// may be rows of theirs that nobody has seen.
+	unfinished []*operation
 
 	// turn is held by sending to it. Whoever holds it commits what has queued
 	// up, and only that one touches the fields below.
@@ -95,18 +97,7 @@ type hostportManager struct {
 	bridges    map[string]bool
 	relocation bool
 	warned     bool // of a node that does not forward, or it does
-	// damaged is set when the backend in use may not hold the table, doubtful when it
-	// may hold rows of operations that failed besides, and leaked when it or another
-	// may hold anything besides. Run does not try again before repairAt.
-	damaged, doubtful, leaked bool
-	repairAt                  time.Time
-	told                      string    // the last error of a repair
-	pruneAt                   time.Time // from then on Run takes out rows that are gone; zero: there are none
-	// unseen is why rows from before could not be looked at, unfinished are Removes that some
-	// of them may be for. Run does not look again before lookAt.
-	unseen     error
-	unfinished []*operation
-	lookAt     time.Time
+	health     health
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -191,7 +182,7 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 	if podPortMapping == nil {
 		op.plan = func(c *change) error {
 			for r := range m.table() {
-				if m.owns(op.owner, "", r) {
+				if m.claim(op.owner, "", r) {
 					c.del(r)
 				}
 			}
@@ -211,7 +202,7 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 	op.plan = func(c *change) error {
 		for _, claim := range op.claims {
 			for _, r := range m.rows[claim.portKey] {
-				if r.endpoint == claim.endpoint && m.owns(op.owner, claim.hash, r) {
+				if r.endpoint == claim.endpoint && m.claim(op.owner, claim.hash, r) {
 					c.del(r)
 				}
 			}
@@ -232,7 +223,7 @@ func (m *hostportManager) place(c *change, w *row) error {
 	for _, r := range m.rows[w.portKey] {
 		switch {
 		case !r.overlaps(w.endpoint):
-		case m.owns(w.owner, w.hash, r):
+		case m.claim(w.owner, w.hash, r):
 			switch {
 			case r.standsFor(w) && !kept:
 				r.label, kept = w.label, true // of a row from before it may be lost
@@ -278,24 +269,23 @@ func (m *hostportManager) place(c *change, w *row) error {
 	return nil
 }
 
-// owns tells whether r is o's. A row whose owner was not known is o's from
-// now on if its marks say so; hash is the one that o would give it, if known.
-func (m *hostportManager) owns(o owner, hash string, r *row) bool {
-	owns := m.bears(o, hash, r)
-	if owns && !r.owner.known() {
-		r.become(o)
-	}
-
-	return owns
-}
-
-// bears tells the same, and names no owner.
-func (m *hostportManager) bears(o owner, hash string, r *row) bool {
+// ownedBy reports whether r is o's; hash is the one that o would give it, if known.
+func (m *hostportManager) ownedBy(o owner, hash string, r *row) bool {
 	if r.owner.known() {
 		return r.owner.id == o.id
 	}
 
-	return o.known() && (hash != "" && r.hash == hash || m.backend.owns(o.id, r))
+	return o.known() && (hash != "" && r.hash == hash || m.backend.ownedBy(o.id, r))
+}
+
+// claim is ownedBy, and makes o known as the owner.
+func (m *hostportManager) claim(o owner, hash string, r *row) bool {
+	owned := m.ownedBy(o, hash, r)
+	if owned && !r.owner.known() {
+		r.setOwner(o)
+	}
+
+	return owned
 }
 
 // hold binds the ports of the change's rows since a point. Each row has its share of the
@@ -352,7 +342,8 @@ func (m *hostportManager) ready(ctx context.Context) error {
 
 	m.flows.open()
 
-	m.backend, m.unseen = b, err
+	m.backend = b
+	m.health.looked(err)
 	m.adopt(rows)
 
 	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
@@ -360,8 +351,8 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	due := b.exempt(m.node.Services())
 
 	// The rules may be of an earlier version, or nobody may have watched.
-	if (!intact || due) && m.ought() {
-		m.restore(ctx)
+	if (!intact || due) && m.needsRules() {
+		m.repair(ctx)
 		m.endMisled(ctx, nil)
 	}
 
@@ -397,37 +388,31 @@ func (m *hostportManager) adopt(rows []*row) {
 // lookAgain looks for the rows from before that could not be looked at, and fails if they
 // still cannot be.
 func (m *hostportManager) lookAgain(ctx context.Context) error {
-	if m.unseen == nil {
+	if m.health.unseen == nil {
 		return nil
 	}
 
-	m.lookAt = time.Now().Add(repairPause)
+	m.health.looking()
 
-	if m.leaked { // by Sync, which wants none of them
-		if _, err := m.repair(ctx, true); err != nil && !isLeftBehind(err) {
+	if m.health.leftovers { // by Sync, which wants none of them
+		if _, err := m.reconcile(ctx, true); err != nil && !isLeftBehind(err) {
 			return err
 		}
 
-		return m.unseen
+		return m.health.unseen
 	}
 
 	rows, intact, err := m.backend.list(ctx)
-	m.unseen = err
+	m.health.looked(err)
 	m.adopt(rows)
 
 	if len(rows) > 0 {
 		m.cfg.log.Info("Found more host ports from before", "family", m.family, "rows", len(rows))
 	}
 
-	for _, op := range m.unfinished {
-		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row) bool { return !slices.Contains(rows, r) }))
-	}
+	m.disownRemoved(rows)
 
-	if m.unseen == nil {
-		m.unfinished = nil
-	}
-
-	replace := &operation{name: "replace", plan: func(c *change) error {
+	replaced := &operation{name: "replace", plan: func(c *change) error {
 		for _, r := range rows {
 			if m.isReplaced(r) {
 				c.del(r)
@@ -437,14 +422,14 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 		return nil
 	}}
 
-	m.commitAll(ctx, []*operation{replace})
+	m.commitAll(ctx, []*operation{replaced})
 
-	if replace.err != nil {
-		m.cfg.log.Error(replace.err, "Cannot take out what other rows have replaced", "family", m.family)
+	if replaced.err != nil {
+		m.cfg.log.Error(replaced.err, "Cannot take out what other rows have replaced", "family", m.family)
 	}
 
 	if !intact {
-		m.restore(ctx)
+		m.repair(ctx)
 	}
 
 	return err
@@ -453,15 +438,15 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 // isReplaced reports whether an Add has taken the place of a row that was not known then.
 func (m *hostportManager) isReplaced(r *row) bool {
 	return slices.ContainsFunc(m.rows[r.portKey], func(o *row) bool {
-		beside := o.endpoint != r.endpoint && m.bears(o.owner, "", r)
+		beside := o.endpoint != r.endpoint && m.ownedBy(o.owner, "", r)
 
 		return o != r && o.owner.known() && o.overlaps(r.endpoint) && !beside
 	})
 }
 
-// ought tells whether something of ours ought to stand in the kernel: rows, or the
+// needsRules reports whether something of ours is to stand in the kernel: rows, or the
 // guard because of a sysctl that somebody has set, a manager before perhaps.
-func (m *hostportManager) ought() bool {
+func (m *hostportManager) needsRules() bool {
 	return len(m.rows) > 0 || m.family == IPv4 && localnetRouted()
 }
 
@@ -541,7 +526,7 @@ func (m *hostportManager) mappings() []Mapping {
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
 
-	m.disownFailed()
+	m.disownRemoved(nil)
 
 	var list []Mapping
 

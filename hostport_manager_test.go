@@ -760,7 +760,7 @@ func TestKilledAfterCommit(t *testing.T) {
 
 		for _, next := range []func() error{
 			func() error { return m.Remove("id", nil) },
-			func() error { return m.mend(t.Context(), func(backend) bool { return false }) },
+			func() error { return m.runOnce(t.Context(), func(backend) bool { return false }) },
 			func() error {
 				return m.Add("other", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80}), "")
 			},

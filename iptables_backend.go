@@ -83,7 +83,7 @@ func (b *iptablesBackend) kind(*row) Backend { return BackendIPTables }
 
 func (b *iptablesBackend) name(r *row) string { return r.hash }
 
-func (b *iptablesBackend) owns(id string, r *row) bool { return r.hashedBy(id) }
+func (b *iptablesBackend) ownedBy(id string, r *row) bool { return r.hashedBy(id) }
 
 // exempt does nothing: kube-proxy's rules come first, and accept what is for a Service.
 func (b *iptablesBackend) exempt([]netip.Addr) (due bool) { return false }
@@ -189,6 +189,22 @@ func (b *iptablesBackend) save(ctx context.Context, table string) (*savedTable, 
 	return parseSave(save, table)
 }
 
+func (b *iptablesBackend) reconcile(ctx context.Context, t target) ([]string, error) {
+	switch {
+	case !t.base:
+		return b.tried(ctx, func() ([]string, error) { return b.tryDemolish(ctx) })
+	case t.whole:
+		return b.tried(ctx, func() ([]string, error) { return b.tryRepair(ctx, t.rows, t.exactly) })
+	}
+
+	restored, err := b.apply(ctx, t.deltas, t.rows)
+	if restored {
+		return []string{"rules"}, err
+	}
+
+	return nil, err
+}
+
 func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
 	b.partly = false
 	restored, err = b.try(ctx, deltas, table)
@@ -213,7 +229,9 @@ func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	if _, backErr := b.repair(ctx, slices.Values(tableBefore(deltas, table)), false); backErr != nil {
+	before := slices.Values(rowsWithout(target{deltas: deltas, rows: table}))
+
+	if _, backErr := b.reconcile(ctx, target{rows: before, base: true, whole: true}); backErr != nil {
 		if refused := (*refusedError)(nil); errors.As(err, &refused) { // then something has changed
 			err = refused.err
 		}

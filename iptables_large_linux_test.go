@@ -207,7 +207,7 @@ func TestSeveralTransactionsFail(t *testing.T) {
 
 			require.Error(t, tc.do(), tc.name)
 			assert.Positive(t, broke, tc.name)
-			assert.Equal(t, strings.HasPrefix(tc.name, "Sync"), m.leaked, "%s: Run may take out what is nobody's", tc.name)
+			assert.Equal(t, strings.HasPrefix(tc.name, "Sync"), m.health.leftovers, "%s: Run may take out what is nobody's", tc.name)
 
 			after := dump()
 			if tc.name == "Remove" {
@@ -250,7 +250,7 @@ func TestSeveralTransactionsFailForGood(t *testing.T) {
 				return []byte(strings.Replace(string(input), line, "-A NOWHERE", 1)), nil
 			}
 			require.ErrorContains(t, n.add(m, "id", n.media(0, IPv4, 7, v1.ProtocolTCP)), "could not be taken back: "+errInjected.Error())
-			assert.True(t, m.doubtful, line)
+			assert.Equal(t, inDoubt, m.health.condition, line)
 			assert.NotEmpty(t, parsedRows(t, n))
 
 			fake.restore = nil

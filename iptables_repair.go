@@ -10,14 +10,6 @@ import (
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
-func (b *iptablesBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
-	return b.tried(ctx, func() ([]string, error) { return b.tryRepair(ctx, table, purge) })
-}
-
-func (b *iptablesBackend) demolish(ctx context.Context) ([]string, error) {
-	return b.tried(ctx, func() ([]string, error) { return b.tryDemolish(ctx) })
-}
-
 // tried tries again what may have failed because somebody else has come between.
 func (b *iptablesBackend) tried(ctx context.Context, f func() ([]string, error)) ([]string, error) {
 	b.partly = false

@@ -228,7 +228,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 
 		for _, fm := range m.families {
-			err := fm.mend(ctx, func(b backend) bool { return b.disturbed(heard) || !begun })
+			err := fm.runOnce(ctx, func(b backend) bool { return b.disturbed(heard) || !begun })
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}

@@ -81,15 +81,15 @@ type nftBackend struct {
 	ruleset *nftRuleset
 	log     klog.Logger
 	epoch   int // in which what follows was true
-	// fingerprint is how our rules are recognised; zero: they have yet to be made.
+	// fingerprint is how our rules are recognised; "": they have yet to be made.
 	fingerprint string
 	hairpins    map[netip.Addr]nftHairpin
 	// services are the addresses that are not to be translated, exempted those that the
 	// kernel has for that.
 	services, exempted map[netip.Addr]bool
-	// doubtful are elements of transactions of which nobody knows whether they
+	// inDoubt are elements of transactions of which nobody knows whether they
 	// took effect, because the answer did not come.
-	doubtful map[nftKey]*nftWanted
+	inDoubt map[nftKey]*nftWanted
 }
 
 // nftHairpin is what is known of a pod IP's element of the set of hairpins, and of the
@@ -105,7 +105,7 @@ type nftHairpin struct {
 func newNFTBackend(ruleset *nftRuleset, f ipFamily, cfg config) *nftBackend {
 	b := &nftBackend{
 		nftLayout: newNFTLayout(f), ruleset: ruleset, log: cfg.log,
-		hairpins: map[netip.Addr]nftHairpin{}, doubtful: map[nftKey]*nftWanted{},
+		hairpins: map[netip.Addr]nftHairpin{}, inDoubt: map[nftKey]*nftWanted{},
 		services: map[netip.Addr]bool{}, exempted: map[netip.Addr]bool{},
 	}
 	b.localhost, b.guard = cfg.localhostIn(f), cfg.guardIn(f)
@@ -134,7 +134,7 @@ func (b *nftBackend) kind(*row) Backend { return BackendNFTables }
 // name is empty: an element is named by its row's endpoint.
 func (b *nftBackend) name(*row) string { return "" }
 
-func (b *nftBackend) owns(id string, r *row) bool { return shortHash(id) == r.ownerHash }
+func (b *nftBackend) ownedBy(id string, r *row) bool { return shortHash(id) == r.ownerHash }
 
 // list does not know whether the rules are this version's: they are made anew.
 func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
@@ -278,39 +278,45 @@ func (b *nftBackend) exempt(services []netip.Addr) (due bool) {
 	return !maps.Equal(b.services, b.exempted)
 }
 
-func (b *nftBackend) apply(ctx context.Context, deltas []delta, table iter.Seq[*row]) (restored bool, err error) {
+// reconcile commits on the generation that it knows, if that proves what it relies on, and
+// else on what it has looked at.
+func (b *nftBackend) reconcile(ctx context.Context, t target) (repairs []string, err error) {
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
 
-	p := b.plan(deltas)
-	p.settleDoubts(b, table)
+	if !t.base {
+		return b.deleteTable(ctx)
+	}
 
-	if b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.doubtful) == 0 && p.provesItself() {
+	p := b.plan(t.deltas)
+
+	if !t.whole && b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.inDoubt) == 0 && p.provesItself() {
 		err := b.commit(ctx, b.ruleset.gen, p, b.fingerprint == "")
 		if !overtaken(err) {
-			return false, err
+			return nil, err
 		}
 	}
 
 	for try := 0; ; try++ {
 		gen, err := b.ruleset.now(ctx, try)
 		if err != nil {
-			return false, err
+			return nil, err
 		}
 
-		intact, err := b.look(ctx, p, table)
+		intact, err := b.look(ctx, p, t)
 		if err != nil {
-			return false, err
+			return nil, err
 		}
 
-		err = b.commit(ctx, gen, p, !intact)
-		if refused := (*nfnetlink.BatchError)(nil); !overtaken(err) || try > maxOvertaken && errors.As(err, &refused) {
-			return !intact && err == nil, err
+		repairs := p.repairs(b, intact)
+
+		if err = b.commit(ctx, gen, p, !intact); !overtaken(err) || try > maxOvertaken {
+			return repairs, err
 		}
 	}
 }
 
-// overtaken tells whether a transaction may have failed because the kernel does
+// overtaken reports whether a transaction may have failed because the kernel does
 // not hold what it was made for: somebody else has committed, or has left an
 // element that we did not remove because it was not ours, or something in place of
 // ours that the next try is to delete.
@@ -353,12 +359,12 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	case errors.Is(err, nfnetlink.ErrStale), errors.As(err, &refused):
 		return err
 	default: // and nobody knows what came of it
-		maps.Copy(b.doubtful, p.wanted)
+		maps.Copy(b.inDoubt, p.wanted)
 
 		return err
 	}
 
-	clear(b.doubtful)
+	clear(b.inDoubt)
 
 	if len(msgs) > 0 && gen != 0 {
 		gen = nfnetlink.NextGeneration(gen)
@@ -401,16 +407,19 @@ func (b *nftBackend) frame(p *nftPlan, objects bool) (msgs []netlink.Message) {
 	return msgs
 }
 
-// learnFingerprint returns that of the rules just made, or "" if somebody else may have
-// changed them since, in another generation than gen.
+// unknownFingerprint is none that rules have.
+const unknownFingerprint = "unknown"
+
+// learnFingerprint returns that of the rules just made, which is not known if somebody else
+// may have changed them since, in another generation than gen.
 func (b *nftBackend) learnFingerprint(ctx context.Context, gen uint32) string {
 	found, err := b.observe(ctx)
 	if err != nil {
-		return ""
+		return unknownFingerprint
 	}
 
 	if now, err := b.ruleset.conn.Generation(ctx); err != nil || now != gen {
-		return ""
+		return unknownFingerprint
 	}
 
 	return found.fingerprint()
@@ -483,16 +492,17 @@ func (b *nftBackend) observe(ctx context.Context) (found nftObserved, err error)
 	return found, nil
 }
 
-// look puts into the plan what the kernel holds, and tells whether our rules are
-// what they were. If not, the plan is for the whole table from now on.
-func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row]) (intact bool, err error) {
+// look puts into the plan what the kernel holds, and reports whether our rules are what
+// they were. Where they are not, or a transaction is in doubt, the plan is for the whole
+// table from now on.
+func (b *nftBackend) look(ctx context.Context, p *nftPlan, t target) (intact bool, err error) {
 	observed, err := b.observe(ctx)
 	if err != nil {
 		return false, err
 	}
 
 	intact = b.isIntact(observed)
-	p.recreate = false
+	p.recreate, p.foreign = false, nil
 
 	if !intact {
 		if p.recreate, err = b.nameTaken(ctx, observed); err != nil {
@@ -500,32 +510,51 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, table iter.Seq[*row])
 		}
 	}
 
+	if t.exactly {
+		if err := p.takeOutForeign(ctx, b, observed.table); err != nil {
+			return false, err
+		}
+	}
+
 	var have map[nftKey]nftElement
 
-	if intact {
+	whole := t.whole || !intact || len(b.inDoubt) > 0
+	if !whole {
 		have, err = b.lookUp(ctx, p.order)
 	} else if have, err = b.dump(ctx); err == nil {
-		p.wantAll(b, table)
+		p.wantAll(b, t.rows, have)
+	}
+
+	if err != nil {
+		return false, err
 	}
 
 	for key, w := range p.wanted {
-		found := have[key]
-		// What several pods share is ours whoever it is called after.
-		foreign := found.there() && key.isRow() && found.comment != w.have.comment && found.comment != w.want.comment
-
-		switch {
-		case !foreign:
-		case !w.want.there():
-			found = nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
-		default:
-			b.log.Info("Replacing a host port whose owner is unknown",
-				"row", b.describe(found), "podIDHash", found.comment, "pod", w.row.owner)
-		}
-
-		w.have = found
+		w.have = b.ours(w, have[key], t.exactly)
 	}
 
-	return intact, err
+	if whole {
+		p.prune(b, have, t.exactly)
+	}
+
+	return intact && !p.recreate && len(p.foreign) == 0, nil // with another fingerprint then
+}
+
+// ours is what a plan for an element has to know of the one that is there.
+func (b *nftBackend) ours(w *nftWanted, there nftElement, exactly bool) nftElement {
+	// What several pods share is ours whoever it is called after.
+	foreign := there.there() && there.isRow() && there.comment != w.have.comment && there.comment != w.want.comment
+
+	switch {
+	case !foreign || exactly && !w.want.there():
+	case !w.want.there():
+		return nftElement{} // none of our business: the kernel deletes what has the key, whatever its comment
+	default:
+		b.log.Info("Replacing a host port whose owner is unknown",
+			"row", b.describe(there), "podIDHash", there.comment, "pod", w.row.owner)
+	}
+
+	return there
 }
 
 // lookUp returns the elements with the keys given.
@@ -704,19 +733,65 @@ func (h nftHairpin) neighbour(ip netip.Addr) nftElement {
 	return neighbourElement(h.link, ip, h.comment)
 }
 
-// wantAll extends the plan to all rows that are to stand.
-func (p *nftPlan) wantAll(b *nftBackend, table iter.Seq[*row]) {
-	for r := range table {
-		if e := rowElement(r); p.wanted[e.nftKey] == nil {
-			p.touch(shared, r, e.nftKey, nftElement{}, e)
-		}
-
-		if _, ok := p.hairpins[r.pod.Addr()]; !ok {
-			p.hairpin(b, shared, r, 0)
+// wantAll extends the plan to all rows that are to stand, and to what they share.
+func (p *nftPlan) wantAll(b *nftBackend, rows iter.Seq[*row], have map[nftKey]nftElement) {
+	for key, w := range p.wanted {
+		if !key.isRow() {
+			w.want = nftElement{} // unless it is asked for below
 		}
 	}
 
-	p.exempt(nil, b.services)
+	clear(p.hairpins)
+
+	for ip := range b.hairpins {
+		p.hairpins[ip] = nftHairpin{}
+	}
+
+	for r := range rows {
+		ip, e := r.pod.Addr(), rowElement(r)
+		p.want(r, e)
+
+		h := p.hairpins[ip]
+		h.there, h.link, h.rows = true, r.link, h.rows+1
+
+		if there := have[hairpinElement(ip, "").nftKey]; h.comment == "" || there.comment == r.ownerHash {
+			h.comment = r.ownerHash
+		}
+
+		p.hairpins[ip] = h
+	}
+
+	for ip, h := range p.hairpins {
+		p.want(nil, h.element(ip))
+		p.want(nil, h.neighbour(ip))
+	}
+
+	for ip := range b.services {
+		p.want(nil, serviceElement(ip))
+	}
+}
+
+// want has an element stand, if it is one, whichever delta it belongs to.
+func (p *nftPlan) want(r *row, e nftElement) {
+	if w := p.wanted[e.nftKey]; w != nil {
+		w.want = e
+	} else if e.there() {
+		p.touch(shared, r, e.nftKey, nftElement{}, e)
+	}
+}
+
+// prune extends the plan to what is there and not wanted: exactly takes out all of it, and
+// else what a transaction in doubt has left, and what changes the way of packets to rows,
+// whoever made it.
+func (p *nftPlan) prune(b *nftBackend, have map[nftKey]nftElement, exactly bool) {
+	for key, e := range have {
+		doubt := b.inDoubt[key]
+		left := doubt != nil && e.comment == doubt.want.comment
+
+		if p.wanted[key] == nil && (exactly || left || key.set == nftServices || key.set == nftNeighbours) {
+			p.touch(shared, nil, key, e, nftElement{})
+		}
+	}
 }
 
 // elementsOf are those that take part in r. The comments of all but the first may be of
@@ -728,33 +803,6 @@ func elementsOf(r *row) []nftElement {
 	}
 
 	return list
-}
-
-// settleDoubts extends the plan to elements that may or may not be there: they
-// are to be what the table says.
-func (p *nftPlan) settleDoubts(b *nftBackend, table iter.Seq[*row]) {
-	if len(b.doubtful) == 0 {
-		return
-	}
-
-	should := map[nftKey]nftElement{}
-
-	for r := range table {
-		for _, e := range elementsOf(r) {
-			should[e.nftKey] = e
-		}
-	}
-
-	for ip := range b.services {
-		e := serviceElement(ip)
-		should[e.nftKey] = e
-	}
-
-	for key, w := range b.doubtful {
-		if p.wanted[key] == nil {
-			p.touch(shared, w.row, key, w.want, should[key])
-		}
-	}
 }
 
 // messages appends to msgs what makes the plan true, and returns what each of

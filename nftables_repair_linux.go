@@ -3,8 +3,6 @@ package hostport
 import (
 	"context"
 	"fmt"
-	"iter"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -12,73 +10,6 @@ import (
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
-
-func (b *nftBackend) repair(ctx context.Context, table iter.Seq[*row], purge bool) ([]string, error) {
-	b.ruleset.mu.Lock()
-	defer b.ruleset.mu.Unlock()
-
-	rows := slices.Collect(table)
-
-	for try := 0; ; try++ {
-		gen, err := b.ruleset.now(ctx, try)
-		if err != nil {
-			return nil, err
-		}
-
-		repairs, err := b.tryRepair(ctx, gen, rows, purge)
-		if !overtaken(err) || try > maxOvertaken {
-			return repairs, err
-		}
-	}
-}
-
-// tryRepair repairs if the ruleset stays of generation gen, or in any case if that
-// is 0.
-func (b *nftBackend) tryRepair(ctx context.Context, gen uint32, rows []*row, purge bool) ([]string, error) {
-	observed, err := b.observe(ctx)
-	if err != nil {
-		return nil, err
-	}
-
-	have, err := b.dump(ctx)
-	if err != nil {
-		return nil, err
-	}
-
-	p := b.planAll(have, rows, purge)
-	intact := b.isIntact(observed)
-	repairs := p.differences(b)
-
-	if !intact {
-		if p.recreate, err = b.nameTaken(ctx, observed); err != nil {
-			return nil, err
-		}
-	}
-
-	if purge {
-		if err := p.takeOutForeign(ctx, b, observed.table); err != nil {
-			return nil, err
-		}
-	}
-
-	intact = intact && !p.recreate && len(p.foreign) == 0 // and has another fingerprint then
-
-	if !intact && b.fingerprint != "" || len(p.foreign) > 0 {
-		repairs = append(repairs, "rules of table "+nftTable)
-	}
-
-	if err := b.commit(ctx, gen, p, !intact); err != nil {
-		return repairs, err
-	}
-
-	maps.DeleteFunc(b.hairpins, func(ip netip.Addr, _ nftHairpin) bool {
-		_, ok := p.hairpins[ip]
-
-		return !ok
-	})
-
-	return repairs, nil
-}
 
 // isIntact reports whether our rules are what they were.
 func (b *nftBackend) isIntact(o nftObserved) bool {
@@ -205,70 +136,22 @@ func (p *nftPlan) takeOutForeign(ctx context.Context, b *nftBackend, table nfnet
 	return nil
 }
 
-// planAll works out what it takes for the kernel, which has the elements given,
-// to hold rows, and with purge nothing else.
-func (b *nftBackend) planAll(have map[nftKey]nftElement, rows []*row, purge bool) *nftPlan {
-	p := &nftPlan{wanted: map[nftKey]*nftWanted{}, hairpins: map[netip.Addr]nftHairpin{}}
-
-	for _, r := range rows {
-		ip := r.pod.Addr()
-		e, h := rowElement(r), p.hairpins[ip]
-		p.touch(shared, r, e.nftKey, have[e.nftKey], e)
-
-		h.there, h.link = true, r.link
-		h.rows++
-
-		if there := have[hairpinElement(ip, "").nftKey]; h.comment == "" || there.comment == r.ownerHash {
-			h.comment = r.ownerHash
-		}
-
-		p.hairpins[ip] = h
-	}
-
-	for ip, h := range p.hairpins {
-		for _, e := range []nftElement{h.element(ip), h.neighbour(ip)} {
-			if e.there() {
-				p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
-			}
-		}
-	}
-
-	for ip := range b.services {
-		e := serviceElement(ip)
-		p.touch(shared, nil, e.nftKey, have[e.nftKey], e)
-	}
-
-	for key, e := range have {
-		if p.wanted[key] == nil && (purge || b.goes(e)) {
-			p.touch(shared, nil, key, e, nftElement{})
-		}
-	}
-
-	return p
-}
-
-// goes reports whether an element that is not wanted goes in any repair: one that a
-// transaction of unknown outcome has left, and one that changes the way of packets to
-// rows, whoever made it.
-func (b *nftBackend) goes(e nftElement) bool {
-	doubt := b.doubtful[e.nftKey]
-
-	return e.set == nftServices || e.set == nftNeighbours ||
-		doubt != nil && (e.comment == doubt.want.comment || e.comment == doubt.have.comment)
-}
-
-// differences are the elements that the plan changes, in words.
-func (p *nftPlan) differences(b *nftBackend) []string {
+// repairs are what the plan changes besides what deltas ask for, in words.
+func (p *nftPlan) repairs(b *nftBackend, intact bool) []string {
 	var list []string
 
 	for _, key := range p.order {
 		switch w := p.wanted[key]; {
-		case w.have == w.want:
+		case w.delta != shared || w.have == w.want:
 		case w.want.there():
 			list = append(list, "missing "+b.describe(w.want))
 		default:
 			list = append(list, "unknown "+b.describe(w.have))
 		}
+	}
+
+	if !intact && b.fingerprint != "" || len(p.foreign) > 0 {
+		list = append(list, "rules of table "+nftTable)
 	}
 
 	return list
@@ -295,10 +178,8 @@ func (b *nftBackend) describe(e nftElement) string {
 	return fmt.Sprintf("element %x of %s", e.key, e.set)
 }
 
-func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
-	b.ruleset.mu.Lock()
-	defer b.ruleset.mu.Unlock()
-
+// deleteTable takes out everything that bears our names.
+func (b *nftBackend) deleteTable(ctx context.Context) ([]string, error) {
 	answers, err := b.ruleset.conn.Get(ctx, b.table.Get())
 	if err != nil || answers[0] == nil {
 		return nil, err
@@ -313,7 +194,7 @@ func (b *nftBackend) demolish(ctx context.Context) ([]string, error) {
 
 	b.fingerprint = ""
 	clear(b.hairpins)
-	clear(b.doubtful)
+	clear(b.inDoubt)
 	b.exempted = map[netip.Addr]bool{}
 
 	return repairs, nil
@@ -390,7 +271,7 @@ func (b *nftBackend) missingRules(ctx context.Context) ([]string, error) {
 	}
 
 	observed, err := b.observe(ctx)
-	if err == nil && len(missing) == 0 && b.fingerprint != "" && observed.fingerprint() != b.fingerprint {
+	if err == nil && len(missing) == 0 && !slices.Contains([]string{"", unknownFingerprint, observed.fingerprint()}, b.fingerprint) {
 		missing = append(missing, "rules of table "+nftTable+" as they were made")
 	}
 

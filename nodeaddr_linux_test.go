@@ -140,7 +140,7 @@ func TestServiceAddressSeenBefore(t *testing.T) {
 	n.assignService(serviceIP(IPv4, 1))
 	require.NoError(t, n.remove(m, "nothing", nil))
 	n.do(func() {
-		require.NoError(t, m.families[0].mend(t.Context(), func(backend) bool { return false }))
+		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
 	})
 	assert.Contains(t, n.command("nft", "list", "set", "ip", nftTable, nftServices), serviceIP(IPv4, 1).String())
 }
@@ -160,7 +160,7 @@ func TestFlowsAfterServiceAddress(t *testing.T) {
 
 	s := n.sendUntranslated(t, 5353)
 	n.do(func() {
-		require.NoError(t, m.families[0].mend(t.Context(), func(backend) bool { return false }))
+		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
 	})
 	s.reaches(t, "web")
 }

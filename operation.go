@@ -18,6 +18,7 @@ type operation struct {
 	remove bool
 	rows   []*row  // of an Add
 	claims []claim // of a Remove; nil: all rows of the pod
+	told   bool    // the table knows that the Remove has failed
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
@@ -47,6 +48,10 @@ func (m *hostportManager) do(op *operation, allowed func() error) error {
 	case m.turn <- struct{}{}:
 	case <-ctx.Done():
 		if m.withdraw(op) {
+			if op.remove {
+				m.note(op)
+			}
+
 			return m.wrap(op, fmt.Errorf("waiting for operations before it: %w", ctx.Err()))
 		}
 
@@ -85,39 +90,31 @@ func (m *hostportManager) withdraw(op *operation) bool {
 	before := len(m.queue)
 	m.queue = slices.DeleteFunc(m.queue, func(o *operation) bool { return o == op })
 
-	withdrawn := len(m.queue) < before
-	if withdrawn && op.remove {
-		m.failed = noted(m.failed, op)
-	}
-
-	return withdrawn
+	return len(m.queue) < before
 }
 
-// noted are Removes that have failed, and op, once.
-func noted(failed []*operation, op *operation) []*operation {
-	same := func(o *operation) bool { return o.owner.id == op.owner.id && slices.Equal(o.claims, op.claims) }
-
-	return append(slices.DeleteFunc(failed, same), op)
-}
-
-// disownFailed does disownBy for Removes that have failed before they could touch the table.
-func (m *hostportManager) disownFailed() {
+// note keeps in mind a Remove that has failed, once.
+func (m *hostportManager) note(op *operation) {
 	m.queueMu.Lock()
-	failed := m.failed
-	m.failed = nil
-	m.queueMu.Unlock()
+	defer m.queueMu.Unlock()
 
-	for _, op := range failed {
-		m.disownBy(op)
-	}
+	same := func(o *operation) bool { return o.owner.id == op.owner.id && slices.Equal(o.claims, op.claims) }
+	m.unfinished = append(slices.DeleteFunc(m.unfinished, same), op)
 }
 
-// disownBy disowns what a Remove that has failed was to take out, also of what is found later.
-func (m *hostportManager) disownBy(op *operation) {
-	m.disown(m.removedBy(op))
+// disownRemoved disowns what Removes that have failed were to take out: of the table, once,
+// and of rows that have been found since.
+func (m *hostportManager) disownRemoved(found []*row) {
+	m.queueMu.Lock()
+	defer m.queueMu.Unlock()
 
-	if m.unseen != nil {
-		m.unfinished = noted(m.unfinished, op)
+	for _, op := range m.unfinished {
+		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row) bool { return op.told && !slices.Contains(found, r) }))
+		op.told = true
+	}
+
+	if m.health.unseen == nil {
+		m.unfinished = nil
 	}
 }
 
@@ -139,8 +136,8 @@ func (m *hostportManager) disown(rows []*row) {
 		r.owner, r.gone = owner{}, true
 	}
 
-	if len(rows) > 0 && m.pruneAt.IsZero() {
-		m.pruneAt = time.Now()
+	if len(rows) > 0 {
+		m.health.abandons()
 	}
 }
 
@@ -187,7 +184,7 @@ func (m *hostportManager) commit(ops []*operation) {
 
 	err := m.ready(ctx)
 	if err == nil {
-		m.disownFailed()
+		m.disownRemoved(nil)
 		m.observeNode(ctx)
 		unseen := m.lookAgain(ctx)
 		m.commitAll(ctx, ops)
@@ -206,14 +203,8 @@ func (m *hostportManager) commit(ops []*operation) {
 			op.err = err
 		}
 
-		switch {
-		case !op.remove || op.err == nil || m.closed:
-		case err == nil:
-			m.disownBy(op)
-		default:
-			m.queueMu.Lock()
-			m.failed = noted(m.failed, op)
-			m.queueMu.Unlock()
+		if op.remove && op.err != nil && !m.closed {
+			m.note(op)
 		}
 	}
 }
@@ -227,14 +218,14 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 			return
 		}
 
-		restored, err := m.backend.apply(ctx, deltas, m.table())
+		repairs, err := m.backend.reconcile(ctx, target{deltas: deltas, rows: m.table(), base: true})
 		if err == nil {
 			m.finishAll(ctx, batch)
 		} else {
 			undoAll(batch)
 		}
 
-		if restored {
+		if len(repairs) > 0 {
 			m.endMisled(ctx, nil)
 		}
 
@@ -262,7 +253,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 // doubt notes that nobody knows whether the kernel has taken deltas.
 func (m *hostportManager) doubt(deltas []delta) {
-	m.doubtful = true
+	m.health.doubts()
 
 	for _, d := range deltas {
 		m.lost = append(m.lost, d.add...)
@@ -272,7 +263,7 @@ func (m *hostportManager) doubt(deltas []delta) {
 // clearUp makes it true for the Removes among ops that nothing of their pods is left:
 // what failed before may have left rows that are not in the table.
 func (m *hostportManager) clearUp(ctx context.Context, ops []*operation) {
-	if !m.doubtful {
+	if m.health.condition != inDoubt {
 		return
 	}
 
@@ -281,7 +272,7 @@ func (m *hostportManager) clearUp(ctx context.Context, ops []*operation) {
 		return
 	}
 
-	_, err := m.repair(ctx, m.leaked)
+	_, err := m.reconcile(ctx, m.health.leftovers)
 	if err == nil || isLeftBehind(err) {
 		return
 	}

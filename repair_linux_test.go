@@ -45,18 +45,18 @@ func TestSyncLeavesBehind(t *testing.T) {
 	fm := m.families[0]
 	mended := func(disturbed bool) bool {
 		second := time.Now().Add(-time.Nanosecond)
-		fm.repairAt = second
+		fm.health.repairAt = second
 
-		n.do(func() { require.NoError(t, fm.mend(t.Context(), func(backend) bool { return disturbed })) })
+		n.do(func() { require.NoError(t, fm.runOnce(t.Context(), func(backend) bool { return disturbed })) })
 
-		return !fm.repairAt.Equal(second)
+		return !fm.health.repairAt.Equal(second)
 	}
 	assert.True(t, mended(true))
 	assert.False(t, mended(false))
-	assert.True(t, fm.leaked)
-	assert.False(t, fm.doubtful)
+	assert.True(t, fm.health.leftovers)
+	assert.Equal(t, inSync, fm.health.condition)
 
-	fm.repairAt = time.Time{}
+	fm.health.repairAt = time.Time{}
 
 	unlock()
 	n.exactly(m, pods)
@@ -253,7 +253,7 @@ func TestDemolishOvertaken(t *testing.T) {
 			return input, nil
 		}
 		n.do(func() {
-			_, err := m.backend.demolish(t.Context())
+			_, err := m.backend.reconcile(t.Context(), nothing())
 			require.NoError(t, err)
 		})
 		assert.Empty(t, n.ours(IPv4))

@@ -43,23 +43,23 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		return m.inFamily(err)
 	}
 
-	m.disownFailed()
+	m.disownRemoved(nil)
 	m.observeNode(ctx)
 
-	_ = m.lookAgain(ctx) // what it cannot look at, repair tells
+	_ = m.lookAgain(ctx) // what it cannot look at, reconcile tells
 
 	var errs []error
 
 	c := &change{m: m}
-	m.dismiss(c, pods)
+	m.removeOthers(c, pods)
 
 	for _, pod := range pods {
-		if err := m.settlePod(c, pod.rows); err != nil {
+		if err := m.planPod(c, pod.rows); err != nil {
 			errs = append(errs, m.wrap(&operation{name: "sync", owner: pod.owner}, err))
 		}
 	}
 
-	repairs, err := m.repair(ctx, true)
+	repairs, err := m.reconcile(ctx, true)
 	if err != nil {
 		errs = append(errs, m.inFamily(err))
 
@@ -67,7 +67,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 			c.undo()
 
 			if isPartly(err) {
-				m.takeBack(ctx)
+				m.revert(ctx)
 			}
 
 			return errors.Join(errs...)
@@ -115,8 +115,8 @@ func (m *hostportManager) takeTurn(ctx context.Context) error {
 	}
 }
 
-// dismiss takes out of the table what none of pods is to have.
-func (m *hostportManager) dismiss(c *change, pods []podRows) {
+// removeOthers takes out of the table what none of pods is to have.
+func (m *hostportManager) removeOthers(c *change, pods []podRows) {
 	var invalid []owner
 
 	wanted := map[portKey][]*row{}
@@ -132,16 +132,16 @@ func (m *hostportManager) dismiss(c *change, pods []podRows) {
 	}
 
 	for r := range m.table() {
-		stays := slices.ContainsFunc(invalid, func(o owner) bool { return m.owns(o, "", r) }) ||
-			slices.ContainsFunc(wanted[r.portKey], func(w *row) bool { return r.endpoint == w.endpoint && m.owns(w.owner, w.hash, r) })
+		stays := slices.ContainsFunc(invalid, func(o owner) bool { return m.claim(o, "", r) }) ||
+			slices.ContainsFunc(wanted[r.portKey], func(w *row) bool { return r.endpoint == w.endpoint && m.claim(w.owner, w.hash, r) })
 		if !stays {
 			c.del(r)
 		}
 	}
 }
 
-// settlePod does to the table and the sockets what Add does, or nothing.
-func (m *hostportManager) settlePod(c *change, rows []*row) error {
+// planPod does to the table and the sockets what Add does, or nothing.
+func (m *hostportManager) planPod(c *change, rows []*row) error {
 	before := c.savepoint()
 
 	if len(rows) > 0 {
@@ -165,31 +165,25 @@ func (m *hostportManager) settlePod(c *change, rows []*row) error {
 	return nil
 }
 
-// repair makes the kernel hold the table, and with purge nothing else of ours, not
-// even an empty table where there is nothing to be had. What it cannot do is for
-// Run, or the next Sync.
-func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []string, err error) {
-	switch {
-	case m.ought() || m.doubtful && !purge:
-		repairs, err = m.backend.repair(ctx, m.table(), purge)
-	case purge:
-		repairs, err = m.backend.demolish(ctx)
+// reconcile makes the kernel hold the table, and exactly that if asked: nothing else of
+// ours, and where no rules are needed nothing at all. What it cannot do is for Run, or the
+// next Sync.
+func (m *hostportManager) reconcile(ctx context.Context, exactly bool) (repairs []string, err error) {
+	t := target{rows: m.table(), base: m.needsRules() || !exactly, whole: true, exactly: exactly}
+	if exactly || m.needsRules() || m.health.condition == inDoubt {
+		repairs, err = m.backend.reconcile(ctx, t)
 	}
 
-	inUse := err != nil && !isLeftBehind(err)
+	held := m.health.reconciled(err, exactly)
 
-	if purge && !inUse {
-		m.unfinished = nil // nothing of what is found later is to stay
-
-		if m.unseen = nil; isUnseen(err) {
-			m.unseen = err
-		}
+	if held && exactly { // nothing of what is found later is to stay
+		m.queueMu.Lock()
+		m.unfinished = nil
+		m.queueMu.Unlock()
 	}
-
-	m.damaged, m.doubtful, m.leaked = inUse, inUse && (m.doubtful || purge), err != nil && purge
 
 	var lost []*row
-	if !inUse {
+	if held {
 		lost, m.lost = m.lost, nil
 	}
 
@@ -200,24 +194,20 @@ func (m *hostportManager) repair(ctx context.Context, purge bool) (repairs []str
 	return repairs, err
 }
 
-// takeBack makes the kernel hold the table after a repair for another one has come
-// half the way. What it cannot do is for Run, or the next operation.
-func (m *hostportManager) takeBack(ctx context.Context) {
+// revert makes the kernel hold the table after it has come half the way to another one.
+// What it cannot do is for Run, or the next operation.
+func (m *hostportManager) revert(ctx context.Context) {
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	leaked := m.leaked // what else there may be is for Run as before
-
-	if _, err := m.repair(ctx, false); err != nil {
+	if _, err := m.reconcile(ctx, false); err != nil {
 		m.cfg.log.Error(err, "Cannot take back what is done", "family", m.family)
 	}
-
-	m.leaked = leaked
 }
 
-// mend puts back what others have broken, if they may have, and holds ports that
-// could not be held. It fails only where there will be nothing to mend any more.
-func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool) error {
+// runOnce puts back what others have broken, if they may have, and holds ports that
+// could not be held. It fails only where there will be nothing to do any more.
+func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) bool) error {
 	if err := m.enter(ctx); err != nil {
 		return err
 	}
@@ -234,7 +224,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.sockets.retry()
 
-	m.disownFailed()
+	m.disownRemoved(nil)
 	m.observeNode(ctx)
 	m.exempt(ctx)
 
@@ -244,19 +234,16 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 	m.flows.resume()
 
-	if m.unseen != nil && !m.leaked && time.Now().After(m.lookAt) {
+	if m.health.lookDue() {
 		_ = m.lookAgain(ctx) // there will be another time
 	}
 
-	m.damaged = disturbed(m.backend) || m.relocate() || m.damaged || m.doubtful
-
-	due := m.repairAt
-	if !m.damaged {
-		due = due.Add(leftoverPause)
+	if disturbed(m.backend) || m.relocate() {
+		m.health.suspects()
 	}
 
-	if (m.damaged || m.leaked) && time.Now().After(due) {
-		m.restore(ctx)
+	if m.health.repairDue() {
+		m.repair(ctx)
 	}
 
 	m.prune(ctx)
@@ -266,7 +253,7 @@ func (m *hostportManager) mend(ctx context.Context, disturbed func(backend) bool
 
 // prune takes out the rows that could not be removed, if that is due.
 func (m *hostportManager) prune(ctx context.Context) {
-	if m.pruneAt.IsZero() || time.Now().Before(m.pruneAt) {
+	if !m.health.pruneDue() {
 		return
 	}
 
@@ -280,24 +267,17 @@ func (m *hostportManager) prune(ctx context.Context) {
 		return nil
 	}}
 
-	rows := m.removedBy(op)
-	if len(rows) == 0 { // their pods have them again
-		m.pruneAt = time.Time{}
-
-		return
-	}
+	rows := m.removedBy(op) // none if their pods have them again
 
 	m.commitAll(ctx, []*operation{op})
 	m.clearUp(ctx, []*operation{op})
+	m.health.pruned(op.err)
 
 	if op.err != nil {
-		m.pruneAt = time.Now().Add(leftoverPause)
 		m.cfg.log.Error(op.err, "Cannot remove host ports of pods that are gone", "family", m.family, "rows", len(rows), "first", rows[0])
 
 		return
 	}
-
-	m.pruneAt = time.Time{}
 
 	for _, r := range rows {
 		m.cfg.log.Info("Removed a host port whose pod is gone", "row", r, "podIDHash", r.ownerMark(), "label", r.label)
@@ -306,41 +286,28 @@ func (m *hostportManager) prune(ctx context.Context) {
 
 // exempt has what is for addresses of Services left alone, if that is due.
 func (m *hostportManager) exempt(ctx context.Context) {
-	if !m.exemptDue || !m.ought() {
+	if !m.exemptDue || !m.needsRules() {
 		return
 	}
 
-	restored, err := m.backend.apply(ctx, nil, m.table())
-	m.exemptDue, m.damaged = false, m.damaged || err != nil
+	repairs, err := m.backend.reconcile(ctx, target{rows: m.table(), base: true})
+	if m.exemptDue = false; err != nil {
+		m.health.suspects()
+	}
 
-	if restored {
+	if len(repairs) > 0 {
 		m.endMisled(ctx, nil)
 	}
 }
 
-const (
-	// repairPause is how long a repair that has failed is not tried again.
-	repairPause = time.Second
-	// leftoverPause is how much longer where it is only about what is from before:
-	// a lock that is held, or a program that is missing, would hold up others.
-	leftoverPause = 10 * time.Second
-)
+// repair reconciles all rows, and tells of it.
+func (m *hostportManager) repair(ctx context.Context) {
+	repairs, err := m.reconcile(ctx, m.health.leftovers)
 
-// restore repairs what may be damaged, and tells of it.
-func (m *hostportManager) restore(ctx context.Context) {
-	repairs, err := m.repair(ctx, m.leaked)
-	told := m.told
-	m.told = ""
-
-	switch {
-	case errors.Is(err, context.Canceled): // Run ends
-	case err != nil:
-		m.repairAt, m.told = time.Now().Add(repairPause), err.Error()
-
-		if m.told != told {
-			m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
-		}
-	case len(repairs) > 0:
+	switch news := m.health.repaired(err); {
+	case news:
+		m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
+	case err == nil && len(repairs) > 0:
 		const some = 5 // of what may be thousands
 
 		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs),
@@ -371,7 +338,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 		found := false
 
 		for _, r := range m.rows[w.portKey] {
-			if r.endpoint == w.endpoint && r.pod == w.pod && m.bears(w.owner, w.hash, r) {
+			if r.endpoint == w.endpoint && r.pod == w.pod && m.ownedBy(w.owner, w.hash, r) {
 				stand, found = append(stand, r), true
 			}
 		}
@@ -388,7 +355,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 	more, err := m.backend.missing(ctx, stand)
 
 	if len(stand) < len(rows) { // it may be where nobody could look
-		err = errors.Join(err, m.unseen)
+		err = errors.Join(err, m.health.unseen)
 	}
 
 	return append(missing, more...), err

@@ -1145,7 +1145,7 @@ func TestRunEnds(t *testing.T) {
 	m.families[0].turn <- struct{}{}
 
 	run(ctx)
-	n.soon(func() bool { return strings.Contains(stacks(), ").mend(") })
+	n.soon(func() bool { return strings.Contains(stacks(), ").runOnce(") })
 	cancel()
 	assert.Equal(t, context.Canceled, <-ended)
 	<-m.families[0].turn

@@ -1,0 +1,129 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// condition is how the kernel stands to the table, as far as is known. What is worse is
+// higher.
+type condition uint8
+
+const (
+	inSync  condition = iota // the backend in use holds the table
+	suspect                  // it may lack some of it
+	inDoubt                  // it may have rows besides, of operations whose outcome is unknown
+)
+
+const (
+	// repairPause is how long a repair that has failed is not tried again.
+	repairPause = time.Second
+	// leftoverPause is how much longer where it is only about what is from before:
+	// a lock that is held, or a program that is missing, would hold up others.
+	leftoverPause = 10 * time.Second
+)
+
+// health is what is known of the kernel's state, and when Run is to do something about
+// it. Nothing but its methods changes it.
+//
+//	           others, a failed repair              outcome unknown
+//	in sync ────────────────────────────▶ suspect ──────────────────▶ in doubt
+//	   ▲                                     │                            │
+//	   └────────── all rows reconciled ──────┴────────────────────────────┘
+type health struct {
+	condition condition
+	// leftovers is set if there may be what Sync has not been able to take out.
+	leftovers bool
+	// unseen is why rows from before could not be looked for, nil once that is done.
+	unseen error
+	// lastError is that of a repair, for the log to have it once.
+	lastError string
+	// Run does not repair before repairAt, nor look for rows from before lookAt. From
+	// pruneAt on it takes out rows that a Remove could not; zero: there are none.
+	repairAt, lookAt, pruneAt time.Time
+}
+
+// suspects notes that somebody may have broken something.
+func (h *health) suspects() { h.condition = max(h.condition, suspect) }
+
+// doubts notes that nobody knows whether a transaction has taken effect.
+func (h *health) doubts() { h.condition = inDoubt }
+
+// reconciled notes what came of it to reconcile all rows, and reports whether the backend
+// in use holds them.
+func (h *health) reconciled(err error, exactly bool) (held bool) {
+	held = err == nil || isLeftBehind(err)
+
+	switch {
+	case held:
+		h.condition = inSync
+	case exactly: // some of what was to go may have gone
+		h.doubts()
+	default:
+		h.suspects()
+	}
+
+	if exactly {
+		h.leftovers = err != nil
+	}
+
+	if exactly && held {
+		h.unseen = nil
+		if isUnseen(err) {
+			h.unseen = err
+		}
+	}
+
+	return held
+}
+
+// repairDue reports whether it is time for Run to repair.
+func (h *health) repairDue() bool {
+	if h.condition == inSync {
+		return h.leftovers && time.Now().After(h.repairAt.Add(leftoverPause))
+	}
+
+	return time.Now().After(h.repairAt)
+}
+
+// repaired notes what came of a repair, and reports whether its error is news.
+func (h *health) repaired(err error) (news bool) {
+	if err == nil || errors.Is(err, context.Canceled) { // Run ends
+		h.lastError = ""
+
+		return false
+	}
+
+	news = err.Error() != h.lastError
+	h.repairAt, h.lastError = time.Now().Add(repairPause), err.Error()
+
+	return news
+}
+
+// looking notes that rows from before are looked for, and looked what came of it.
+func (h *health) looking()         { h.lookAt = time.Now().Add(repairPause) }
+func (h *health) looked(err error) { h.unseen = err }
+
+// lookDue reports whether it is time for Run to look for rows from before. With leftovers
+// a repair does it.
+func (h *health) lookDue() bool {
+	return h.unseen != nil && !h.leftovers && time.Now().After(h.lookAt)
+}
+
+// abandons notes that there are rows that a Remove could not take out.
+func (h *health) abandons() {
+	if h.pruneAt.IsZero() {
+		h.pruneAt = time.Now()
+	}
+}
+
+// pruneDue reports whether it is time for Run to take them out.
+func (h *health) pruneDue() bool { return !h.pruneAt.IsZero() && time.Now().After(h.pruneAt) }
+
+// pruned notes what came of that.
+func (h *health) pruned(err error) {
+	if h.pruneAt = (time.Time{}); err != nil {
+		h.pruneAt = time.Now().Add(leftoverPause)
+	}
+}
