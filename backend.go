@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
@@ -71,67 +70,6 @@ type backend interface {
 	// owns tells whether id is the owner of a row whose owner is known only
 	// by what the kernel carries of it.
 	owns(id string, r *row) bool
-}
-
-// maxOvertaken is how often somebody else may come between a backend's look and the
-// transaction that follows.
-const maxOvertaken = 3
-
-// delta is what one operation changes. A row is moved by a del and an add of
-// one endpoint, which no packet sees apart.
-type delta struct {
-	del, add []*row
-	keep     []*row // rows that ought to stand: checked, and put back if missing
-}
-
-func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
-
-// size is how many rows change.
-func (d *delta) size() int { return len(d.del) + len(d.add) }
-
-// parts divides what changes into parts of at most so many rows, but for those of
-// one port: one may take the place of another, or come before it.
-func (d *delta) parts(most int) []delta {
-	if d.size() <= most {
-		return []delta{*d}
-	}
-
-	var order []portKey
-
-	ofPort := map[portKey]delta{}
-
-	for i, rows := range [][]*row{d.del, d.add} {
-		for _, r := range rows {
-			p, known := ofPort[r.portKey]
-			if !known {
-				order = append(order, r.portKey)
-			}
-
-			if i == 0 {
-				p.del = append(p.del, r)
-			} else {
-				p.add = append(p.add, r)
-			}
-
-			ofPort[r.portKey] = p
-		}
-	}
-
-	var (
-		parts []delta
-		part  delta
-	)
-
-	for _, port := range order {
-		p := ofPort[port]
-		if part.size() > 0 && part.size()+p.size() > most {
-			parts, part = append(parts, part), delta{}
-		}
-
-		part.del, part.add = append(part.del, p.del...), append(part.add, p.add...)
-	}
-
-	return append(parts, part)
 }
 
 // layers is a backend of several: the one in use, and those that carry rows
@@ -292,18 +230,6 @@ func isUnseen(err error) bool {
 	return errors.As(err, &unseen)
 }
 
-// partlyError says that some of several transactions may have been committed.
-type partlyError struct{ err error }
-
-func (e *partlyError) Error() string { return e.err.Error() }
-func (e *partlyError) Unwrap() error { return e.err }
-
-func isPartly(err error) bool {
-	partly := (*partlyError)(nil)
-
-	return errors.As(err, &partly)
-}
-
 // repair takes the backend in use first, so that a row that has moved over is at
 // all times in one of the two. If another fails after it, the error is a
 // *leftBehindError.
@@ -441,14 +367,6 @@ func (l *layers) disturbed(transactions []nfnetlink.Transaction) bool {
 	return disturbed
 }
 
-// grace is the time for what has to follow a transaction, when the operation's own
-// may be up.
-const grace = 5 * time.Second
-
-func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), grace)
-}
-
 // takeBack commits the opposite of deltas. table is with deltas.
 func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*row]) error {
 	ctx, cancel := withGrace(ctx)
@@ -466,16 +384,6 @@ func takeBack(ctx context.Context, b backend, deltas []delta, table iter.Seq[*ro
 	_, err := b.apply(ctx, back, slices.Values(tableBefore(deltas, table)))
 
 	return err
-}
-
-// tableBefore is the table without deltas, which it is with.
-func tableBefore(deltas []delta, table iter.Seq[*row]) []*row {
-	rows := slices.Collect(table)
-	for _, d := range slices.Backward(deltas) {
-		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
-	}
-
-	return rows
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

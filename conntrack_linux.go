@@ -295,7 +295,7 @@ func (f *flowTable) delete(
 	listCtx, cancel := context.WithTimeout(ctx, grace)
 	defer cancel()
 
-	list, err := f.conn.Flows(listCtx, family, protocolNumber(p), port)
+	list, err := f.conn.Flows(listCtx, family, p.number(), port)
 	if err != nil {
 		return nil, fmt.Errorf("list flows: %w", err)
 	}

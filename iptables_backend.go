@@ -310,12 +310,6 @@ func (b *iptablesBackend) run(ctx context.Context, s *script) error {
 	return nil
 }
 
-func isRefused(err error) bool {
-	refused := (*refusedError)(nil)
-
-	return errors.As(err, &refused)
-}
-
 // restoration writes what it takes from t to the table with deltas applied, and
 // with purge to nothing else.
 func (b *iptablesBackend) restoration(t *savedTable, state *natState, deltas []delta, table iter.Seq[*row], purge bool) *script {
@@ -525,9 +519,6 @@ func isRange(chain string) bool {
 
 	return false
 }
-
-// shared, in place of a delta's index, stands for lines that are for all.
-const shared = -1
 
 // script is the input of one iptables-restore, and what the kernel holds once
 // that is through.

@@ -35,7 +35,7 @@ type nftRuleset struct {
 	// gen is the ruleset's generation after our last look or transaction; 0: not
 	// known.
 	gen uint32
-	own generations
+	own nfnetlink.Generations
 	// epoch counts how often somebody else turned out to have changed the
 	// ruleset. What a backend found out in an epoch is true to its end: our own
 	// transactions change nothing for the other family.
@@ -362,7 +362,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 
 	if len(msgs) > 0 && gen != 0 {
 		gen = nfnetlink.NextGeneration(gen)
-		b.ruleset.own.add(gen)
+		b.ruleset.own.Add(gen)
 	}
 
 	b.ruleset.gen, b.epoch = gen, b.ruleset.epoch
