@@ -17,9 +17,9 @@ import (
 //
 // Its methods are never called at the same time.
 type backend interface {
-	// kind is the backend that carries r, or where r is nil the one that new
+	// kind is the Backend that carries r, or where r is nil the one that new
 	// rows go to.
-	kind(r *row) Backend
+	kind(r *row) string
 
 	// name is what names r in the kernel, where two rows with different
 	// endpoints may come to have the same; else it is "".
@@ -163,7 +163,7 @@ func (l *layers) of(r *row) backend {
 	return l.backend
 }
 
-func (l *layers) kind(r *row) Backend         { return l.of(r).kind(r) }
+func (l *layers) kind(r *row) string          { return l.of(r).kind(r) }
 func (l *layers) name(r *row) string          { return l.of(r).name(r) }
 func (l *layers) owns(id string, r *row) bool { return l.of(r).owns(id, r) }
 

@@ -119,8 +119,9 @@ type hostportManager struct {
 // the family. Its sockets are released by a Close method: io.Closer tells.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
-	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
-		return newIPTablesBackend(iptables, cfg), nil
+	f := familyOfIPTables(iptables)
+	m := newHostportManager(f, cfg, func(context.Context) (backend, error) {
+		return newIPTablesBackend(iptables, cfg.localhostIn(f), cfg.guardIn(f)), nil
 	})
 	_ = m.start() // told by the first Add
 
@@ -554,7 +555,7 @@ func (m *hostportManager) mappings() []Mapping {
 			Protocol:  v1.Protocol(r.proto.api()),
 			HostIP:    r.hostIP(m.family).String(), HostPort: int32(r.port),
 			PodIP: r.pod.Addr().AsSlice(), ContainerPort: int32(r.pod.Port()),
-			Backend: m.backend.kind(r),
+			Backend: Backend(m.backend.kind(r)),
 			Held:    m.sockets.holds(r.endpoint),
 		})
 	}

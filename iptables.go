@@ -1,8 +1,6 @@
 package hostport
 
-import (
-	"context"
-)
+import "context"
 
 // IPTables is the part of iptables(8) that this package drives for one family. A
 // manager makes one call at a time.
@@ -19,12 +17,4 @@ type IPTables interface {
 	// comes after one that fails. The error tells the line at fault, the first
 	// being 1, by a method `Line() int`, where that is known.
 	Restore(ctx context.Context, input []byte) error
-}
-
-func familyOfIPTables(ipt IPTables) ipFamily {
-	if ipt.IsIPv6() {
-		return IPv6
-	}
-
-	return IPv4
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/bits"
 	"os"
 	"os/exec"
@@ -20,6 +21,8 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // variant is which interface of the kernel an iptables binary drives.
@@ -159,6 +162,38 @@ func iptablesOf(ctx context.Context, family ipFamily, v variant) (*ipTables, err
 	}
 
 	return nil, err
+}
+
+// newBackend returns a backend over t that can be told of what others do to its tables.
+// With iptables-nft that is by generation and ours of the ruleset; nil: it is not told.
+func (t *ipTables) newBackend(
+	localhost, guard bool, generation func(context.Context) (uint32, error), ours *nfnetlink.Generations,
+) *iptablesBackend {
+	b := newIPTablesBackend(t, localhost, guard)
+
+	switch {
+	case t.variant == variantLegacy:
+		b.watch.state = t.legacyState
+		b.most = math.MaxInt // it copies the whole table for each transaction
+	case generation != nil:
+		b.watch.family, b.watch.generation, b.watch.own = unix.NFPROTO_IPV4, generation, ours
+		if t.family == IPv6 {
+			b.watch.family = unix.NFPROTO_IPV6
+		}
+	}
+
+	return b
+}
+
+// natThere reports whether a family has the table nat.
+func natThere(f ipFamily, v variant) (bool, error) { return tableThere(f, v, natTable) }
+
+// haveOurs reports whether chains of nf_tables are ours of iptables-nft: with all any,
+// else those that rows have.
+func haveOurs(chains []nfnetlink.ChainInfo, all bool) bool {
+	return slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool {
+		return c.Table == natTable && ourChain(c.Name) && (all || c.Name != dnatDispatch && c.Name != masqDispatch)
+	})
 }
 
 func command(family ipFamily) string {
