@@ -250,17 +250,17 @@ func TestBackendAutoAsksAgain(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, closed.Close())
 
-	o.ruleset.conn = closed
+	o.ruleset = newNFTRuleset(func() (nftConn, error) { return closed, nil })
 
 	n.do(func() {
 		_, err := o.open(IPv4)(t.Context())
 		require.ErrorIs(t, err, net.ErrClosed)
 		assert.False(t, holdsNothing(err))
 
-		o.ruleset.conn = conn
+		o.ruleset = newNFTRuleset(func() (nftConn, error) { return conn, nil })
 		b, err := o.open(IPv4)(t.Context())
 		require.NoError(t, err)
-		assert.Equal(t, BackendNFTables, b.kind(nil))
+		assert.Equal(t, string(BackendNFTables), b.kind(nil))
 	})
 }
 

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
@@ -18,9 +17,9 @@ import (
 //
 // Its methods are never called at the same time.
 type backend interface {
-	// kind is the backend that carries r, or where r is nil the one that new
+	// kind is the Backend that carries r, or where r is nil the one that new
 	// rows go to.
-	kind(r *row) Backend
+	kind(r *row) string
 
 	// name is what names r in the kernel, where two rows with different
 	// endpoints may come to have the same; else it is "".
@@ -58,86 +57,6 @@ type backend interface {
 	// ownedBy reports whether id is the owner of a row whose owner is known only
 	// by what the kernel carries of it.
 	ownedBy(id string, r *row) bool
-}
-
-// target is what the kernel is to hold.
-type target struct {
-	// deltas are what operations change, in their order; the rows of one port go together.
-	deltas []delta
-	// rows yields every row that stands once the deltas are committed. Where the kernel
-	// turns out not to hold what it should, it is put back from there.
-	rows iter.Seq[*row]
-	// base is set if what leads packets to rows is to stand, and the guard of loopback
-	// addresses, whatever rows there are. Without it nothing of ours is to stand.
-	base bool
-	// whole has all of the rows looked at, and not only what the deltas touch.
-	whole bool
-	// exactly has whatever else bears our names taken out. It goes with whole.
-	exactly bool
-}
-
-// nothing is the target of a backend that has no rows.
-func nothing() target { return target{rows: func(func(*row) bool) {}, whole: true, exactly: true} }
-
-// maxOvertaken is how often somebody else may come between a backend's look and the
-// transaction that follows.
-const maxOvertaken = 3
-
-// delta is what one operation changes. A row is moved by a del and an add of
-// one endpoint, which no packet sees apart.
-type delta struct {
-	del, add []*row
-	keep     []*row // rows that are to stand: checked, and put back if missing
-}
-
-func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
-
-// size is how many rows change.
-func (d *delta) size() int { return len(d.del) + len(d.add) }
-
-// parts divides what changes into parts of at most so many rows, but for those of
-// one port: one may take the place of another, or come before it.
-func (d *delta) parts(most int) []delta {
-	if d.size() <= most {
-		return []delta{*d}
-	}
-
-	var order []portKey
-
-	ofPort := map[portKey]delta{}
-
-	for i, rows := range [][]*row{d.del, d.add} {
-		for _, r := range rows {
-			p, known := ofPort[r.portKey]
-			if !known {
-				order = append(order, r.portKey)
-			}
-
-			if i == 0 {
-				p.del = append(p.del, r)
-			} else {
-				p.add = append(p.add, r)
-			}
-
-			ofPort[r.portKey] = p
-		}
-	}
-
-	var (
-		parts []delta
-		part  delta
-	)
-
-	for _, port := range order {
-		p := ofPort[port]
-		if part.size() > 0 && part.size()+p.size() > most {
-			parts, part = append(parts, part), delta{}
-		}
-
-		part.del, part.add = append(part.del, p.del...), append(part.add, p.add...)
-	}
-
-	return append(parts, part)
 }
 
 // layers is a backend of several: the one in use, and those that carry rows
@@ -231,7 +150,7 @@ func (l *layers) of(r *row) backend {
 	return l.backend
 }
 
-func (l *layers) kind(r *row) Backend            { return l.of(r).kind(r) }
+func (l *layers) kind(r *row) string             { return l.of(r).kind(r) }
 func (l *layers) name(r *row) string             { return l.of(r).name(r) }
 func (l *layers) ownedBy(id string, r *row) bool { return l.of(r).ownedBy(id, r) }
 
@@ -316,18 +235,6 @@ func isUnseen(err error) bool {
 	unseen := (*unseenError)(nil)
 
 	return errors.As(err, &unseen)
-}
-
-// partlyError says that some of several transactions may have been committed.
-type partlyError struct{ err error }
-
-func (e *partlyError) Error() string { return e.err.Error() }
-func (e *partlyError) Unwrap() error { return e.err }
-
-func isPartly(err error) bool {
-	partly := (*partlyError)(nil)
-
-	return errors.As(err, &partly)
 }
 
 // reconcileBefore makes right what is from before. What has no rows any more, and is to
@@ -445,20 +352,12 @@ func (l *layers) disturbed(transactions []nfnetlink.Transaction) bool {
 	return disturbed
 }
 
-// grace is the time for what has to follow a transaction, when the operation's own
-// may be up.
-const grace = 5 * time.Second
-
-func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), grace)
-}
-
 // revert commits the opposite of what t has changed.
 func revert(ctx context.Context, b backend, t target) error {
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	back := target{base: true, rows: slices.Values(rowsWithout(t))}
+	back := target{base: true, rows: slices.Values(t.rowsBefore())}
 	for _, d := range slices.Backward(t.deltas) {
 		back.deltas = append(back.deltas, delta{del: d.add, add: d.del})
 	}
@@ -470,16 +369,6 @@ func revert(ctx context.Context, b backend, t target) error {
 	_, err := b.reconcile(ctx, back)
 
 	return err
-}
-
-// rowsWithout are the rows as they were before t's deltas.
-func rowsWithout(t target) []*row {
-	rows := slices.Collect(t.rows)
-	for _, d := range slices.Backward(t.deltas) {
-		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
-	}
-
-	return rows
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
-	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
@@ -17,19 +17,19 @@ type opener struct {
 	ruleset *nftRuleset
 }
 
-func newOpener(cfg config) *opener { return &opener{cfg: cfg, ruleset: &nftRuleset{}} }
+func newOpener(cfg config) *opener {
+	return &opener{cfg: cfg, ruleset: newNFTRuleset(func() (nftConn, error) {
+		conn, err := nfnetlink.Dial()
+		if err != nil {
+			return nil, unavailable(err) // and no interface around a nil pointer
+		}
+
+		return conn, nil
+	})}
+}
 
 // close closes the socket.
-func (o *opener) close() error {
-	o.ruleset.mu.Lock()
-	defer o.ruleset.mu.Unlock()
-
-	if o.ruleset.conn == nil {
-		return nil
-	}
-
-	return o.ruleset.conn.Close()
-}
+func (o *opener) close() error { return o.ruleset.close() }
 
 // open returns what finds the backend for a family.
 func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
@@ -113,19 +113,11 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, v
 }
 
 func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
-	o.ruleset.mu.Lock()
-	defer o.ruleset.mu.Unlock()
-
-	if o.ruleset.conn == nil {
-		conn, err := nfnetlink.Dial()
-		if err != nil {
-			return nil, unavailable(err)
-		}
-
-		o.ruleset.conn = conn
+	if err := o.ruleset.open(); err != nil {
+		return nil, err
 	}
 
-	return newNFTBackend(o.ruleset, f, o.cfg), nil
+	return newNFTBackend(o.ruleset, f, o.cfg.log, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
 }
 
 // others find the backends besides the one in use that may carry rows. They start no process
@@ -136,7 +128,7 @@ func (o *opener) others(f ipFamily, inUse variant) []finder {
 	if inUse != "" {
 		finders = append(finders, func(ctx context.Context, _ bool) (backend, error) {
 			nft, chains, err := o.chains(ctx, f)
-			if err != nil || !slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool { return c.Table == nftTable }) {
+			if err != nil || nft == nil || !nft.isThere(chains) {
 				return nil, err
 			}
 
@@ -174,7 +166,7 @@ func (o *opener) chains(ctx context.Context, f ipFamily) (*nftBackend, []nfnetli
 
 // before returns an iptables that may carry rows from before.
 func (o *opener) before(ctx context.Context, f ipFamily, v variant, all bool) (backend, error) {
-	there, err := tableThere(f, v, natTable)
+	there, err := natThere(f, v)
 	if err != nil {
 		return nil, err
 	}
@@ -185,9 +177,7 @@ func (o *opener) before(ctx context.Context, f ipFamily, v variant, all bool) (b
 			return nil, err
 		}
 
-		there = slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool {
-			return c.Table == natTable && ourChain(c.Name) && (all || c.Name != dnatDispatch && c.Name != masqDispatch)
-		})
+		there = haveOurs(chains, all)
 	}
 
 	if !there {
@@ -206,24 +196,20 @@ func (o *opener) before(ctx context.Context, f ipFamily, v variant, all bool) (b
 	}
 
 	b := o.iptables(t)
-	b.before, b.guard = true, nil // the guard stands with what is in use
+	b.onlyBefore()
 
 	return b, nil
 }
 
 // iptables returns a backend that can be told of what others do to its tables.
 func (o *opener) iptables(t *ipTables) *iptablesBackend {
-	b := newIPTablesBackend(t, o.cfg)
+	var generation func(context.Context) (uint32, error)
 
-	if t.variant == variantLegacy {
-		b.watch.state = t.legacyState
-		b.most = math.MaxInt // it copies the whole table for each transaction
-	} else if nft, err := o.nftables(t.family); err == nil {
-		b.watch.family, b.watch.own = nft.table.Family, &o.ruleset.own
-		b.watch.generation = nft.ruleset.conn.Generation
+	if t.variant == variantNFT && o.ruleset.open() == nil {
+		generation = o.ruleset.generation
 	}
 
-	return b
+	return t.newBackend(o.cfg.localhostIn(t.family), o.cfg.guardIn(t.family), generation, o.ruleset.ours())
 }
 
 // watch returns the transactions of nf_tables, until ctx ends. If they cannot be
@@ -268,4 +254,61 @@ func (o *opener) follow(ctx context.Context, next func() (nfnetlink.Transaction,
 			return
 		}
 	}
+}
+
+// NewIPTables finds the iptables(8) of a family that the node uses.
+//
+// Where there are two variants, nf_tables and legacy, it is the one in whose
+// mangle table the kubelet or the node's set-up has left a chain
+// KUBE-IPTABLES-HINT or KUBE-KUBELET-CANARY. Without such a hint it is the
+// "iptables" of PATH, or where the kernel lacks what that drives the other one.
+// iptables 1.6.2 or later is needed, for --wait.
+//
+// It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
+// where iptables is not installed.
+func NewIPTables(family ipFamily) (IPTables, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+
+	if err := errors.Join(haveNetAdmin(), haveFamily(family)); err != nil {
+		return nil, err
+	}
+
+	t, err := findIPTables(ctx, family)
+	if err != nil {
+		return nil, err // and no interface around a nil pointer
+	}
+
+	return t, nil
+}
+
+// haveNetAdmin looks at the effective capabilities: iptables-save would not
+// tell, where it has nothing to save.
+func haveNetAdmin() error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+
+	if data[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
+		return fmt.Errorf("CAP_NET_ADMIN is missing: %w", unix.EPERM)
+	}
+
+	return nil
+}
+
+// haveFamily fails where the kernel does not have an IP family.
+func haveFamily(f ipFamily) error {
+	if f == IPv4 {
+		return nil
+	}
+
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return unavailable(fmt.Errorf("look for IPv6 in the kernel: %w", err))
+	}
+
+	return unix.Close(fd) //nolint:wrapcheck // cannot fail
 }

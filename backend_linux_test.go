@@ -142,7 +142,7 @@ type memory struct {
 	fail error
 }
 
-func (b *memory) kind(*row) Backend                          { return "memory" }
+func (b *memory) kind(*row) string                           { return "memory" }
 func (b *memory) name(*row) string                           { return "" }
 func (b *memory) ownedBy(string, *row) bool                  { return true }
 func (b *memory) list(context.Context) ([]*row, bool, error) { return slices.Clone(b.rows), true, nil }

@@ -451,7 +451,7 @@ func (c *chaos) randomPod(id string) *PodPortMapping {
 		own := slices.DeleteFunc(slices.Clone(c.model[id]), func(r *row) bool { return r.family() != f })
 		if len(own) > 0 && c.random.IntN(3) == 0 { // which moves, or stands beside
 			r := pick(c, own)
-			pm.HostPort, pm.Protocol, pm.HostIP = int32(r.port), r.proto.api(), ""
+			pm.HostPort, pm.Protocol, pm.HostIP = int32(r.port), v1.Protocol(r.proto.api()), ""
 
 			if ip := pick(c, []netip.Addr{{}, r.ip, pick(c, c.hostIPs(f))}); ip.IsValid() {
 				pm.HostIP = ip.String()
@@ -626,7 +626,7 @@ func (c *chaos) desired() map[string][]*PodPortMapping {
 
 	for id, rows := range c.model {
 		for _, r := range rows {
-			pm := &PortMapping{HostPort: int32(r.port), ContainerPort: int32(r.pod.Port()), Protocol: r.proto.api()}
+			pm := &PortMapping{HostPort: int32(r.port), ContainerPort: int32(r.pod.Port()), Protocol: v1.Protocol(r.proto.api())}
 			if r.ip.IsValid() {
 				pm.HostIP = r.ip.String()
 			}

@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nodeaddr"
@@ -98,19 +101,6 @@ func (t *turnover) port(p protocol) (port uint16) {
 	}
 
 	return port
-}
-
-// nodeView is what flows are compared with.
-type nodeView struct {
-	now    *nodeaddr.Addresses // of the node
-	rowFor func(portKey, netip.Addr) *row
-	// hasRows reports whether there are rows of a protocol.
-	hasRows func(protocol) bool
-	// localhost is set if flows from loopback addresses are translated.
-	localhost bool
-	// services is set if those to a Service's address may be: with iptables, if kube-proxy
-	// lets them pass.
-	services bool
 }
 
 // isStale reports whether a flow does not go where it would if it began now. What
@@ -226,9 +216,6 @@ func (f *flowTable) open() error {
 	return err
 }
 
-// viewer calls look with what flows are compared with.
-type viewer func(ctx context.Context, look func(nodeView)) error
-
 // end ends what t has made stale, and returns that. The view is asked for once the flows
 // are listed, protocol by protocol: the kernel picks out none of several, and what it does
 // not leave out takes ten times as long.
@@ -281,6 +268,9 @@ func (f *flowTable) endAnswers(ctx context.Context, early []nfnetlink.Flow) erro
 	return nil
 }
 
+// kernelTimeout is for what is asked of the kernel.
+const kernelTimeout = 5 * time.Second
+
 // delete lists the flows of a protocol, to one port unless that is 0, and deletes those
 // that are chosen. What it asks of the kernel has its own time: to choose may take long.
 func (f *flowTable) delete(
@@ -290,12 +280,15 @@ func (f *flowTable) delete(
 		return nil, err
 	}
 
-	family := newNFTLayout(f.family).table.Family
+	family := uint8(unix.AF_INET)
+	if f.family == IPv6 {
+		family = unix.AF_INET6
+	}
 
-	listCtx, cancel := context.WithTimeout(ctx, grace)
+	listCtx, cancel := context.WithTimeout(ctx, kernelTimeout)
 	defer cancel()
 
-	list, err := f.conn.Flows(listCtx, family, protocolNumber(p), port)
+	list, err := f.conn.Flows(listCtx, family, p.number(), port)
 	if err != nil {
 		return nil, fmt.Errorf("list flows: %w", err)
 	}
@@ -308,7 +301,7 @@ func (f *flowTable) delete(
 		return nil, err
 	}
 
-	deleteCtx, cancel := context.WithTimeout(ctx, grace)
+	deleteCtx, cancel := context.WithTimeout(ctx, kernelTimeout)
 	defer cancel()
 
 	if err := f.conn.DeleteFlows(deleteCtx, family, list); err != nil {

@@ -15,10 +15,6 @@ import (
 // good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")
 
-// errUnavailable is in the chain of errors that say that a node does not have
-// what a backend or a family is made of, so that it holds no rows there either.
-var errUnavailable = errors.New("not available")
-
 // noBackendError says why there is no backend, for each that there might be.
 type noBackendError []error
 
@@ -71,22 +67,3 @@ func hostPortText(protocol v1.Protocol, hostIP string, port int32) string {
 
 	return fmt.Sprintf("%s %s", protocol, netip.AddrPortFrom(ip, portOf(port)))
 }
-
-// rowError says which row of a pod an error is about.
-type rowError struct {
-	row *row
-	err error
-}
-
-func (e *rowError) Error() string { return fmt.Sprintf("row %s: %v", e.row, e.err) }
-func (e *rowError) Unwrap() error { return e.err }
-
-// refusedError says that the kernel refused one delta of several, so that the
-// others may go without it. Nothing has been changed then.
-type refusedError struct {
-	delta int // index among those handed to reconcile
-	err   error
-}
-
-func (e *refusedError) Error() string { return e.err.Error() }
-func (e *refusedError) Unwrap() error { return e.err }

@@ -45,6 +45,8 @@ type flows struct {
 const (
 	// lateDelay is how long a Remove waits for others, for one list to do for all.
 	lateDelay = 200 * time.Millisecond
+	// lateRetry is how long they are not tried again if they could not be ended.
+	lateRetry = time.Second
 	// lateTries is how often it is tried to end connections.
 	lateTries = 3
 )
@@ -153,7 +155,7 @@ func (f *flows) endConnections(tries int) {
 	switch err := f.endLate(f.background, t, early, f.view); { // the turn may be held for long
 	case err == nil:
 	case tries > 1 || f.background.Err() != nil: // then close does it
-		f.schedule(t, early, repairPause, tries-1)
+		f.schedule(t, early, lateRetry, tries-1)
 	default:
 		f.cannotEnd(err)
 	}

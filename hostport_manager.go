@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	v1 "k8s.io/api/core/v1"
+
 	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
@@ -108,8 +110,9 @@ type hostportManager struct {
 // the family. Its sockets are released by a Close method: io.Closer tells.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
-	m := newHostportManager(familyOfIPTables(iptables), cfg, func(context.Context) (backend, error) {
-		return newIPTablesBackend(iptables, cfg), nil
+	f := familyOfIPTables(iptables)
+	m := newHostportManager(f, cfg, func(context.Context) (backend, error) {
+		return newIPTablesBackend(iptables, cfg.localhostIn(f), cfg.guardIn(f)), nil
 	})
 	_ = m.start() // told by the first Add
 
@@ -243,7 +246,7 @@ func (m *hostportManager) place(c *change, w *row) error {
 			return &ConflictError{
 				Pod: w.owner.String(), OtherPod: r.owner.String(),
 				ID: w.owner.id, OtherID: r.owner.id,
-				Protocol: w.proto.api(), HostPort: int32(w.port),
+				Protocol: v1.Protocol(w.proto.api()), HostPort: int32(w.port),
 				HostIP: w.hostIP(m.family).String(), OtherHostIP: r.hostIP(m.family).String(),
 			}
 		default:
@@ -534,10 +537,10 @@ func (m *hostportManager) mappings() []Mapping {
 		list = append(list, Mapping{
 			PodID: r.owner.id, Namespace: r.owner.namespace, Name: r.owner.name,
 			PodIDHash: r.ownerMark(),
-			Protocol:  r.proto.api(),
+			Protocol:  v1.Protocol(r.proto.api()),
 			HostIP:    r.hostIP(m.family).String(), HostPort: int32(r.port),
 			PodIP: r.pod.Addr().AsSlice(), ContainerPort: int32(r.pod.Port()),
-			Backend: m.backend.kind(r),
+			Backend: Backend(m.backend.kind(r)),
 			Held:    m.sockets.holds(r.endpoint),
 		})
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	v1 "k8s.io/api/core/v1"
 )
 
 // nowhere lists addresses of a family that lead no packet to a pod, as a host IP
@@ -42,7 +43,7 @@ func TestAddressesThatLeadNowhere(t *testing.T) {
 		hostIPs, podIPs := nowhere(f)
 		for _, ip := range hostIPs {
 			for _, protocol := range []protocol{tcp, udp, sctp} {
-				bad := &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip, Protocol: protocol.api()}
+				bad := &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip, Protocol: v1.Protocol(protocol.api())}
 				refused(n.pod(0, f, good, bad))
 				require.NoError(t, n.remove(m, "id", n.pod(0, f, bad)))
 				assert.Equal(t, before, n.dump(m))
@@ -73,7 +74,7 @@ func TestAddressesFromBefore(t *testing.T) {
 			pods = nil
 
 			for i, ip := range append(slices.Clone(hostIPs), podIPs...) {
-				pm := &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: []protocol{tcp, udp, sctp}[i%3].api()}
+				pm := &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: v1.Protocol([]protocol{tcp, udp, sctp}[i%3])}
 				rows, err := rowsOf("id", n.pod(0, f, pm))
 				require.NoError(t, err)
 

@@ -22,7 +22,7 @@ import (
 // read, and the same transaction is made again for what is really there, with
 // all that is missing.
 type iptablesBackend struct {
-	ipt IPTables
+	ipt programs
 	// guard and nat are the rules that stand whatever rows there are.
 	guard, nat []iptRule
 	// before is set for a backend that is not the one in use: rows are only
@@ -40,6 +40,21 @@ type iptablesBackend struct {
 	most   int
 	partly bool
 }
+
+// programs are those of iptables(8) for one family.
+type programs = IPTables
+
+// familyOfIPTables is the family of programs.
+func familyOfIPTables(ipt programs) ipFamily {
+	if ipt.IsIPv6() {
+		return IPv6
+	}
+
+	return IPv4
+}
+
+// onlyBefore makes b one that is not in use: the guard stands with what is.
+func (b *iptablesBackend) onlyBefore() { b.before, b.guard = true, nil }
 
 // rowsAtOnce is most for iptables-nft. What it does with the names of chains takes
 // the square of their number: 10,000 rows in one transaction took 6 s of CPU to add
@@ -67,19 +82,20 @@ type stray struct {
 	chains []string
 }
 
-// newIPTablesBackend returns a backend.
-func newIPTablesBackend(ipt IPTables, cfg config) *iptablesBackend {
+// newIPTablesBackend returns a backend that translates what comes from loopback addresses,
+// and guards them, if told so.
+func newIPTablesBackend(ipt programs, localhost, guard bool) *iptablesBackend {
 	f := familyOfIPTables(ipt)
-	b := &iptablesBackend{ipt: ipt, nat: natRules(f, cfg.localhostIn(f)), doubtful: map[string]*row{}, most: rowsAtOnce}
+	b := &iptablesBackend{ipt: ipt, nat: natRules(f, localhost), doubtful: map[string]*row{}, most: rowsAtOnce}
 
-	if cfg.guardIn(f) {
+	if guard {
 		b.guard = guardRules(f)
 	}
 
 	return b
 }
 
-func (b *iptablesBackend) kind(*row) Backend { return BackendIPTables }
+func (b *iptablesBackend) kind(*row) string { return "iptables" }
 
 func (b *iptablesBackend) name(r *row) string { return r.hash }
 
@@ -229,7 +245,7 @@ func (b *iptablesBackend) apply(ctx context.Context, deltas []delta, table iter.
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	before := slices.Values(rowsWithout(target{deltas: deltas, rows: table}))
+	before := slices.Values(target{deltas: deltas, rows: table}.rowsBefore())
 
 	if _, backErr := b.reconcile(ctx, target{rows: before, base: true, whole: true}); backErr != nil {
 		if refused := (*refusedError)(nil); errors.As(err, &refused) { // then something has changed
@@ -326,12 +342,6 @@ func (b *iptablesBackend) run(ctx context.Context, s *script) error {
 	b.state = s.state
 
 	return nil
-}
-
-func isRefused(err error) bool {
-	refused := (*refusedError)(nil)
-
-	return errors.As(err, &refused)
 }
 
 // restoration writes what it takes from t to the table with deltas applied, and
@@ -543,9 +553,6 @@ func isRange(chain string) bool {
 
 	return false
 }
-
-// shared, in place of a delta's index, stands for lines that are for all.
-const shared = -1
 
 // script is the input of one iptables-restore, and what the kernel holds once
 // that is through.

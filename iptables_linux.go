@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+	"math"
 	"math/bits"
 	"os"
 	"os/exec"
@@ -21,6 +21,8 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
 // variant is which interface of the kernel an iptables binary drives.
@@ -42,32 +44,6 @@ type ipTables struct {
 	restore string
 	// insteadOf says why it is not what NewIPTables would prefer, if it is not.
 	insteadOf error
-}
-
-// NewIPTables finds the iptables(8) of a family that the node uses.
-//
-// Where there are two variants, nf_tables and legacy, it is the one in whose
-// mangle table the kubelet or the node's set-up has left a chain
-// KUBE-IPTABLES-HINT or KUBE-KUBELET-CANARY. Without such a hint it is the
-// "iptables" of PATH, or where the kernel lacks what that drives the other one.
-// iptables 1.6.2 or later is needed, for --wait.
-//
-// It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
-// where iptables is not installed.
-func NewIPTables(family ipFamily) (IPTables, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
-	defer cancel()
-
-	if err := errors.Join(haveNetAdmin(), haveFamily(family)); err != nil {
-		return nil, err
-	}
-
-	t, err := findIPTables(ctx, family)
-	if err != nil {
-		return nil, err // and no interface around a nil pointer
-	}
-
-	return t, nil
 }
 
 func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
@@ -188,6 +164,38 @@ func iptablesOf(ctx context.Context, family ipFamily, v variant) (*ipTables, err
 	return nil, err
 }
 
+// newBackend returns a backend over t that can be told of what others do to its tables.
+// With iptables-nft that is by generation and ours of the ruleset; nil: it is not told.
+func (t *ipTables) newBackend(
+	localhost, guard bool, generation func(context.Context) (uint32, error), ours *nfnetlink.Generations,
+) *iptablesBackend {
+	b := newIPTablesBackend(t, localhost, guard)
+
+	switch {
+	case t.variant == variantLegacy:
+		b.watch.state = t.legacyState
+		b.most = math.MaxInt // it copies the whole table for each transaction
+	case generation != nil:
+		b.watch.family, b.watch.generation, b.watch.own = unix.NFPROTO_IPV4, generation, ours
+		if t.family == IPv6 {
+			b.watch.family = unix.NFPROTO_IPV6
+		}
+	}
+
+	return b
+}
+
+// natThere reports whether a family has the table nat.
+func natThere(f ipFamily, v variant) (bool, error) { return tableThere(f, v, natTable) }
+
+// haveOurs reports whether chains of nf_tables are ours of iptables-nft: with all any,
+// else those that rows have.
+func haveOurs(chains []nfnetlink.ChainInfo, all bool) bool {
+	return slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool {
+		return c.Table == natTable && ourChain(c.Name) && (all || c.Name != dnatDispatch && c.Name != masqDispatch)
+	})
+}
+
 func command(family ipFamily) string {
 	if family == IPv6 {
 		return "ip6tables"
@@ -266,53 +274,6 @@ func variantOf(ctx context.Context, name string) (variant, error) {
 	}
 
 	return variantLegacy, nil
-}
-
-// haveNetAdmin looks at the effective capabilities: iptables-save would not
-// tell, where it has nothing to save.
-func haveNetAdmin() error {
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&hdr, &data[0]); err != nil {
-		return fmt.Errorf("capget: %w", err)
-	}
-
-	if data[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
-		return fmt.Errorf("CAP_NET_ADMIN is missing: %w", unix.EPERM)
-	}
-
-	return nil
-}
-
-// isAbsence reports whether err says that something is not there. Any other error says that
-// nobody could look, as if no file can be opened.
-func isAbsence(err error) bool {
-	return slices.ContainsFunc([]error{unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT, unix.EOPNOTSUPP, fs.ErrNotExist, exec.ErrNotFound},
-		func(target error) bool { return errors.Is(err, target) })
-}
-
-// unavailable has errUnavailable in err if that says that something is not there.
-func unavailable(err error) error {
-	if isAbsence(err) {
-		return fmt.Errorf("%w: %w", errUnavailable, err)
-	}
-
-	return err
-}
-
-// haveFamily fails where the kernel does not have an IP family.
-func haveFamily(f ipFamily) error {
-	if f == IPv4 {
-		return nil
-	}
-
-	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return unavailable(fmt.Errorf("look for IPv6 in the kernel: %w", err))
-	}
-
-	return unix.Close(fd) //nolint:wrapcheck // cannot fail
 }
 
 // IsIPv6 implements IPTables.

@@ -427,8 +427,8 @@ func TestVariantDamagedBefore(t *testing.T) {
 func ofTwo(t *testing.T, inUse, before IPTables) *layers {
 	t.Helper()
 
-	return newLayers(newIPTablesBackend(inUse, newConfig(nil)), func(context.Context, bool) (backend, error) {
-		return newIPTablesBackend(before, newConfig(nil)), nil
+	return newLayers(newIPTablesBackend(inUse, true, true), func(context.Context, bool) (backend, error) {
+		return newIPTablesBackend(before, true, true), nil
 	})
 }
 

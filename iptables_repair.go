@@ -319,7 +319,7 @@ type tableWatch struct {
 	// transaction.
 	family     uint8
 	generation func(context.Context) (uint32, error)
-	own        *generations
+	own        *nfnetlink.Generations
 	looked     uint32 // the generation at the last look, or a later one of ours
 
 	// state is for the legacy variant: something that changes with the tables.
@@ -364,7 +364,7 @@ func (w *tableWatch) operation(ctx context.Context) (done func(s *script, err er
 			}
 
 			for _, gen := range ours {
-				w.own.add(gen)
+				w.own.Add(gen)
 			}
 		}
 	case w.state != nil:
@@ -433,7 +433,7 @@ func (w *tableWatch) changed(ctx context.Context) bool {
 		}
 
 		for ; w.looked != now; w.looked = nfnetlink.NextGeneration(w.looked) {
-			if !w.own.has(nfnetlink.NextGeneration(w.looked)) {
+			if !w.own.Has(nfnetlink.NextGeneration(w.looked)) {
 				return true
 			}
 		}
@@ -455,7 +455,7 @@ func (w *tableWatch) disturbed(transactions []nfnetlink.Transaction) bool {
 	}
 
 	return w.generation != nil && slices.ContainsFunc(transactions, func(t nfnetlink.Transaction) bool {
-		return t.Generation == 0 || w.concerns(t) && !w.own.has(t.Generation)
+		return t.Generation == 0 || w.concerns(t) && !w.own.Has(t.Generation)
 	})
 }
 

@@ -247,7 +247,7 @@ func isInterface(name string) bool {
 		return false
 	}
 
-	_, err := os.Stat(routeLocalnet(name))
+	_, err := os.Stat("/proc/sys/net/ipv4/conf/" + name)
 
 	return err == nil
 }

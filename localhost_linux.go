@@ -2,7 +2,9 @@ package hostport
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,13 +49,13 @@ func (l *localhost) open(device string) error {
 func localnetRouted() bool {
 	interfaces, err := os.ReadDir(filepath.Dir(filepath.Dir(routeLocalnet("any"))))
 	if err != nil {
-		return !isAbsence(err)
+		return !errors.Is(err, fs.ErrNotExist)
 	}
 
 	return slices.ContainsFunc(interfaces, func(e os.DirEntry) bool {
 		set, err := isSet(routeLocalnet(e.Name()))
 
-		return set || err != nil && !isAbsence(err) // it may have gone meanwhile
+		return set || err != nil && !errors.Is(err, fs.ErrNotExist) // it may have gone meanwhile
 	})
 }
 

@@ -319,7 +319,7 @@ func rowElement(r *row) nftElement {
 		e.set, key = nftHostIPPorts, r.ip.AsSlice()
 	}
 
-	key = append(key, protocolNumber(r.proto), 0, 0, 0)
+	key = append(key, r.proto.number(), 0, 0, 0)
 	e.key = string(appendPort(key, r.port))
 	e.data = string(appendPort(r.pod.Addr().AsSlice(), r.pod.Port()))
 
@@ -393,26 +393,4 @@ func (l nftLayout) row(e nftElement) (r *row, ok bool) {
 
 func appendPort(b []byte, port uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
-}
-
-func protocolNumber(p protocol) byte {
-	switch p {
-	case tcp:
-		return unix.IPPROTO_TCP
-	case udp:
-		return unix.IPPROTO_UDP
-	default:
-		return unix.IPPROTO_SCTP
-	}
-}
-
-// protocolOf is the protocol with a number; "" if it is none that has host ports.
-func protocolOf(number uint8) protocol {
-	for _, p := range []protocol{tcp, udp, sctp} {
-		if protocolNumber(p) == number {
-			return p
-		}
-	}
-
-	return ""
 }

@@ -31,16 +31,48 @@ type nftConn interface {
 // kernel's ruleset is known.
 type nftRuleset struct {
 	mu   sync.Mutex
-	conn nftConn
+	dial func() (nftConn, error)
+	conn nftConn // nil until it is needed
 	// gen is the ruleset's generation after our last look or transaction; 0: not
 	// known.
 	gen uint32
-	own generations
+	own nfnetlink.Generations
 	// epoch counts how often somebody else turned out to have changed the
 	// ruleset. What a backend found out in an epoch is true to its end: our own
 	// transactions change nothing for the other family.
 	epoch int
 }
+
+// newNFTRuleset returns a ruleset that is reached by what dial returns.
+func newNFTRuleset(dial func() (nftConn, error)) *nftRuleset { return &nftRuleset{dial: dial} }
+
+// open opens the socket, in the namespace of the calling thread, unless it is open.
+func (n *nftRuleset) open() (err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+
+	if n.conn == nil {
+		n.conn, err = n.dial()
+	}
+
+	return err
+}
+
+// close closes the socket.
+func (n *nftRuleset) close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+
+	if n.conn == nil {
+		return nil
+	}
+
+	return n.conn.Close()
+}
+
+// generation is the ruleset's, and ours are those that we have made. The socket is open.
+func (n *nftRuleset) generation(ctx context.Context) (uint32, error) { return n.conn.Generation(ctx) }
+func (n *nftRuleset) ours() *nfnetlink.Generations                   { return &n.own }
 
 // observe notes the generation that the ruleset turned out to have.
 func (n *nftRuleset) observe(gen uint32) {
@@ -102,13 +134,15 @@ type nftHairpin struct {
 	epoch   int // in which it was last known to be so
 }
 
-func newNFTBackend(ruleset *nftRuleset, f ipFamily, cfg config) *nftBackend {
+// newNFTBackend returns a backend that translates what comes from loopback addresses, and
+// guards them, if told so.
+func newNFTBackend(ruleset *nftRuleset, f ipFamily, log klog.Logger, localhost, guard bool) *nftBackend {
 	b := &nftBackend{
-		nftLayout: newNFTLayout(f), ruleset: ruleset, log: cfg.log,
+		nftLayout: newNFTLayout(f), ruleset: ruleset, log: log,
 		hairpins: map[netip.Addr]nftHairpin{}, inDoubt: map[nftKey]*nftWanted{},
 		services: map[netip.Addr]bool{}, exempted: map[netip.Addr]bool{},
 	}
-	b.localhost, b.guard = cfg.localhostIn(f), cfg.guardIn(f)
+	b.localhost, b.guard = localhost, guard
 
 	return b
 }
@@ -129,7 +163,7 @@ func (b *nftBackend) usable(ctx context.Context) error {
 	return nil
 }
 
-func (b *nftBackend) kind(*row) Backend { return BackendNFTables }
+func (b *nftBackend) kind(*row) string { return "nftables" }
 
 // name is empty: an element is named by its row's endpoint.
 func (b *nftBackend) name(*row) string { return "" }
@@ -198,6 +232,11 @@ func (b *nftBackend) allChains(ctx context.Context) ([]nfnetlink.ChainInfo, erro
 	})
 
 	return chains, err
+}
+
+// isThere reports whether the family has our table, with chains.
+func (b *nftBackend) isThere(chains []nfnetlink.ChainInfo) bool {
+	return slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool { return c.Table == b.table.Name })
 }
 
 // dump returns all elements of the family.
@@ -368,7 +407,7 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 
 	if len(msgs) > 0 && gen != 0 {
 		gen = nfnetlink.NextGeneration(gen)
-		b.ruleset.own.add(gen)
+		b.ruleset.own.Add(gen)
 	}
 
 	b.ruleset.gen, b.epoch = gen, b.ruleset.epoch

@@ -233,18 +233,28 @@ func called(f func() error) error {
 	return f()
 }
 
+// nftOver returns a backend over a connection.
+func nftOver(t testing.TB, conn nftConn, f ipFamily) *nftBackend {
+	t.Helper()
+
+	ruleset := newNFTRuleset(func() (nftConn, error) { return conn, nil })
+	require.NoError(t, ruleset.open())
+
+	return newNFTBackend(ruleset, f, testLogger(t), f == IPv4, f == IPv4)
+}
+
 // viaFake returns a Manager whose families share a fake connection.
 func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 	n.t.Helper()
 
 	fake := &fakeNFT{nftConn: n.nfnetlink()}
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
-	ruleset := &nftRuleset{conn: fake}
 	m := &Manager{opener: newOpener(cfg)}
+	m.opener.ruleset = newNFTRuleset(func() (nftConn, error) { return fake, nil })
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-			return newNFTBackend(ruleset, f, cfg), nil
+			return m.opener.nftables(f)
 		})
 		n.do(func() { require.NoError(n.t, fm.start()) })
 		m.families = append(m.families, fm)
@@ -515,7 +525,7 @@ func TestListIsOfOneMoment(t *testing.T) {
 
 			return nil
 		}}
-		b := newNFTBackend(&nftRuleset{conn: fake}, f, newConfig(nil))
+		b := nftOver(t, fake, f)
 
 		list, _, err := b.list(t.Context())
 		require.NoError(t, err)
@@ -873,7 +883,7 @@ func TestRandomBatches(t *testing.T) {
 
 		have := map[nftKey]string{}
 
-		elements, err := newNFTBackend(&nftRuleset{conn: n.nfnetlink()}, IPv4, newConfig(nil)).dump(t.Context())
+		elements, err := nftOver(t, n.nfnetlink(), IPv4).dump(t.Context())
 		require.NoError(t, err)
 
 		for key, e := range elements {

@@ -286,7 +286,7 @@ func (b *nftBackend) disturbed(transactions []nfnetlink.Transaction) bool {
 
 		for c := range t.Changes {
 			if c.Family == b.table.Family && c.Table == nftTable {
-				return !b.ruleset.own.has(t.Generation)
+				return !b.ruleset.own.Has(t.Generation)
 			}
 		}
 

@@ -362,7 +362,7 @@ func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
 func (m *hostportManager) view() nodeView {
 	return nodeView{
 		now: m.node, rowFor: m.rowFor, hasRows: m.hasRows, localhost: m.cfg.localhostIn(m.family),
-		services: m.backend != nil && m.backend.kind(nil) == BackendIPTables,
+		services: m.backend != nil && m.backend.kind(nil) == string(BackendIPTables),
 	}
 }
 

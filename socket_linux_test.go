@@ -380,7 +380,7 @@ func TestBystanderBesideIPv6(t *testing.T) {
 				})
 
 				m := n.manager()
-				row := &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: map[string]protocol{"tcp": tcp, "udp": udp}[network].api()}
+				row := &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: v1.Protocol(network)}
 				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, row)))
 				n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 				require.NoError(t, n.remove(m, "id", nil))
@@ -576,7 +576,7 @@ func TestSocketsOfOnePort(t *testing.T) {
 			m := n.manager()
 
 			for _, pm := range order {
-				pm.Protocol = map[string]protocol{"TCP": tcp, "UDP": udp}[proto].api()
+				pm.Protocol = v1.Protocol(proto)
 				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, pm)))
 			}
 

@@ -121,7 +121,7 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 	var (
 		list   []string
 		conn   = n.reader()
-		b      = newNFTBackend(&nftRuleset{conn: conn}, f, newConfig(nil))
+		b      = nftOver(n.t, conn, f)
 		wanted = map[nftKey]nftElement{}
 	)
 

@@ -1,10 +1,10 @@
-package hostport
+package nfnetlink
 
 import "sync"
 
-// generations are those of nf_tables that our own transactions have made, as far
-// as they are known.
-type generations struct {
+// Generations are those of the ruleset that this process has made, as far as they
+// are known. The zero value is none.
+type Generations struct {
 	mu  sync.Mutex
 	own map[uint32]bool
 }
@@ -12,7 +12,8 @@ type generations struct {
 // maxGenerations bounds what is remembered: it is asked for within a second.
 const maxGenerations = 10_000
 
-func (g *generations) add(gen uint32) {
+// Add notes that a generation is ours.
+func (g *Generations) Add(gen uint32) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 
@@ -23,7 +24,8 @@ func (g *generations) add(gen uint32) {
 	g.own[gen] = true
 }
 
-func (g *generations) has(gen uint32) bool {
+// Has reports whether a generation is known to be ours.
+func (g *Generations) Has(gen uint32) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 

@@ -1,0 +1,23 @@
+//go:build !linux
+
+package hostport
+
+import (
+	"context"
+
+	"k8s.io/klog/v2"
+
+	"github.com/cri-o/hostport/internal/nodeaddr"
+)
+
+// flows ends nothing.
+type flows struct{}
+
+func newFlows(ipFamily, klog.Logger, viewer) *flows { return nil }
+
+func (*flows) flush(context.Context, []delta, *nodeaddr.Addresses, nodeView) error { return nil }
+func (*flows) cannotEnd(error)                                                     {}
+func (*flows) stop()                                                               {}
+func (*flows) open()                                                               {}
+func (*flows) resume()                                                             {}
+func (*flows) close(nodeView) error                                                { return nil }

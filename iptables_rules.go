@@ -1,0 +1,548 @@
+package hostport
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// The chains, by the names that CRI-O gives them.
+const (
+	natTable      = "nat"
+	rawTable      = "raw"
+	dnatDispatch  = "KUBE-HOSTPORTS"
+	dnatPrefix    = "KUBE-HP-"
+	masqDispatch  = "CRIO-HOSTPORTS-MASQ"
+	masqPrefix    = "CRIO-MASQ-"
+	dnatTarget    = "DNAT"
+	masqTarget    = "MASQUERADE"
+	dropTarget    = "DROP"
+	dnatComment   = "kube hostport portals"
+	masqComment   = "kube hostport masquerading"
+	guardComment  = "hostport guard of loopback addresses"
+	matchLocal    = "-m addrtype --dst-type LOCAL"
+	matchDNATed   = "-m conntrack --ctstate DNAT"
+	preRouting    = "PREROUTING"
+	output        = "OUTPUT"
+	postRouting   = "POSTROUTING"
+	cmdAppend     = "-A "
+	cmdInsert     = "-I "
+	cmdDelete     = "-D "
+	cmdCheck      = "-C "
+	cmdNewChain   = "-N "
+	cmdFlushChain = "-F "
+	cmdDelChain   = "-X "
+	cmdCommit     = "COMMIT"
+)
+
+// guardRules stand in the raw table: whatever nat does comes later.
+func guardRules(f ipFamily) []iptRule {
+	from := iptRule{chain: preRouting, notIn: loopbackDevice, comment: guardComment, target: dropTarget}
+	to := from
+	from.src, to.dst = f.loopback(), f.loopback()
+
+	return []iptRule{to, from}
+}
+
+// natRules lead packets into the dispatch chains. Only packets for an address
+// of the node may be translated (CVE-2025-67499), and services come first
+// (CVE-2019-9946). localhost tells whether loopback sources are translated.
+//
+// A rule takes one -s and one -d. Addresses that it excludes besides are those of
+// the connection, which in this table are the packet's.
+func natRules(f ipFamily, localhost bool) []iptRule {
+	fromOutside := iptRule{
+		chain: preRouting, notSrc: f.linkLocal(), notDst: f.loopback(), notOrigDst: f.linkLocal(),
+		comment: dnatComment, match: matchLocal, target: dnatDispatch,
+	}
+	fromHost := iptRule{
+		chain: output, notOrigSrc: f.linkLocal(), notDst: f.linkLocal(),
+		comment: dnatComment, match: matchLocal, target: dnatDispatch,
+	}
+	masquerade := iptRule{chain: postRouting, comment: masqComment, match: matchDNATed, target: masqDispatch}
+
+	if !localhost {
+		fromHost.notSrc = f.loopback()
+
+		return []iptRule{fromOutside, fromHost, masquerade}
+	}
+
+	return []iptRule{fromOutside, fromHost, masquerade, {
+		chain: masqDispatch, src: f.loopback(), notOut: loopbackDevice, comment: masqComment, target: masqTarget,
+	}}
+}
+
+// A dispatch chain is a tree over the port numbers, so that a packet walks some
+// tens of rules at the most, however many rows there are, and iptables reads as
+// few to find one (it reads all of a chain for -D and -C).
+//
+// Each range chain costs as well: for each change the kernel looks at all chains
+// of the table for loops (nf_tables, Linux 6.18). So a row stands in the widest
+// range chain, from the level ownRows on, that few others are in or below, and
+// where ports are spread wide there are no narrower ones. The jumps to these
+// come before the rows beside them.
+const (
+	widestRange = 16384
+	rangeLevels = 6
+	ownRows     = 3
+	// fewRows is how many rows a range chain takes before others go deeper.
+	fewRows = 24
+)
+
+// rangeSize is how many ports a range has on a level, 0 being the widest: each
+// has four of the next.
+func rangeSize(level int) uint16 { return widestRange >> (2 * level) }
+
+// ports is a range of port numbers; the zero value is no range.
+type ports struct{ lo, hi uint16 }
+
+// rangeAt is the range around a port on a level.
+func rangeAt(port uint16, level int) ports {
+	low := rangeSize(level) - 1
+
+	return ports{port &^ low, port | low}
+}
+
+func (p ports) String() string {
+	if p.lo == p.hi {
+		return strconv.Itoa(int(p.lo))
+	}
+
+	return fmt.Sprintf("%d:%d", p.lo, p.hi)
+}
+
+// rangeChain names the range chain around r's port on a level.
+func (r *row) rangeChain(prefix string, level int) string {
+	p := rangeAt(r.port, level)
+
+	return fmt.Sprintf("%s%s-%d-%d", prefix, r.proto.api(), p.lo, p.hi)
+}
+
+// path returns the jumps that lead from a dispatch chain to the range chain
+// with r's own jump, widest range first, and the name of that chain.
+func path(r *row, dispatch, prefix string, jump func(level int, p ports) iptRule) ([]iptRule, string) {
+	jumps := make([]iptRule, r.depth+1)
+	chain := dispatch
+
+	for level := range jumps {
+		jumps[level] = jump(level, rangeAt(r.port, level))
+		jumps[level].chain, jumps[level].target = chain, r.rangeChain(prefix, level)
+		chain = jumps[level].target
+	}
+
+	return jumps, chain
+}
+
+// side is where a row stands on the DNAT or on the masquerade side.
+type side struct {
+	path  []iptRule // jumps to range chains
+	jump  iptRule   // from the last of these to the row's own chain
+	first bool      // jump goes before the others
+	rule  iptRule   // in the row's own chain
+}
+
+func (r *row) dnatSide() side {
+	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) iptRule {
+		return iptRule{proto: r.proto, dports: p}
+	})
+	s := side{
+		path:  jumps,
+		jump:  iptRule{chain: leaf, proto: r.proto, dports: ports{r.port, r.port}, target: r.dnatChain()},
+		first: r.ip.IsValid(), // before the row for any address, which would take the packet
+		rule: iptRule{
+			chain: r.dnatChain(), proto: r.proto, target: dnatTarget, to: r.pod,
+		},
+	}
+
+	if r.ip.IsValid() {
+		s.rule.dst = hostPrefix(r.ip)
+	}
+
+	return s
+}
+
+// masqSide is for hairpin: a pod that meets itself has to see another source address,
+// and so have its neighbours where there is a link. Every connection that anybody
+// translates comes by, so those from outside the pods' networks, or not from the link,
+// pass at the first jump.
+//
+// The rule has the row's comment, and no other does: a comment is a match, and
+// the kernel visits each for every change, on the DNAT side twice (from
+// PREROUTING and from OUTPUT), which there made a tenth of an Add at 5000 rows.
+func (r *row) masqSide() side {
+	pod := hostPrefix(r.pod.Addr())
+	first := iptRule{src: podBlock(r.pod.Addr())}
+	jump := iptRule{src: pod}
+	rule := iptRule{src: pod, dst: pod}
+
+	if isPlain(r.link) { // a pod is its own neighbour as well
+		first, jump, rule = iptRule{in: r.link}, iptRule{dst: pod}, iptRule{dst: pod, in: r.link}
+	}
+
+	jumps, leaf := path(r, masqDispatch, masqPrefix, func(level int, p ports) iptRule {
+		if level > 0 {
+			return iptRule{origPorts: p} // what gets there is of the protocol
+		}
+
+		first.proto, first.origPorts = r.proto, p
+
+		return first
+	})
+
+	jump.chain, jump.target = leaf, r.masqChain()
+	rule.chain, rule.target, rule.proto, rule.comment = r.masqChain(), masqTarget, r.proto, r.label
+	rule.origPorts, rule.dports = ports{r.port, r.port}, ports{r.pod.Port(), r.pod.Port()}
+
+	return side{path: jumps, jump: jump, rule: rule}
+}
+
+// isPlain reports whether iptables takes a name of an interface for what it is: to the
+// kernel a quote is a letter as any other, and iptables takes "br+" for all that begin so.
+func isPlain(device string) bool {
+	return device != "" && device[0] != '-' && harmless(device, "") == device
+}
+
+func (r *row) sides() []side { return []side{r.dnatSide(), r.masqSide()} }
+
+func (r *row) dnatChain() string { return dnatPrefix + r.hash }
+func (r *row) masqChain() string { return masqPrefix + r.hash }
+
+// podBlock is the network that is taken for the pods' around a pod IP.
+func podBlock(ip netip.Addr) netip.Prefix {
+	bits := 64
+	if ip.Is4() {
+		bits = 16
+	}
+
+	return netip.PrefixFrom(ip, bits).Masked()
+}
+
+// iptRule is a rule, as far as this package writes them.
+type iptRule struct {
+	chain     string
+	src, dst  netip.Prefix
+	notSrc    netip.Prefix
+	notDst    netip.Prefix
+	in, notIn string // interfaces
+	notOut    string
+	proto     protocol
+	comment   string
+	match     string // matchLocal or matchDNATed
+	origPorts ports  // the connection's destination port before DNAT
+	dports    ports
+	target    string
+	to        netip.AddrPort
+
+	// notOrigSrc and notOrigDst are addresses of the connection before NAT.
+	notOrigSrc, notOrigDst netip.Prefix
+
+	// other is set for a rule with anything else in it.
+	other bool
+}
+
+// String is the rule as iptables-restore takes it after -A and its like.
+func (n iptRule) String() string {
+	var b strings.Builder
+
+	b.WriteString(n.chain)
+
+	arg := func(set bool, format string, args ...any) {
+		if set {
+			fmt.Fprintf(&b, " "+format, args...)
+		}
+	}
+	arg(n.src.IsValid(), "-s %s", n.src)
+	arg(n.dst.IsValid(), "-d %s", n.dst)
+	arg(n.notSrc.IsValid(), "! -s %s", n.notSrc)
+	arg(n.notDst.IsValid(), "! -d %s", n.notDst)
+	arg(n.in != "", "-i %s", n.in)
+	arg(n.notIn != "", "! -i %s", n.notIn)
+	arg(n.notOut != "", "! -o %s", n.notOut)
+	arg(n.proto != "", "-p %s", n.proto)
+	arg(n.comment != "", `-m comment --comment "%s"`, n.comment)
+	arg(n.match != "", "%s", n.match)
+	arg(n.notOrigSrc.IsValid(), "-m conntrack ! --ctorigsrc %s", n.notOrigSrc)
+	arg(n.notOrigDst.IsValid(), "-m conntrack ! --ctorigdst %s", n.notOrigDst)
+	arg(n.origPorts != ports{}, "-m conntrack --ctorigdstport %s", n.origPorts)
+	arg(n.dports != ports{}, "-m %s --dport %s", n.proto, n.dports)
+	arg(n.target != "", "-j %s", n.target)
+	arg(n.to.IsValid(), "--to-destination %s", n.to)
+
+	return b.String()
+}
+
+// parseRule reads a line "-A …" of iptables-save.
+func parseRule(line string) iptRule {
+	n := iptRule{}
+
+	words, ok := splitWords(line)
+
+	for len(words) > 0 {
+		option := words[0]
+		if option == "!" && len(words) > 1 {
+			option += " " + words[1]
+			words = words[1:]
+		}
+
+		if len(words) == 1 { // all that we write has a value
+			ok = false
+
+			break
+		}
+
+		if parseOption(&n, option, words[1]) {
+			words = words[2:]
+		} else { // and nobody knows how many values it has
+			ok, words = false, words[1:]
+		}
+	}
+
+	n.other = !ok
+
+	return n
+}
+
+// parseOption reads one option with its value into n, and tells whether it
+// knows it.
+func parseOption(n *iptRule, option, value string) (ok bool) {
+	if field := prefixField(n, option); field != nil {
+		*field, ok = parsePrefix(value)
+
+		return ok
+	}
+
+	if field := deviceField(n, option); field != nil {
+		*field = value
+
+		return true
+	}
+
+	switch option {
+	case "-A":
+		n.chain, ok = value, true
+	case "-p":
+		n.proto, ok = protocol(value), true
+	case "-m":
+		ok = true // named by its option
+	case "--comment":
+		n.comment, ok = value, true
+	case "--dst-type":
+		n.match, ok = matchLocal, value == "LOCAL"
+	case "--ctstate":
+		n.match, ok = matchDNATed, value == "DNAT"
+	case "--ctorigdstport":
+		n.origPorts, ok = parsePorts(value)
+	case "--dport":
+		n.dports, ok = parsePorts(value)
+	case "-j":
+		n.target, ok = value, true
+	case "-g": // which we do not write
+		n.target = value
+	case "--to-destination":
+		to, err := netip.ParseAddrPort(value)
+		n.to, ok = to, err == nil
+	}
+
+	return ok
+}
+
+// prefixField is the field of n for an option's addresses, or nil.
+func prefixField(n *iptRule, option string) *netip.Prefix {
+	switch option {
+	case "-s":
+		return &n.src
+	case "-d":
+		return &n.dst
+	case "! -s":
+		return &n.notSrc
+	case "! -d":
+		return &n.notDst
+	case "! --ctorigsrc":
+		return &n.notOrigSrc
+	case "! --ctorigdst":
+		return &n.notOrigDst
+	default:
+		return nil
+	}
+}
+
+// deviceField is the field of n for an option's interface, or nil.
+func deviceField(n *iptRule, option string) *string {
+	switch option {
+	case "-i":
+		return &n.in
+	case "! -i":
+		return &n.notIn
+	case "! -o":
+		return &n.notOut
+	default:
+		return nil
+	}
+}
+
+func parsePrefix(s string) (netip.Prefix, bool) {
+	if ip, err := netip.ParseAddr(s); err == nil {
+		return hostPrefix(ip), true
+	}
+
+	p, err := netip.ParsePrefix(s)
+
+	return p, err == nil
+}
+
+func parsePorts(s string) (ports, bool) {
+	first, last, isRange := strings.Cut(s, ":")
+	if !isRange {
+		last = first
+	}
+
+	lo, err1 := strconv.ParseUint(first, 10, 16)
+	hi, err2 := strconv.ParseUint(last, 10, 16)
+
+	return ports{uint16(lo), uint16(hi)}, err1 == nil && err2 == nil
+}
+
+// splitWords splits a line at spaces, with double quotes and backslashes as
+// iptables-save writes them.
+func splitWords(line string) (words []string, ok bool) {
+	var (
+		word           strings.Builder
+		inWord, quoted bool
+	)
+
+	for i := 0; i < len(line); i++ {
+		switch c := line[i]; {
+		case c == '\\' && quoted && i+1 < len(line):
+			i++
+			word.WriteByte(line[i])
+		case c == '"':
+			quoted, inWord = !quoted, true
+		case c == ' ' && !quoted:
+			if inWord {
+				words = append(words, word.String())
+			}
+
+			word.Reset()
+
+			inWord = false
+		default:
+			word.WriteByte(c)
+
+			inWord = true
+		}
+	}
+
+	if inWord {
+		words = append(words, word.String())
+	}
+
+	return words, !quoted
+}
+
+// savedRule is a rule with the line it was read from.
+type savedRule struct {
+	iptRule
+
+	line string // without -A
+}
+
+// savedTable is a table as iptables-save prints it.
+type savedTable struct {
+	chains map[string][]savedRule
+	jumps  map[string][]savedRule // by target
+}
+
+func parseSave(save []byte, table string) (*savedTable, error) {
+	t := &savedTable{chains: map[string][]savedRule{}, jumps: map[string][]savedRule{}}
+	inTable := false
+
+	lines := bufio.NewScanner(bytes.NewReader(save))
+	for lines.Scan() {
+		line := strings.TrimSpace(lines.Text())
+
+		switch {
+		case strings.HasPrefix(line, "*"):
+			inTable = line == "*"+table
+		case !inTable:
+		case strings.HasPrefix(line, ":"):
+			name, _, _ := strings.Cut(line[1:], " ")
+			t.chains[name] = nil // chains come before rules
+		case strings.HasPrefix(line, cmdAppend):
+			r := savedRule{parseRule(line), strings.TrimPrefix(line, cmdAppend)}
+			t.chains[r.chain] = append(t.chains[r.chain], r)
+			t.jumps[r.target] = append(t.jumps[r.target], r)
+		}
+	}
+
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("read iptables-save's output: %w", err)
+	}
+
+	return t, nil
+}
+
+// rows finds the rows in a saved table, whoever made them and wherever they
+// stand: CRI-O puts its own straight into the dispatch chains.
+func (t *savedTable) rows(f ipFamily) []*row {
+	var rows []*row
+
+	for chain, rules := range t.chains {
+		hash, ok := strings.CutPrefix(chain, dnatPrefix)
+		if !ok || !isHash(hash) {
+			continue
+		}
+
+		for _, rule := range rules {
+			if r := rowFrom(hash, rule.iptRule, t.jumps[chain]); r != nil && r.family() == f {
+				masquerade := firstRule(t.chains[r.masqChain()])
+				r.label, r.link = harmless(cmp.Or(rule.comment, masquerade.comment), " "), masquerade.in
+				rows = append(rows, r)
+
+				break
+			}
+		}
+	}
+
+	return rows
+}
+
+// rowFrom makes a row of a DNAT rule and the jumps that lead to its chain, or
+// nil if these do not say enough.
+func rowFrom(hash string, rule iptRule, jumps []savedRule) *row {
+	if rule.target != dnatTarget || !rule.to.IsValid() || rule.to.Port() == 0 {
+		return nil
+	}
+
+	for _, j := range jumps {
+		if j.proto != rule.proto || j.dports.lo != j.dports.hi || j.dports.lo == 0 {
+			continue
+		}
+
+		r := &row{
+			endpoint: endpoint{portKey: portKey{proto: rule.proto, port: j.dports.lo}},
+			pod:      rule.to,
+			hash:     hash,
+		}
+		if rule.dst.IsValid() {
+			r.ip = rule.dst.Addr()
+		}
+
+		for level := range rangeLevels {
+			if j.chain == r.rangeChain(dnatPrefix, level) {
+				r.depth = level
+			}
+		}
+
+		return r
+	}
+
+	return nil
+}
+
+func isHash(s string) bool {
+	return len(s) == hashLen && strings.Trim(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
+}
