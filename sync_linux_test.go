@@ -166,12 +166,14 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		}
 	}
 
-	if len(rows) > 0 {
-		missing, err := b.missingRules(n.t.Context())
-		require.NoError(n.t, err)
-
-		list = append(list, missing...)
+	if len(rows) == 0 {
+		return list // no rule need be as it was
 	}
+
+	missing, err := b.missingRules(n.t.Context())
+	require.NoError(n.t, err)
+
+	list = append(list, missing...)
 
 	msgs, err := conn.Dump(n.t.Context(), b.table.Rules())
 	require.NoError(n.t, err)
