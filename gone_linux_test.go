@@ -37,10 +37,17 @@ func TestRemoveFails(t *testing.T) {
 			require.ErrorIs(t, remove(), context.DeadlineExceeded)
 		}
 		refused := func(remove func() error) {
-			works := fm.backend
-			fm.backend = refusingBackend{works}
+			use := func(b backend) (before backend) {
+				fm.turn <- struct{}{}
+				defer func() { <-fm.turn }()
 
-			defer func() { fm.backend = works }()
+				before, fm.backend = fm.backend, b
+
+				return before
+			}
+			works := use(refusingBackend{fm.backend})
+
+			defer use(works)
 
 			require.ErrorIs(t, remove(), syscall.EPERM)
 		}

@@ -44,7 +44,7 @@ func rowsIn(lines []string) int {
 
 	for _, line := range lines {
 		for word := range strings.FieldsSeq(strings.TrimLeft(line, ":")) {
-			if hash := rowOfChain(word); isHash(hash) {
+			if hash := strings.TrimPrefix(strings.TrimPrefix(word, dnatPrefix), masqPrefix); isHash(hash) {
 				rows[hash] = true
 			}
 		}

@@ -1,9 +1,6 @@
 package hostport
 
 import (
-	"bufio"
-	"bytes"
-	"cmp"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -246,33 +243,46 @@ type iptRule struct {
 
 // String is the rule as iptables-restore takes it after -A and its like.
 func (n iptRule) String() string {
-	var b strings.Builder
+	b := make([]byte, 0, 128)
+	b = append(b, n.chain...)
 
-	b.WriteString(n.chain)
-
-	arg := func(set bool, format string, args ...any) {
-		if set {
-			fmt.Fprintf(&b, " "+format, args...)
+	text := func(option, value, end string) {
+		if value != "" {
+			b = append(append(append(b, option...), value...), end...)
 		}
 	}
-	arg(n.src.IsValid(), "-s %s", n.src)
-	arg(n.dst.IsValid(), "-d %s", n.dst)
-	arg(n.notSrc.IsValid(), "! -s %s", n.notSrc)
-	arg(n.notDst.IsValid(), "! -d %s", n.notDst)
-	arg(n.in != "", "-i %s", n.in)
-	arg(n.notIn != "", "! -i %s", n.notIn)
-	arg(n.notOut != "", "! -o %s", n.notOut)
-	arg(n.proto != "", "-p %s", n.proto)
-	arg(n.comment != "", `-m comment --comment "%s"`, n.comment)
-	arg(n.match != "", "%s", n.match)
-	arg(n.notOrigSrc.IsValid(), "-m conntrack ! --ctorigsrc %s", n.notOrigSrc)
-	arg(n.notOrigDst.IsValid(), "-m conntrack ! --ctorigdst %s", n.notOrigDst)
-	arg(n.origPorts != ports{}, "-m conntrack --ctorigdstport %s", n.origPorts)
-	arg(n.dports != ports{}, "-m %s --dport %s", n.proto, n.dports)
-	arg(n.target != "", "-j %s", n.target)
-	arg(n.to.IsValid(), "--to-destination %s", n.to)
+	prefix := func(option string, p netip.Prefix) {
+		if p.IsValid() {
+			b = p.AppendTo(append(b, option...))
+		}
+	}
+	number := func(option string, p ports) {
+		if p != (ports{}) {
+			b = append(append(b, option...), p.String()...)
+		}
+	}
 
-	return b.String()
+	prefix(" -s ", n.src)
+	prefix(" -d ", n.dst)
+	prefix(" ! -s ", n.notSrc)
+	prefix(" ! -d ", n.notDst)
+	text(" -i ", n.in, "")
+	text(" ! -i ", n.notIn, "")
+	text(" ! -o ", n.notOut, "")
+	text(" -p ", string(n.proto), "")
+	text(` -m comment --comment "`, n.comment, `"`)
+	text(" ", n.match, "")
+	prefix(" -m conntrack ! --ctorigsrc ", n.notOrigSrc)
+	prefix(" -m conntrack ! --ctorigdst ", n.notOrigDst)
+	number(" -m conntrack --ctorigdstport ", n.origPorts)
+	number(" -m "+string(n.proto)+" --dport ", n.dports)
+	text(" -j ", n.target, "")
+
+	if n.to.IsValid() {
+		b = n.to.AppendTo(append(b, " --to-destination "...))
+	}
+
+	return string(b)
 }
 
 // parseRule reads a line "-A …" of iptables-save.
@@ -441,108 +451,4 @@ func splitWords(line string) (words []string, ok bool) {
 	}
 
 	return words, !quoted
-}
-
-// savedRule is a rule with the line it was read from.
-type savedRule struct {
-	iptRule
-
-	line string // without -A
-}
-
-// savedTable is a table as iptables-save prints it.
-type savedTable struct {
-	chains map[string][]savedRule
-	jumps  map[string][]savedRule // by target
-}
-
-func parseSave(save []byte, table string) (*savedTable, error) {
-	t := &savedTable{chains: map[string][]savedRule{}, jumps: map[string][]savedRule{}}
-	inTable := false
-
-	lines := bufio.NewScanner(bytes.NewReader(save))
-	for lines.Scan() {
-		line := strings.TrimSpace(lines.Text())
-
-		switch {
-		case strings.HasPrefix(line, "*"):
-			inTable = line == "*"+table
-		case !inTable:
-		case strings.HasPrefix(line, ":"):
-			name, _, _ := strings.Cut(line[1:], " ")
-			t.chains[name] = nil // chains come before rules
-		case strings.HasPrefix(line, cmdAppend):
-			r := savedRule{parseRule(line), strings.TrimPrefix(line, cmdAppend)}
-			t.chains[r.chain] = append(t.chains[r.chain], r)
-			t.jumps[r.target] = append(t.jumps[r.target], r)
-		}
-	}
-
-	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("read iptables-save's output: %w", err)
-	}
-
-	return t, nil
-}
-
-// rows finds the rows in a saved table, whoever made them and wherever they
-// stand: CRI-O puts its own straight into the dispatch chains.
-func (t *savedTable) rows(f ipFamily) []*row {
-	var rows []*row
-
-	for chain, rules := range t.chains {
-		hash, ok := strings.CutPrefix(chain, dnatPrefix)
-		if !ok || !isHash(hash) {
-			continue
-		}
-
-		for _, rule := range rules {
-			if r := rowFrom(hash, rule.iptRule, t.jumps[chain]); r != nil && r.family() == f {
-				masquerade := firstRule(t.chains[r.masqChain()])
-				r.label, r.link = harmless(cmp.Or(rule.comment, masquerade.comment), " "), masquerade.in
-				rows = append(rows, r)
-
-				break
-			}
-		}
-	}
-
-	return rows
-}
-
-// rowFrom makes a row of a DNAT rule and the jumps that lead to its chain, or
-// nil if these do not say enough.
-func rowFrom(hash string, rule iptRule, jumps []savedRule) *row {
-	if rule.target != dnatTarget || !rule.to.IsValid() || rule.to.Port() == 0 {
-		return nil
-	}
-
-	for _, j := range jumps {
-		if j.proto != rule.proto || j.dports.lo != j.dports.hi || j.dports.lo == 0 {
-			continue
-		}
-
-		r := &row{
-			endpoint: endpoint{portKey: portKey{proto: rule.proto, port: j.dports.lo}},
-			pod:      rule.to,
-			hash:     hash,
-		}
-		if rule.dst.IsValid() {
-			r.ip = rule.dst.Addr()
-		}
-
-		for level := range rangeLevels {
-			if j.chain == r.rangeChain(dnatPrefix, level) {
-				r.depth = level
-			}
-		}
-
-		return r
-	}
-
-	return nil
-}
-
-func isHash(s string) bool {
-	return len(s) == hashLen && strings.Trim(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
 }

@@ -87,9 +87,10 @@ func TestLineIn(t *testing.T) {
 	at := interface{ Line() int }(nil)
 	require.Implements(t, &at, &lineError{})
 
-	s := newScript(&natState{}, rowsAtOnce)
+	s := newScript(&iptRuleset{nat: &iptTable{chains: map[string][]savedRule{}}}, rowsAtOnce)
 	r := testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80})
-	s.put(func(*row) int { return 0 }, r)
+	s.begin(natTable)
+	s.put(func(*row) int { return 0 }, []*row{r})
 
 	lines := strings.Split(string(s.input()), "\n")
 
@@ -123,11 +124,16 @@ func FuzzParseSave(f *testing.F) {
 				assert.Equal(t, family, r.family())
 				_ = table.holds(r)
 				_ = table.leadsTo(r)
-				_ = table.stray(r)
+				_ = table.missing(r)
 			}
 		}
 
-		_ = table.state(natRules(IPv4, true))
+		rs := iptRuleset{nat: table, misplaced: map[string]misplaced{}}
+		for _, rule := range natRules(IPv4, true) {
+			rs.locate(table, rule)
+		}
+
+		_ = table.pruned()
 	})
 }
 

@@ -66,7 +66,7 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 			for _, j := range s.path {
 				ranges[j.target], rules[j] = true, true
 
-				if len(t.jumps[j.target]) != 1 || t.jumps[j.target][0].iptRule != j {
+				if len(t.jumps[j.target]) != 1 || !t.jumps[j.target][0].is(j) {
 					list = append(list, "jump "+j.String())
 				}
 			}
@@ -81,8 +81,8 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 
 	for chain, some := range t.chains {
 		for i, r := range some {
-			again := slices.ContainsFunc(some[:i], func(o savedRule) bool { return o.iptRule == r.iptRule })
-			if (isOurs(chain) || isOurs(r.target)) && (!rules[r.iptRule] || again) {
+			again := slices.ContainsFunc(some[:i], func(o savedRule) bool { return o.line == r.line })
+			if (isOurs(chain) || isOurs(r.target)) && (!rules[*r.spec] || again) {
 				list = append(list, "left over "+r.line)
 			}
 		}
@@ -101,15 +101,13 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 		return list // nothing need be there
 	}
 
-	st := t.state(natRules(f, f == IPv4))
-	for rule, there := range st.base {
-		if !there {
-			list = append(list, "base "+rule)
-		}
+	rs := iptRuleset{misplaced: map[string]misplaced{}}
+	for _, rule := range natRules(f, f == IPv4) {
+		rs.locate(t, rule)
 	}
 
-	for _, lines := range st.wrong {
-		list = append(list, "wrong "+strings.Join(lines, "\n"))
+	for rule, found := range rs.misplaced {
+		list = append(list, "misplaced "+rule+" "+strings.Join(found.lines, "\n"))
 	}
 
 	return list
