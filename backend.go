@@ -3,7 +3,6 @@ package hostport
 import (
 	"context"
 	"errors"
-	"fmt"
 	"iter"
 	"maps"
 	"net/netip"
@@ -39,7 +38,7 @@ type backend interface {
 	// that was killed may have committed before. A *refusedError says which delta was at
 	// fault. After any other error the outcome is unknown, and each of several deltas may
 	// be tried alone. With a *leftBehindError the backend in use holds what it is to hold,
-	// with a *partlyError it may hold some of it.
+	// with a *partlyError it may hold some of it, and is to be told what it is to hold.
 	reconcile(ctx context.Context, t target) (repairs []string, err error)
 
 	// exempt makes the transactions to come leave addresses of Services untranslated,
@@ -176,9 +175,9 @@ func (l *layers) reconcile(ctx context.Context, t target) (repairs []string, err
 	return append(repairs, more...), err
 }
 
-// commit commits deltas, and takes back what is committed if another backend fails.
+// commit commits deltas.
 func (l *layers) commit(ctx context.Context, t target) (repairs []string, err error) {
-	var undo []func() error
+	committed := false
 
 	for b, layer := range l.each() {
 		part := t
@@ -189,18 +188,17 @@ func (l *layers) commit(ctx context.Context, t target) (repairs []string, err er
 		}
 
 		some, err := layer.reconcile(ctx, part)
+		repairs = append(repairs, some...)
+
 		if err != nil {
-			for _, back := range slices.Backward(undo) {
-				if backErr := back(); backErr != nil {
-					err = fmt.Errorf("%w; what is done could not be taken back: %v", err, backErr) //nolint:errorlint // is not the cause
-				}
+			if committed {
+				err = &partlyError{err}
 			}
 
 			return repairs, err
 		}
 
-		repairs = append(repairs, some...)
-		undo = append(undo, func() error { return revert(ctx, layer, part) })
+		committed = true
 	}
 
 	for _, d := range t.deltas {
@@ -253,6 +251,7 @@ func (l *layers) reconcileBefore(ctx context.Context, t target) ([]string, error
 
 	for _, b := range l.before {
 		part := t
+		part.deltas = nil // no row is added here
 		part.rows = l.rows(t.rows, b)
 		part.base = hasRows(part.rows)
 
@@ -350,25 +349,6 @@ func (l *layers) disturbed(transactions []nfnetlink.Transaction) bool {
 	}
 
 	return disturbed
-}
-
-// revert commits the opposite of what t has changed.
-func revert(ctx context.Context, b backend, t target) error {
-	ctx, cancel := withGrace(ctx)
-	defer cancel()
-
-	back := target{base: true, rows: slices.Values(t.rowsBefore())}
-	for _, d := range slices.Backward(t.deltas) {
-		back.deltas = append(back.deltas, delta{del: d.add, add: d.del})
-	}
-
-	if allEmpty(back.deltas) {
-		return nil
-	}
-
-	_, err := b.reconcile(ctx, back)
-
-	return err
 }
 
 // part is what of each delta concerns b, nil being the backend in use.

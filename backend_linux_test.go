@@ -152,6 +152,12 @@ func (b *memory) reconcile(_ context.Context, t target) ([]string, error) {
 		return nil, b.fail
 	}
 
+	if t.whole {
+		b.rows = slices.Collect(t.rows)
+
+		return nil, nil
+	}
+
 	for _, d := range t.deltas {
 		b.rows = append(slices.DeleteFunc(b.rows, func(r *row) bool { return slices.Contains(d.del, r) }), d.add...)
 	}
@@ -159,7 +165,7 @@ func (b *memory) reconcile(_ context.Context, t target) ([]string, error) {
 	return nil, nil
 }
 
-// Where one of several backends fails, all that went before is taken back.
+// Where one of several backends fails, all that went before can be taken back.
 func TestLayersTakeBack(t *testing.T) {
 	t.Parallel()
 
@@ -172,7 +178,7 @@ func TestLayersTakeBack(t *testing.T) {
 		rows = append(rows, some...)
 	}
 
-	inUse, a, b := &memory{}, &memory{rows: rows[:1:1]}, &memory{rows: rows[1:2:2], fail: errInjected}
+	inUse, a, b := &memory{}, &memory{rows: slices.Clone(rows[:1])}, &memory{rows: slices.Clone(rows[1:2]), fail: errInjected}
 	l := newLayers(inUse,
 		func(context.Context, bool) (backend, error) { return a, nil },
 		func(context.Context, bool) (backend, error) { return b, nil })
@@ -182,6 +188,10 @@ func TestLayersTakeBack(t *testing.T) {
 	deltas := []delta{{del: rows[:2], add: rows[2:]}}
 	_, err = l.reconcile(t.Context(), target{deltas: deltas, rows: slices.Values(rows[2:]), base: true})
 	require.ErrorIs(t, err, errInjected)
+	require.True(t, isPartly(err))
+
+	_, err = l.reconcile(t.Context(), target{rows: slices.Values(rows[:2]), base: true, whole: true})
+	require.True(t, isLeftBehind(err))
 	assert.Empty(t, inUse.rows)
 	assert.Len(t, a.rows, 1)
 	assert.Len(t, b.rows, 1)

@@ -1,9 +1,6 @@
 package hostport
 
-import (
-	"iter"
-	"slices"
-)
+import "iter"
 
 // delta is what one operation changes. A row is moved by a del and an add of
 // one endpoint, which no packet sees apart.
@@ -80,16 +77,6 @@ type target struct {
 
 // nothing is the target of a backend that is to have nothing of ours.
 func nothing() target { return target{rows: func(func(*row) bool) {}, whole: true, exactly: true} }
-
-// rowsBefore are the rows as they were before the deltas.
-func (t target) rowsBefore() []*row {
-	rows := slices.Collect(t.rows)
-	for _, d := range slices.Backward(t.deltas) {
-		rows = append(slices.DeleteFunc(rows, func(r *row) bool { return slices.Contains(d.add, r) }), d.del...)
-	}
-
-	return rows
-}
 
 // shared, in place of a delta's index, stands for lines that are for all.
 const shared = -1

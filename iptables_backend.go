@@ -181,31 +181,11 @@ func (b *iptablesBackend) reconcile(ctx context.Context, t target) (repairs []st
 		}
 	}
 
-	switch {
-	case partly && t.whole:
+	if partly {
 		err = &partlyError{err}
-	case partly:
-		err = b.takeBack(ctx, t, err)
 	}
 
 	return repairs, err
-}
-
-// takeBack takes back what has been committed of deltas of which one has failed with err.
-func (b *iptablesBackend) takeBack(ctx context.Context, t target, err error) error {
-	ctx, cancel := withGrace(ctx)
-	defer cancel()
-
-	_, backErr := b.reconcile(ctx, target{rows: slices.Values(t.rowsBefore()), base: true, whole: true})
-	if backErr == nil {
-		return err
-	}
-
-	if refused := (*refusedError)(nil); errors.As(err, &refused) { // then something has changed
-		err = refused.err
-	}
-
-	return fmt.Errorf("%w; what is done could not be taken back: %v", err, backErr) //nolint:errorlint // is not the cause
 }
 
 // change writes deltas if the model can be relied on: for rows that are to stand only if

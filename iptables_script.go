@@ -459,7 +459,6 @@ func (s *script) prunePath(i int, r *row, path []iptRule) {
 		}
 
 		s.deleteRule(i, r, j.chain, line)
-		delete(s.asserted, line)
 
 		if !s.table.leadsInto(j.chain, j.target) {
 			s.deleteChain(i, r, j.target)

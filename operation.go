@@ -231,21 +231,24 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 
 		refused := (*refusedError)(nil)
 
+		if err != nil && (!errors.As(err, &refused) || isPartly(err)) {
+			m.doubt(deltas)
+		}
+
+		err = m.revert(ctx, deltas, err)
+
 		switch {
 		case err == nil:
 			return
-		case errors.As(err, &refused):
+		case refused != nil:
 			ops = fail(ops, batch[refused.delta:refused.delta+1], err)
 		case len(batch) > 1 && ctx.Err() == nil: // nobody knows whose fault it is
-			m.doubt(deltas)
-
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
 			}
 
 			return
 		default:
-			m.doubt(deltas)
 			ops = fail(ops, batch, err)
 		}
 	}

@@ -25,7 +25,7 @@ func (e *rowError) Error() string { return fmt.Sprintf("row %s: %v", e.row, e.er
 func (e *rowError) Unwrap() error { return e.err }
 
 // refusedError says that the kernel refused one delta of several, so that the
-// others may go without it. Nothing has been changed then.
+// others may go without it. Nothing has been changed then, but for a *partlyError.
 type refusedError struct {
 	delta int // index among those handed to reconcile
 	err   error

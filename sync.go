@@ -60,18 +60,14 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	}
 
 	repairs, err := m.reconcile(ctx, true)
+	if err != nil && !isLeftBehind(err) {
+		c.undo()
+
+		return errors.Join(append(errs, m.inFamily(m.revert(ctx, []delta{c.delta}, err)))...)
+	}
+
 	if err != nil {
 		errs = append(errs, m.inFamily(err))
-
-		if !isLeftBehind(err) {
-			c.undo()
-
-			if isPartly(err) {
-				m.revert(ctx)
-			}
-
-			return errors.Join(errs...)
-		}
 	}
 
 	m.finish(ctx, c)
@@ -169,7 +165,16 @@ func (m *hostportManager) planPod(c *change, rows []*row) error {
 // ours, and where no rules are needed nothing at all. What it cannot do is for Run, or the
 // next Sync.
 func (m *hostportManager) reconcile(ctx context.Context, exactly bool) (repairs []string, err error) {
+	return m.reconcileAfter(ctx, nil, exactly)
+}
+
+// reconcileAfter is reconcile, and takes out rows that are not in the table.
+func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row, exactly bool) (repairs []string, err error) {
 	t := target{rows: m.table(), base: m.needsRules() || !exactly, whole: true, exactly: exactly}
+	if len(gone) > 0 {
+		t.deltas = []delta{{del: gone}}
+	}
+
 	if exactly || m.needsRules() || m.health.condition == inDoubt {
 		repairs, err = m.backend.reconcile(ctx, t)
 	}
@@ -194,15 +199,26 @@ func (m *hostportManager) reconcile(ctx context.Context, exactly bool) (repairs 
 	return repairs, err
 }
 
-// revert makes the kernel hold the table after it has come half the way to another one.
-// What it cannot do is for Run, or the next operation.
-func (m *hostportManager) revert(ctx context.Context) {
+// revert makes the kernel hold the table as it was before deltas, of which some may have
+// been committed before err. What it cannot do is for Run, or the next operation.
+func (m *hostportManager) revert(ctx context.Context, deltas []delta, err error) error {
+	if !isPartly(err) {
+		return err
+	}
+
 	ctx, cancel := withGrace(ctx)
 	defer cancel()
 
-	if _, err := m.reconcile(ctx, false); err != nil {
-		m.cfg.log.Error(err, "Cannot take back what is done", "family", m.family)
+	var added []*row
+	for _, d := range deltas {
+		added = append(added, d.add...)
 	}
+
+	if _, backErr := m.reconcileAfter(ctx, added, false); backErr != nil {
+		err = fmt.Errorf("%w; what is done could not be taken back: %v", err, backErr) //nolint:errorlint // is not the cause
+	}
+
+	return err
 }
 
 // runOnce puts back what others have broken, if they may have, and holds ports that
