@@ -47,7 +47,7 @@ type traffic struct {
 	dialing sync.WaitGroup
 	clients []*client
 	others  []*others
-	// excused are flows that nobody can know of any more; see README, limits.
+	// excused are flows that nobody can know of any more; see docs/limits.md.
 	excused map[string]bool
 }
 
