@@ -307,7 +307,13 @@ func TestNoFlowsOfTCP(t *testing.T) {
 	n := anyNode(t)
 	m := n.manager()
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	require.NoError(t, n.add(m, "stays", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 	require.NoError(t, n.remove(m, "id", nil))
+	require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(IPv4))))
+	n.do(func() {
+		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
+	})
+	assert.Nil(t, m.families[0].nodeBefore, "looked at")
 	assert.Nil(t, m.families[0].flows.datagrams.conn)
 
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))

@@ -645,7 +645,7 @@ func TestSCTPFlows(t *testing.T) {
 		web, other := n.hearsSCTP(n.Pods[0].Namespace, f, 5061), n.hearsSCTP(n.Pods[1].Namespace, f, 5061)
 
 		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
-		n.sendSCTP(f, 5060) // to nobody, to begin with
+		n.sendSCTP(netip.AddrPortFrom(n.nodeIP(f), 5060)) // to nobody, to begin with
 		n.tracks(f, unix.IPPROTO_SCTP, 5060)
 
 		require.NoError(t, n.add(m, "a", n.pod(0, f, port)))
@@ -663,6 +663,33 @@ func TestSCTPFlows(t *testing.T) {
 		require.NoError(t, n.remove(m, "b", nil))
 		require.NoError(t, n.add(m, "c", n.pod(0, f, port)))
 		web.hears(t)
+	})
+}
+
+// It follows addresses as well.
+func TestSCTPFlowsFollowAddresses(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		web := n.hearsSCTP(n.Pods[0].Namespace, f, 5061)
+		conn := n.nfnetlink()
+
+		n.peerHas(f, 5353)
+
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5060, ContainerPort: 5061, Protocol: "SCTP"})))
+
+		eachVIP(t, n, f, func(t *testing.T, n *node, come, goes func() error) {
+			n.sendSCTP(netip.AddrPortFrom(vip(f), 5060)) // to the peer, to begin with
+			n.tracks(f, unix.IPPROTO_SCTP, 5060)
+			require.NoError(t, come())
+			n.look(m, f)
+			web.hears(t)
+			require.NoError(t, goes())
+			n.look(m, f)
+
+			flows, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_SCTP, 5060)
+			require.NoError(t, err)
+			assert.False(t, slices.ContainsFunc(flows, func(f nfnetlink.Flow) bool { return f.Translated }))
+		})
 	})
 }
 
@@ -738,14 +765,13 @@ func (n *node) hearsSCTP(ns *testbed.Namespace, f ipFamily, port uint16) *sctpSe
 	return s
 }
 
-// sendSCTP has the client repeat an INIT from one port to a port of the node, until the
-// test ends.
-func (n *node) sendSCTP(f ipFamily, port uint16) {
+// sendSCTP has the client repeat an INIT from one port to another, until the test ends.
+func (n *node) sendSCTP(dst netip.AddrPort) {
 	n.t.Helper()
 
-	packet := sctpInit(40_000, port)
-	fd := rawSCTP(n.t, n.Client, f)
-	to := sockaddr(n.nodeIP(f), 0)
+	packet := sctpInit(40_000, dst.Port())
+	fd := rawSCTP(n.t, n.Client, familyOf(dst.Addr()))
+	to := sockaddr(dst.Addr(), 0)
 	done := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
 
