@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,8 +21,9 @@ import (
 
 // sender sends from one UDP port to another and never pauses.
 type sender struct {
-	conn net.Conn
-	sent sync.WaitGroup
+	conn    net.Conn
+	sent    sync.WaitGroup
+	packets atomic.Int64
 
 	mu   sync.Mutex
 	from string // who has answered last
@@ -45,6 +47,7 @@ func (n *node) send(to netip.AddrPort) *sender {
 	s.sent.Go(func() {
 		for ctx.Err() == nil {
 			_, _ = s.conn.Write([]byte("hello\n")) // refused while there is no row
+			s.packets.Add(1)
 
 			select {
 			case <-ctx.Done():
@@ -72,6 +75,14 @@ func (n *node) send(to netip.AddrPort) *sender {
 	})
 
 	return s
+}
+
+// goesOn waits until a hundred more packets have been sent.
+func (s *sender) goesOn(t *testing.T) {
+	t.Helper()
+
+	before := s.packets.Load()
+	eventually(t, func() bool { return s.packets.Load() >= before+100 })
 }
 
 // reaches waits until it is pod that answers.
@@ -178,7 +189,7 @@ func TestUDPFlowEnds(t *testing.T) {
 				return last == before+1
 			}, patience, 20*time.Millisecond)
 
-			<-time.After(100 * time.Millisecond) // a hundred packets
+			s.goesOn(t)
 			n.answers(n.Host, "udp", pod, "web")
 			assert.Equal(t, last+1, service.Count())
 			require.NoError(t, n.remove(m, "stays", nil))

@@ -5,7 +5,6 @@ package hostport
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -322,7 +321,11 @@ func heldPorts(m *hostportManager) []string {
 		}
 	}
 
-	return sorted(append(held, fmt.Sprint("sockets ", len(m.sockets.held))))[1:]
+	for range m.sockets.held {
+		held = append(held, "socket")
+	}
+
+	return sorted(held)
 }
 
 // The socket step fails where another process has a port.

@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -363,10 +362,10 @@ func TestSeveralTransactionsAreOurs(t *testing.T) {
 
 	b.most = 2
 	<-m.families[0].turn
-	untilIdle(worked)
+	untilIdle(t, m, worked)
 	require.NoError(t, n.add(m, "media", n.media(0, IPv4, 7, v1.ProtocolUDP)))
 	require.NoError(t, n.remove(m, "media", nil))
-	<-time.After(2 * lookInterval)
+	untilLooked(t, m)
 	assert.Equal(t, 2, worked())
 }
 

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -100,7 +99,7 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 
 			if n.variant == variantNFT { // and put behind one that is before ours
 				n.command(command(f)+"-nft", "-t", hole.table, "-I", hole.chain, "-j", "MARK", "--set-mark", "1")
-				<-time.After(2 * lookInterval) // that is looked at
+				untilLooked(t, m)
 				n.command("nft", "add", "rule", nftFamily(f), hole.table, hole.chain,
 					"index", "0", "counter", "accept")
 				n.soon(func() bool { return check() == nil })
@@ -172,12 +171,12 @@ func TestForeignRulesBehindOurs(t *testing.T) {
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
 		n.runs(m, logged)
-		untilIdle(worked)
+		untilIdle(t, m, worked)
 
 		if n.variant == variantNFT {
 			n.iptables(IPv4, "-A", postRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
 			n.iptables(IPv4, "-I", preRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
-			<-time.After(2 * lookInterval)
+			untilLooked(t, m)
 
 			if ours := worked() - 2; nfnetlink.KernelAtLeast(5, 15) {
 				assert.Zero(t, ours)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -478,16 +479,52 @@ func (n *node) countWork() func() int {
 	}
 }
 
-// untilIdle waits until nothing that worked counts has been done for two looks.
-func untilIdle(worked func() int) {
+// untilIdle waits until nothing that worked counts has been done while Run looked.
+func untilIdle(t *testing.T, m *Manager, worked func() int) {
+	t.Helper()
 	worked()
+	eventually(t, func() bool {
+		untilLooked(t, m)
 
-	for range 10 {
-		<-time.After(2 * lookInterval)
+		return worked() == 0
+	})
+}
 
-		if worked() == 0 {
-			return
+// countingLooks counts how often Run looks.
+type countingLooks struct {
+	backend
+
+	looks *atomic.Int64
+}
+
+func (c countingLooks) disturbed(transactions []nfnetlink.Transaction) bool {
+	c.looks.Add(1)
+
+	return c.backend.disturbed(transactions)
+}
+
+// untilLooked waits until Run has looked three times, of which one has begun before it could
+// hear of what has happened until now, and the last need not have ended.
+func untilLooked(t *testing.T, m *Manager) {
+	t.Helper()
+
+	for _, fm := range m.families {
+		use := func(change func(backend) backend) {
+			fm.turn <- struct{}{}
+			defer func() { <-fm.turn }()
+
+			fm.backend = change(fm.backend)
 		}
+		looks := &atomic.Int64{}
+
+		use(func(b backend) backend { return countingLooks{b, looks} })
+		eventually(t, func() bool { return looks.Load() > 2 })
+		use(func(b backend) backend {
+			counting, ok := b.(countingLooks)
+			require.True(t, ok)
+
+			return counting.backend
+		})
 	}
 }
 

@@ -141,7 +141,7 @@ func TestWipedBesideOperation(t *testing.T) {
 				pods[id] = []*PodPortMapping{n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})}
 			}
 
-			<-time.After(2 * lookInterval) // of what is still under way
+			untilLooked(t, m) // what is still under way
 			require.NoError(t, os.WriteFile(flag, nil, 0o600))
 			require.NoError(t, n.add(m, id, pods[id][0]))
 			n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })

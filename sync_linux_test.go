@@ -1276,7 +1276,7 @@ func TestRunLeavesOthersAlone(t *testing.T) {
 		m := n.manager(log)
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		n.runs(m, logged)
-		untilIdle(worked)
+		untilIdle(t, m, worked)
 
 		foreign := nfnetlink.Table{Family: newNFTLayout(IPv4).table.Family, Name: "foreign"}
 
@@ -1287,7 +1287,7 @@ func TestRunLeavesOthersAlone(t *testing.T) {
 			require.NoError(t, n.remove(m, "again", nil))
 		}
 
-		<-time.After(2 * lookInterval)
+		untilLooked(t, m)
 
 		if n.variant == viaNFTables {
 			assert.Equal(t, 20, worked(), "as many transactions as have been made here")
