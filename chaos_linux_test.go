@@ -786,7 +786,7 @@ func (c *chaos) allFaults() map[string]func() {
 	}
 
 	tool := command(f) + "-" + string(c.variant)
-	try := func(args ...string) { c.do(func() { _ = exec.CommandContext(c.t.Context(), tool, args...).Run() }) } // it may not be there
+	try := func(args ...string) { c.do(func() { _, _ = execute(c.t, "", tool, args...) }) } // it may not be there
 
 	faults["iptables -F"] = func() { try("-w", "-t", natTable, "-F") }
 	faults["iptables -F -X"] = func() {
@@ -1116,13 +1116,13 @@ func (c *chaos) check(what string) {
 
 // rulesNow are the rules of our table of nftables, if it is there.
 func (c *chaos) rulesNow(f ipFamily) string {
-	var out []byte
+	var out string
 
 	c.do(func() {
-		out, _ = exec.CommandContext(c.t.Context(), "nft", "--stateless", "--terse", "list", "table", nftFamily(f), nftTable).CombinedOutput()
+		out, _ = execute(c.t, "", "nft", "--stateless", "--terse", "list", "table", nftFamily(f), nftTable)
 	})
 
-	return string(out)
+	return out
 }
 
 // changedLayout tells if our table of nftables has other rules than at first.

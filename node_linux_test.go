@@ -40,24 +40,15 @@ type node struct {
 // viaNFTables stands for no iptables at all, but nftables.
 const viaNFTables variant = "nftables"
 
-// onlyVariable is an environment variable that confines tests to one backend.
-const onlyVariable = "HOSTPORT_TEST_ONLY"
-
 // backends are those that every behaviour is tested on.
-func backends() []variant {
-	if only := os.Getenv(onlyVariable); only != "" {
-		return []variant{variant(only)}
-	}
-
-	return []variant{viaNFTables, variantNFT, variantLegacy}
-}
+func backends() []variant { return []variant{viaNFTables, variantNFT, variantLegacy} }
 
 // eachBackend runs f on a fresh node for each backend.
 func eachBackend(t *testing.T, f func(t *testing.T, n *node)) {
 	t.Helper()
 
 	for _, v := range backends() {
-		t.Run(string(v), func(t *testing.T) { f(t, newNode(t, v)) })
+		t.Run(string(v), func(t *testing.T) { f(t, newBehaviourNode(t, v)) })
 	}
 }
 
@@ -73,7 +64,7 @@ func eachFamilyOf(t *testing.T, some []variant, f func(t *testing.T, n *node, fa
 
 	for _, v := range some {
 		for _, family := range []ipFamily{IPv4, IPv6} {
-			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newNode(t, v), family) })
+			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newBehaviourNode(t, v), family) })
 		}
 	}
 }
@@ -92,6 +83,22 @@ func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
 	eachFamilyOf(t, []variant{variantNFT, variantLegacy}, f)
+}
+
+// programsVariable is an environment variable with the PATH that tests have while the library
+// has an empty one.
+const programsVariable = "HOSTPORT_TEST_PATH"
+
+// newBehaviourNode is newNode, with no program for the library to start where it uses nftables.
+func newBehaviourNode(t *testing.T, v variant) *node {
+	t.Helper()
+
+	if v == viaNFTables {
+		t.Setenv(programsVariable, os.Getenv("PATH"))
+		t.Setenv("PATH", t.TempDir())
+	}
+
+	return newNode(t, v)
 }
 
 // anyNode makes a node with the backend that is taken by default.
@@ -175,7 +182,11 @@ func (n *node) commandWith(stdin, name string, args ...string) string {
 func execute(tb testing.TB, stdin, name string, args ...string) (string, error) {
 	tb.Helper()
 
-	cmd := exec.CommandContext(tb.Context(), name, args...)
+	if path := os.Getenv(programsVariable); path != "" {
+		name, args = "/usr/bin/env", append([]string{"PATH=" + path, name}, args...)
+	}
+
+	cmd := exec.CommandContext(tb.Context(), name, args...) //nolint:gosec // as the tests say
 	cmd.Stdin = strings.NewReader(stdin)
 
 	out, err := cmd.CombinedOutput()
