@@ -7,7 +7,37 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
 )
+
+// The kernel gives back our rules as they were sent, to the byte, and everything else as we
+// would make it.
+func TestMadeAsWanted(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		b := nftOver(t, n.nfnetlink(), f)
+		n.commit(b.objects()...)
+
+		found, err := b.observe(t.Context())
+		require.NoError(t, err)
+
+		there := map[string][]string{}
+		for _, r := range found.rules {
+			there[r.Chain] = append(there[r.Chain], r.Expressions)
+		}
+
+		sent := map[string][]string{}
+
+		for _, m := range b.rules() {
+			r, err := nfnetlink.ParseRule(m)
+			require.NoError(t, err)
+
+			sent[r.Chain] = append(sent[r.Chain], r.Expressions)
+		}
+
+		assert.Equal(t, sent, there)
+	})
+}
 
 // What bears our names and is not as ours is put right by whoever comes to it, and Check
 // says so.
