@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/netip"
@@ -151,6 +152,32 @@ func TestRemoveWithUnusableBackend(t *testing.T) {
 		require.NoError(t, m.Remove("id", n.pod(0, IPv4)), "but for nothing")
 	})
 	assert.NotEmpty(t, n.elements(IPv4))
+}
+
+// A table of our name that another process has to itself is not put right.
+func TestTableOfAnotherProcess(t *testing.T) {
+	if !nfnetlink.KernelAtLeast(5, 12) { // where nobody can
+		return
+	}
+
+	n := newNode(t, variantNFT)
+	other := n.nfnetlink()
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		create := newNFTLayout(f).table.Create()
+		create.Data = bytes.Replace(create.Data, []byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 0},
+			[]byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 2}, 1) // NFT_TABLE_F_OWNER
+		require.NoError(t, other.Commit(t.Context(), 0, []netlink.Message{create}))
+	}
+
+	n.do(func() {
+		_, err := New(WithBackend(BackendNFTables), WithLogger(testLogger(t)))
+		require.ErrorIs(t, err, unix.EPERM)
+	})
+
+	m := n.manager(WithBackend(BackendAuto))
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	assert.Equal(t, BackendIPTables, m.Mappings()[0].Backend)
 }
 
 // memory is a backend that keeps rows to itself.

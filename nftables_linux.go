@@ -151,8 +151,14 @@ func newNFTBackend(ruleset *nftRuleset, f ipFamily, log klog.Logger, localhost, 
 
 // usable fails where the kernel cannot carry the layout, and says why.
 func (b *nftBackend) usable(ctx context.Context) error {
+	if there, err := b.observe(ctx); err == nil {
+		if misfits, _, err := b.misfits(there); err == nil && len(misfits) == 0 {
+			return nil // it does
+		}
+	}
+
 	err := b.ruleset.conn.Check(ctx, b.objects())
-	if inPlaceOfOurs(err) { // it need not stay
+	if inPlaceOfOurs(err) { // which need not stay
 		err = b.ruleset.conn.Check(ctx, append([]netlink.Message{b.table.Create(), b.table.Delete()}, b.objects()...))
 	}
 

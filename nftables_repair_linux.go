@@ -50,8 +50,11 @@ func (l nftLayout) misfits(there nftObserved) (list []string, recreate bool, err
 		return nil, false, err
 	}
 
-	if there.table.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
+	switch flags := there.table.Flags; {
+	case flags&unix.NFT_TABLE_F_DORMANT != 0:
 		list = append(list, l.tableName()+" is dormant")
+	case flags != 0:
+		list = append(list, fmt.Sprintf("%s has flags %#x", l.tableName(), flags))
 	}
 
 	for i, c := range ours.chains {
