@@ -167,11 +167,11 @@ func TestTableOfAnotherProcess(t *testing.T) {
 		create := newNFTLayout(f).table.Create()
 		create.Data = bytes.Replace(create.Data, []byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 0},
 			[]byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 2}, 1) // NFT_TABLE_F_OWNER
-		require.NoError(t, other.Commit(t.Context(), 0, []netlink.Message{create}))
+		require.NoError(t, other.Commit(t.Context(), 0, append([]netlink.Message{create}, newNFTLayout(f).objects()[1:]...)))
 	}
 
 	n.do(func() {
-		_, err := New(WithBackend(BackendNFTables), WithLogger(testLogger(t)))
+		_, err := New(WithBackend(BackendNFTables), WithoutLocalhost(), WithLogger(testLogger(t)))
 		require.ErrorIs(t, err, unix.EPERM)
 	})
 
