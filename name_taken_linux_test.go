@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/mdlayher/netlink"
 	"github.com/stretchr/testify/assert"
@@ -114,7 +113,7 @@ func (n *node) testMisfit(f ipFamily, misfit misfit) {
 	n.command("nft", misfit.script)
 	require.ErrorContains(n.t, check(), misfit.says)
 
-	ctx, cancel := context.WithTimeout(n.t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience/30)
 	defer cancel()
 
 	_, err := n.Client.Ask(ctx, "tcp", at(8080))
