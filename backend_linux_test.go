@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"testing"
 
+	"github.com/mdlayher/netlink"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -76,20 +78,36 @@ func TestNoNetAdmin(t *testing.T) {
 	<-done
 }
 
-// occupy makes our layout impossible: somebody has a chain by our name elsewhere.
-func (n *node) occupy() {
+// occupy makes our layout impossible until leave: two of our chains are gone, and others
+// have taken all places but one where those were (MAX_HOOK_COUNT, net/netfilter/core.c).
+func (n *node) occupy() (leave func()) {
 	n.t.Helper()
 
+	const places = 1024
+
+	var left []netlink.Message
+
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		table := newNFTLayout(f).table
-		chain := nfnetlink.Chain{Name: nftPrerouting, Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT}
-		n.commit(table.Create(), table.CreateChain(chain))
+		ours := newNFTLayout(f)
+		others := nfnetlink.Table{Family: ours.table.Family, Name: "others"}
 
-		chain.Priority++
+		n.commit(append(ours.objects(),
+			ours.table.FlushChain(nftPrerouting), ours.table.DeleteChain(nftPrerouting),
+			ours.table.FlushChain(nftNATPrerouting), ours.table.DeleteChain(nftNATPrerouting))...)
 
-		n.commit(table.FlushChain(nftPrerouting), table.DeleteChain(nftPrerouting))
-		n.commit(table.CreateChain(chain))
+		taken := []netlink.Message{others.Create()}
+		for i := range places - 1 {
+			taken = append(taken, others.CreateChain(nfnetlink.Chain{
+				Name: strconv.Itoa(i), Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT,
+			}))
+		}
+
+		n.commit(taken...)
+
+		left = append(left, others.Delete())
 	}
+
+	return func() { n.commit(left...) }
 }
 
 // Where nftables cannot be used any more, rows that it carries from before are
@@ -102,9 +120,11 @@ func TestNFTablesFromBeforeUnusable(t *testing.T) {
 	require.NoError(t, n.add(gone, "goes", n.pod(0, IPv6, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	require.NoError(t, n.add(gone, "leak", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 	require.NoError(t, gone.Close())
-	n.occupy()
 
+	leave := n.occupy()
 	m := n.manager(WithBackend(BackendAuto))
+
+	leave()
 	require.Len(t, m.Mappings(), 3)
 	require.NoError(t, n.add(m, "new", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 	require.NoError(t, n.add(m, "id", pod))
@@ -128,10 +148,36 @@ func TestRemoveWithUnusableBackend(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	n.do(func() {
 		m := NewMetaHostportManager(WithLogger(testLogger(t)))
-		require.ErrorContains(t, m.Remove("id", nil), "add chain prerouting")
+		require.ErrorIs(t, m.Remove("id", nil), unix.E2BIG)
 		require.NoError(t, m.Remove("id", n.pod(0, IPv4)), "but for nothing")
 	})
 	assert.NotEmpty(t, n.elements(IPv4))
+}
+
+// A table of our name that another process has to itself is not put right.
+func TestTableOfAnotherProcess(t *testing.T) {
+	if !nfnetlink.KernelAtLeast(5, 12) { // where nobody can
+		return
+	}
+
+	n := newNode(t, variantNFT)
+	other := n.nfnetlink()
+
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		create := newNFTLayout(f).table.Create()
+		create.Data = bytes.Replace(create.Data, []byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 0},
+			[]byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 2}, 1) // NFT_TABLE_F_OWNER
+		require.NoError(t, other.Commit(t.Context(), 0, append([]netlink.Message{create}, newNFTLayout(f).objects()[1:]...)))
+	}
+
+	n.do(func() {
+		_, err := New(WithBackend(BackendNFTables), WithoutLocalhost(), WithLogger(testLogger(t)))
+		require.ErrorIs(t, err, unix.EPERM)
+	})
+
+	m := n.manager(WithBackend(BackendAuto))
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	assert.Equal(t, BackendIPTables, m.Mappings()[0].Backend)
 }
 
 // memory is a backend that keeps rows to itself.
@@ -229,6 +275,7 @@ func TestBackendAuto(t *testing.T) {
 	n.do(func() {
 		_, err := New(auto, WithLogger(testLogger(t)))
 		require.ErrorContains(t, err, "add chain prerouting")
+		require.ErrorIs(t, err, unix.E2BIG)
 		require.ErrorIs(t, err, exec.ErrNotFound)
 
 		err = NewMetaHostportManager(auto, WithLogger(testLogger(t))).Add("id", n.pod(0, IPv4, port), "")

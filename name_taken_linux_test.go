@@ -1,66 +1,347 @@
 package hostport
 
 import (
+	"bytes"
+	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
+	"github.com/mdlayher/netlink"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 )
 
-// What bears our names and is not as ours is put right by whoever comes to it, and Check
-// says so.
-func TestNamesTaken(t *testing.T) {
-	for name, script := range map[string]string{
-		"dormant table":               "add table %[1]s crio-hostports { flags dormant; }",
-		"chain of another priority":   "flush chain %[1]s crio-hostports nat-prerouting; delete chain %[1]s crio-hostports nat-prerouting; add chain %[1]s crio-hostports nat-prerouting { type nat hook prerouting priority -90; }",
-		"chain of another hook":       "flush chain %[1]s crio-hostports nat-prerouting; delete chain %[1]s crio-hostports nat-prerouting; add chain %[1]s crio-hostports nat-prerouting { type nat hook input priority -99; }",
-		"map of other flags":          "delete table %[1]s crio-hostports; add table %[1]s crio-hostports; add map %[1]s crio-hostports hostports { type inet_proto . inet_service : %[2]s . inet_service; flags interval; }",
-		"map of another type":         "delete table %[1]s crio-hostports; add table %[1]s crio-hostports; add map %[1]s crio-hostports hostports { type inet_service : %[2]s; }",
-		"set of another size":         "delete table %[1]s crio-hostports; add table %[1]s crio-hostports; add set %[1]s crio-hostports hairpins { type %[2]s . %[2]s; size 1; }",
-		"verdict of others before it": "insert rule %[1]s crio-hostports nat-prerouting accept",
-	} {
-		t.Run(name, func(t *testing.T) {
-			eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
-				n.serve(0, "tcp", f, 80)
-				n.serve(1, "tcp", f, 80)
+// misfit is something by one of our names that is not as we would make it.
+type misfit struct {
+	script string // for nft(8)
+	says   string // Check
+	silent bool   // the host port goes on working
+}
 
-				pods := map[string][]*PodPortMapping{"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
-				at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
-				m := n.manager()
-				require.NoError(t, n.add(m, "id", pods["id"][0]))
-
-				breakTable := func() {
-					n.command("nft", fmt.Sprintf(script, nftFamily(f), "ipv"+string(f)+"_addr"))
-				}
-
-				breakTable()
-				n.do(func() { assert.Error(t, m.Check(t.Context(), "id", pods["id"][0])) })
-				require.NoError(t, n.sync(m, pods))
-				n.exactly(m, pods)
-
-				breakTable()
-				require.NoError(t, n.add(m, "id", pods["id"][0]))
-				n.exactly(m, pods)
-
-				breakTable()
-				pods["more"] = []*PodPortMapping{n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})}
-				require.NoError(t, n.add(m, "more", pods["more"][0]))
-				n.exactly(m, pods)
-				n.answers(n.Client, "tcp", at(8080), "web")
-				n.answers(n.Client, "tcp", at(9090), "other")
-
-				n.run(m)
-				breakTable()
-				n.soon(func() (whole bool) {
-					n.do(func() { whole = m.Check(t.Context(), "id", pods["id"][0]) == nil })
-
-					return whole
-				})
-				n.exactly(m, pods)
-				n.answers(n.Client, "tcp", at(8080), "web")
-			})
-		})
+// misfits are those of one family, where a row leads from TCP port 8080 to pod.
+func misfits(f ipFamily, pod netip.Addr) map[string]misfit {
+	chain := func(name, is string) string {
+		return fmt.Sprintf("flush chain FAM TABLE %[1]s; delete chain FAM TABLE %[1]s; add chain FAM TABLE %[1]s { %[2]s }", name, is)
 	}
+	anew := func(objects string) string { return "delete table FAM TABLE; add table FAM TABLE; " + objects }
+	element := fmt.Sprintf("; add element FAM TABLE hostports { tcp . 8080 comment %q : %s . 80 }", shortHash("id"), pod)
+
+	all := map[string]misfit{
+		"table dormant": {script: "add table FAM TABLE { flags dormant; }", says: "TABLE is dormant"},
+
+		"chain elsewhere":   {script: chain("nat-prerouting", "type nat hook input priority -99;"), says: "chain nat-prerouting has another type, hook or priority"},
+		"chain later":       {script: chain("nat-prerouting", "type nat hook prerouting priority -90;"), says: "chain nat-prerouting has another type, hook or priority"},
+		"chain of a filter": {script: chain("nat-prerouting", "type filter hook prerouting priority -99;"), says: "chain nat-prerouting has another type, hook or priority"},
+		"chain without hook": {
+			script: chain("nat-prerouting", ""), says: "chain nat-prerouting has another type, hook or priority",
+		},
+		"chain with a hook": {
+			script: "flush table FAM TABLE; " + chain("hostports", "type nat hook input priority 5;"), says: "chain hostports has another type, hook or priority",
+		},
+		"chain gone":   {script: "delete chain FAM TABLE prerouting", says: "chain prerouting is missing", silent: true},
+		"chain closed": {script: "add chain FAM TABLE prerouting { policy drop; }", says: "chain prerouting has policy drop"},
+
+		"map that times out":   {script: anew("add map FAM TABLE hostports { type inet_proto . inet_service : ADDR . inet_service; flags timeout; }" + element), says: "set hostports has another type, size or flags"},
+		"map with a size":      {script: anew("add map FAM TABLE hostports { type inet_proto . inet_service : ADDR . inet_service; size 1; }" + element), says: "set hostports has another type, size or flags"},
+		"map of ranges":        {script: anew("add map FAM TABLE hostports { type inet_proto . inet_service : ADDR . inet_service; flags interval; }" + element), says: "set hostports has another type, size or flags"},
+		"map by another key":   {script: anew("add map FAM TABLE hostports { type inet_service : ADDR . inet_service; }"), says: "set hostports has another type, size or flags"},
+		"map to another thing": {script: anew("add map FAM TABLE hostports { type inet_proto . inet_service : ADDR; }"), says: "set hostports has another type, size or flags"},
+		"set gone":             {script: anew("add map FAM TABLE hostports { type inet_proto . inet_service : ADDR . inet_service; }" + element), says: "set hairpins is missing"},
+
+		"accepted before": {script: "insert rule FAM TABLE nat-prerouting accept", says: "rule of others in chain nat-prerouting"},
+		"dropped before":  {script: "insert rule FAM TABLE nat-prerouting drop", says: "rule of others in chain nat-prerouting"},
+		"returned before": {script: "insert rule FAM TABLE hostports return", says: "rule of others in chain hostports"},
+		"dropped for CRI-O": {
+			script: "add rule FAM TABLE prerouting drop", says: "rule of others in chain prerouting",
+		},
+		"accepted behind": {script: "insert rule FAM TABLE masquerading accept", says: "rule of others in chain masquerading", silent: true},
+		"rule twice":      {script: "add rule FAM TABLE nat-output goto hostports", says: "rule of others in chain nat-output", silent: true},
+		"rules in the way": { // the kernel would not take ours beside them, from where there is no DNAT
+			script: "flush chain FAM TABLE hostports; add chain FAM TABLE odd { type filter hook input priority 0; }; add rule FAM TABLE odd jump hostports",
+			says:   "rule of chain hostports is missing",
+		},
+	}
+
+	for name, m := range all {
+		words := strings.NewReplacer("FAM", nftFamily(f), "ADDR", "ipv"+string(f)+"_addr", "TABLE", nftTable)
+		m.script, m.says = words.Replace(m.script), words.Replace(m.says)
+		all[name] = m
+	}
+
+	return all
+}
+
+// Whatever bears our names and is not as ours is named by Check, and put right by whoever
+// comes to it.
+func TestNamesTaken(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		for i := range n.Pods {
+			n.serve(i, "tcp", f, 80)
+		}
+
+		for name, misfit := range misfits(f, n.Pods[0].IP(f == IPv6)) {
+			t.Run(name, func(t *testing.T) { n.within(t).testMisfit(f, misfit) })
+		}
+	})
+}
+
+func (n *node) testMisfit(f ipFamily, misfit misfit) {
+	pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	pods := map[string][]*PodPortMapping{"id": {pod}}
+	at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
+	m := n.manager()
+	check := func() (err error) {
+		n.do(func() { err = m.Check(n.t.Context(), "id", pod) })
+
+		return err
+	}
+	right := func() {
+		n.t.Helper()
+		n.answers(n.Client, "tcp", at(8080), "web")
+		n.exactly(m, pods)
+		require.NoError(n.t, check())
+	}
+
+	require.NoError(n.t, n.add(m, "id", pod))
+	right()
+	n.command("nft", misfit.script)
+	require.ErrorContains(n.t, check(), misfit.says)
+
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience/30)
+	defer cancel()
+
+	_, err := n.Client.Ask(ctx, "tcp", at(8080))
+	assert.Equal(n.t, misfit.silent, err == nil, err)
+
+	require.NoError(n.t, n.sync(m, pods))
+	right()
+
+	n.command("nft", misfit.script)
+	require.NoError(n.t, n.add(m, "id", pod))
+	n.answers(n.Client, "tcp", at(8080), "web")
+
+	n.command("nft", misfit.script)
+	require.NoError(n.t, n.add(m, "other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+	n.answers(n.Client, "tcp", at(8080), "web")
+	n.answers(n.Client, "tcp", at(9090), "other")
+	require.NoError(n.t, n.remove(m, "other", nil))
+
+	for _, backend := range []Backend{BackendAuto, BackendNFTables} {
+		require.NoError(n.t, m.Close())
+		n.command("nft", misfit.script)
+
+		m = n.manager(WithBackend(backend))
+		if len(m.Mappings()) == 0 { // what is there cannot hold a row
+			require.NoError(n.t, n.add(m, "id", pod))
+		}
+
+		assert.Equal(n.t, BackendNFTables, m.Mappings()[0].Backend)
+		n.answers(n.Client, "tcp", at(8080), "web")
+		require.NoError(n.t, check())
+		require.NoError(n.t, n.sync(m, pods)) // makes known whose the row is, and takes out what does not matter
+		right()
+	}
+
+	n.run(m)
+	n.command("nft", misfit.script)
+	n.soon(func() bool { return check() == nil })
+	n.answers(n.Client, "tcp", at(8080), "web")
+}
+
+// The kernel gives back what we make as we would make it, rules to the byte.
+func TestMadeAsWanted(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		b := nftOver(t, n.nfnetlink(), f)
+		n.commit(b.objects()...)
+
+		there, err := b.observe(t.Context())
+		require.NoError(t, err)
+
+		misfits, recreate, err := b.misfits(there)
+		require.NoError(t, err)
+		assert.Empty(t, misfits)
+		assert.False(t, recreate)
+	})
+}
+
+// On an intact table New changes nothing.
+func TestNewChangesNothing(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.bridgeCalls(f, false) // so that neighbours are masqueraded
+		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+		n.assignService(serviceIP(f, 1))
+
+		for i := range n.Pods {
+			n.serve(i, "tcp", f, 80)
+		}
+
+		m := n.manager()
+		web := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "SCTP"},
+			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: n.otherNodeIP(f).String()})
+		require.NoError(t, n.add(m, "id", web))
+		require.NoError(t, n.add(m, "other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+		require.NoError(t, n.add(m, "other", n.pod(1, f, &PortMapping{HostPort: 9091, ContainerPort: 80})))
+		require.NoError(t, n.remove(m, "other", n.pod(1, f, &PortMapping{HostPort: 9091, ContainerPort: 80})))
+		require.NoError(t, m.Close())
+
+		worked := n.countWork()
+		before := strings.Join(n.elements(f), "\n")
+
+		for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins, nftNeighbours, nftServices} {
+			require.Contains(t, before, " element "+set+" ")
+		}
+
+		for _, backend := range []Backend{BackendNFTables, BackendAuto, BackendNFTables} {
+			m = n.manager(WithBackend(backend))
+			assert.Zero(t, worked(), "generations")
+
+			// What others do elsewhere changes nothing either.
+			n.commit(nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "others"}.Create())
+			require.NoError(t, n.add(m, "id", web))
+			assert.Equal(t, 1, worked(), "generations")
+			require.NoError(t, m.Close())
+			n.commit(nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "others"}.Delete())
+			worked()
+		}
+
+		assert.Equal(t, before, strings.Join(n.elements(f), "\n"))
+
+		m = n.manager()
+		require.NoError(t, n.add(m, "more", n.pod(0, f, &PortMapping{HostPort: 8088, ContainerPort: 80})))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8088), "web")
+		assert.Equal(t, 1, worked(), "generations")
+	})
+}
+
+// A rule that differs from ours in a single expression is not taken for it.
+func TestChangedExpressionIsSeen(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+
+		l := newNFTLayout(f)
+		h := l.header()
+		port := nfnetlink.LoadTransportHeader(2, 2, piece(1))
+		rule := func(port, lookUp nfnetlink.Expr, more ...nfnetlink.Expr) []nfnetlink.Expr {
+			return append([]nfnetlink.Expr{nfnetlink.LoadProtocol(reg1), port}, append(more, lookUp, nfnetlink.DNAT(l.table.Family, reg1, h.behind))...)
+		}
+		lookUp := nfnetlink.LookUp(nftHostPorts, reg1, reg1)
+
+		rules := l.rules()
+		changed := func(exprs []nfnetlink.Expr) []netlink.Message {
+			return []netlink.Message{rules[0], l.table.AppendRule(nftHostPorts, exprs...)}
+		}
+
+		for name, msgs := range map[string][]netlink.Message{
+			"one alone":   rules[1:2],
+			"order":       {rules[1], rules[0]},
+			"twice":       {rules[0], rules[1], rules[1]},
+			"port masked": changed(rule(port, lookUp, nfnetlink.Mask(piece(1), []byte{0xff, 0xfe}))),
+			"offset":      changed(rule(nfnetlink.LoadTransportHeader(0, 2, piece(1)), lookUp)),
+			"more":        changed(rule(port, lookUp, nfnetlink.LoadProtocol(reg2+1))),
+		} {
+			t.Run(name, func(t *testing.T) {
+				n := n.within(t)
+				n.commit(append([]netlink.Message{l.table.FlushChain(nftHostPorts)}, msgs...)...)
+
+				worked := n.countWork()
+				m := n.manager()
+				assert.Equal(t, 1, worked())
+				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+				assert.Empty(t, n.deviations(f, rowsOfAll(t, f, map[string][]*PodPortMapping{
+					"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})},
+				})))
+				require.NoError(t, m.Close())
+			})
+		}
+	})
+}
+
+// otherKernel is a connection to a kernel that shows rules in another way than they were
+// made.
+type otherKernel struct{ nftConn }
+
+func (k otherKernel) Dump(ctx context.Context, request netlink.Message) ([]netlink.Message, error) {
+	msgs, err := k.nftConn.Dump(ctx, request)
+	if request.Header.Type == newNFTLayout(IPv4).table.Rules().Header.Type {
+		for i := range msgs {
+			msgs[i].Data = bytes.ReplaceAll(msgs[i].Data, []byte("lookup\x00"), []byte("lookUp\x00"))
+		}
+	}
+
+	return msgs, err
+}
+
+// On a kernel that shows our rules in another way than it is sent them, they are known once
+// they have been made.
+func TestRulesShownInAnotherWay(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	m, fake := n.viaFake()
+	fake.nftConn = otherKernel{fake.nftConn}
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	pods := map[string][]*PodPortMapping{"id": {pod}}
+	others := nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "others"}
+	worked := n.countWork()
+
+	require.NoError(t, n.add(m, "id", pod))
+	n.commit(others.Create())
+	worked()
+
+	for range 2 {
+		n.do(func() { require.NoError(t, m.Check(t.Context(), "id", pod)) })
+		require.NoError(t, n.add(m, "id", pod))
+		require.NoError(t, n.sync(m, pods))
+		assert.Zero(t, worked())
+	}
+
+	n.wipe(IPv4)
+	n.do(func() { require.Error(t, m.Check(t.Context(), "id", pod)) })
+	require.NoError(t, n.sync(m, pods))
+	n.do(func() { require.NoError(t, m.Check(t.Context(), "id", pod)) })
+	assert.Empty(t, n.deviations(IPv4, rowsOfAll(t, IPv4, pods)))
+}
+
+// An address of the node that somebody has put among those of Services is named by Check,
+// and taken out.
+func TestNodeAddressExempted(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		m := n.manager()
+		check := func() (err error) {
+			n.do(func() { err = m.Check(t.Context(), "id", pod) })
+
+			return err
+		}
+		e := serviceElement(n.nodeIP(f))
+		add := func() { n.commit(newNFTLayout(f).table.AddElement(e.set, e.element())) }
+		exempt := func() {
+			add()
+			require.ErrorContains(t, check(), "unknown address of a Service "+n.nodeIP(f).String())
+			n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080))
+		}
+
+		require.NoError(t, n.add(m, "id", pod))
+
+		exempt()
+		require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}))
+		require.NoError(t, check())
+
+		exempt()
+		require.NoError(t, m.Close())
+
+		m = n.manager()
+		require.NoError(t, check())
+		n.run(m)
+		add()
+		n.soon(func() bool { return !strings.Contains(strings.Join(n.elements(f), "\n"), nftServices) })
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+	})
 }

@@ -113,9 +113,11 @@ type nftBackend struct {
 	ruleset *nftRuleset
 	log     klog.Logger
 	epoch   int // in which what follows was true
-	// fingerprint is how our rules are recognised; "": they have yet to be made.
-	fingerprint string
-	hairpins    map[netip.Addr]nftHairpin
+	// made is set once our table stands. seen is how it looked when it was last found or
+	// made to be as ours, and zero if nobody knows.
+	made     bool
+	seen     nftObserved
+	hairpins map[netip.Addr]nftHairpin
 	// services are the addresses that are not to be translated, exempted those that the
 	// kernel has for that.
 	services, exempted map[netip.Addr]bool
@@ -149,7 +151,16 @@ func newNFTBackend(ruleset *nftRuleset, f ipFamily, log klog.Logger, localhost, 
 
 // usable fails where the kernel cannot carry the layout, and says why.
 func (b *nftBackend) usable(ctx context.Context) error {
+	if there, err := b.observe(ctx); err == nil {
+		if misfits, _, err := b.misfits(there); err == nil && len(misfits) == 0 {
+			return nil // it does
+		}
+	}
+
 	err := b.ruleset.conn.Check(ctx, b.objects())
+	if inPlaceOfOurs(err) { // which need not stay
+		err = b.ruleset.conn.Check(ctx, append([]netlink.Message{b.table.Create(), b.table.Delete()}, b.objects()...))
+	}
 
 	// Without nf_tables the transaction as a whole is.
 	if refused := (*nfnetlink.BatchError)(nil); errors.As(err, &refused) && refused.Message < 0 && errors.Is(err, unix.EOPNOTSUPP) {
@@ -170,7 +181,7 @@ func (b *nftBackend) name(*row) string { return "" }
 
 func (b *nftBackend) ownedBy(id string, r *row) bool { return shortHash(id) == r.ownerHash }
 
-// list does not know whether the rules are this version's: they are made anew.
+// list leaves it to reconcile to find out whether all is as we would make it.
 func (b *nftBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
@@ -215,23 +226,16 @@ func (b *nftBackend) unmoved(ctx context.Context, list func() error) (uint32, er
 func (b *nftBackend) allChains(ctx context.Context) ([]nfnetlink.ChainInfo, error) {
 	var chains []nfnetlink.ChainInfo
 
-	_, err := b.unmoved(ctx, func() error {
-		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
-		if err != nil {
-			return fmt.Errorf("list chains: %w", err)
-		}
+	_, err := b.unmoved(ctx, func() (err error) {
+		chains, err = dumpAll(ctx, b.ruleset.conn, b.table.Chains(), nfnetlink.ParseChain)
 
-		chains = make([]nfnetlink.ChainInfo, len(msgs))
-		for i, m := range msgs {
-			if chains[i], err = nfnetlink.ParseChain(m); err != nil {
-				return fmt.Errorf("list chains: %w", err)
-			}
-		}
-
-		return nil
+		return err
 	})
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
 
-	return chains, err
+	return chains, nil
 }
 
 // isThere reports whether the family has our table, with chains.
@@ -241,9 +245,13 @@ func (b *nftBackend) isThere(chains []nfnetlink.ChainInfo) bool {
 
 // dump returns all elements of the family.
 func (b *nftBackend) dump(ctx context.Context) (map[nftKey]nftElement, error) {
+	return b.dumpSets(ctx, nftHostPorts, nftHostIPPorts, nftHairpins, nftServices, nftNeighbours)
+}
+
+func (b *nftBackend) dumpSets(ctx context.Context, sets ...string) (map[nftKey]nftElement, error) {
 	elements := map[nftKey]nftElement{}
 
-	for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins, nftServices, nftNeighbours} {
+	for _, set := range sets {
 		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Elements(set))
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", set, err)
@@ -329,8 +337,8 @@ func (b *nftBackend) reconcile(ctx context.Context, t target) (repairs []string,
 
 	p := b.plan(t.deltas)
 
-	if !t.whole && b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.inDoubt) == 0 && p.provesItself() {
-		err := b.commit(ctx, b.ruleset.gen, p, b.fingerprint == "")
+	if !t.whole && b.made && b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.inDoubt) == 0 && p.provesItself() {
+		err := b.commit(ctx, b.ruleset.gen, p)
 		if !overtaken(err) {
 			return nil, err
 		}
@@ -342,14 +350,13 @@ func (b *nftBackend) reconcile(ctx context.Context, t target) (repairs []string,
 			return nil, err
 		}
 
-		intact, err := b.look(ctx, p, t)
-		if err != nil {
+		if err := b.look(ctx, p, t); err != nil {
 			return nil, err
 		}
 
-		repairs := p.repairs(b, intact)
+		repairs := p.repairs(b)
 
-		if err = b.commit(ctx, gen, p, !intact); !overtaken(err) || try > maxOvertaken {
+		if err = b.commit(ctx, gen, p); !overtaken(err) || try > maxOvertaken {
 			return repairs, err
 		}
 	}
@@ -379,8 +386,8 @@ func inPlaceOfOurs(err error) bool {
 
 // commit makes the plan true, if the ruleset is still of generation gen, or in
 // any case if that is 0.
-func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects bool) error {
-	msgs := b.frame(p, objects)
+func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan) error {
+	msgs := b.frame(p)
 	base := len(msgs)
 	msgs, of := p.messages(b.table, msgs)
 
@@ -396,6 +403,8 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 	switch {
 	case err == nil:
 	case errors.Is(err, nfnetlink.ErrStale), errors.As(err, &refused):
+		p.refused = gen != 0 && len(p.misfits) > 0 && inPlaceOfOurs(err) && refused.Message < base
+
 		return err
 	default: // and nobody knows what came of it
 		maps.Copy(b.inDoubt, p.wanted)
@@ -422,20 +431,31 @@ func (b *nftBackend) commit(ctx context.Context, gen uint32, p *nftPlan, objects
 		}
 	}
 
-	if objects {
-		b.fingerprint = b.learnFingerprint(ctx, gen)
+	if b.made, b.seen = true, p.observed; len(p.misfits) > 0 {
+		b.seen = b.justMade(ctx, gen)
 	}
 
 	return nil
 }
 
+// justMade returns how our table looks that was made in generation gen: a kernel to come may
+// show it in another way than wanted says. It is zero if somebody may have changed it since.
+func (b *nftBackend) justMade(ctx context.Context, gen uint32) nftObserved {
+	found, err := b.observe(ctx)
+	if now, genErr := b.ruleset.conn.Generation(ctx); err != nil || genErr != nil || now != gen {
+		return nftObserved{}
+	}
+
+	return found
+}
+
 // frame is what a transaction does besides to elements.
-func (b *nftBackend) frame(p *nftPlan, objects bool) (msgs []netlink.Message) {
+func (b *nftBackend) frame(p *nftPlan) (msgs []netlink.Message) {
 	if p.recreate {
 		msgs = append(msgs, b.table.Create(), b.table.Delete())
 	}
 
-	if objects {
+	if len(p.misfits) > 0 {
 		msgs = append(msgs, b.objects()...)
 	}
 
@@ -446,44 +466,25 @@ func (b *nftBackend) frame(p *nftPlan, objects bool) (msgs []netlink.Message) {
 	return msgs
 }
 
-// unknownFingerprint is none that rules have.
-const unknownFingerprint = "unknown"
-
-// learnFingerprint returns that of the rules just made, which is not known if somebody else
-// may have changed them since, in another generation than gen.
-func (b *nftBackend) learnFingerprint(ctx context.Context, gen uint32) string {
-	found, err := b.observe(ctx)
-	if err != nil {
-		return unknownFingerprint
-	}
-
-	if now, err := b.ruleset.conn.Generation(ctx); err != nil || now != gen {
-		return unknownFingerprint
-	}
-
-	return found.fingerprint()
-}
-
-// nftObserved is what the kernel holds of the layout, but for sets and elements. Its zero
-// value is that there is no table.
+// nftObserved is what the kernel holds of the layout, except elements. Its zero value is
+// that there is no table.
+//
+// It changes if anybody makes, deletes or replaces a rule of our table, one of our chains
+// or its policy, or the table itself, or if that comes to have more or fewer chains and
+// sets. A set of ours cannot be replaced without that: as long as a rule refers to it, the
+// kernel keeps it.
 type nftObserved struct {
 	table  nfnetlink.TableInfo
 	chains []nfnetlink.ChainInfo // as nftLayout.chains has them; zero where there is none
+	sets   []nfnetlink.SetInfo   // all that the table has, as are
 	rules  []nfnetlink.RuleInfo
 }
 
-// fingerprint changes if anybody makes, deletes or replaces a rule of our table, one of
-// our chains or its policy, or the table itself, or if it comes to have more or fewer
-// chains and sets. Without a table it is "".
-//
-// Our sets need no look besides: as long as a rule is there, the kernel keeps those it
-// refers to.
-func (o nftObserved) fingerprint() string {
-	if o.chains == nil {
-		return ""
-	}
+func (o nftObserved) exists() bool { return o.chains != nil }
 
-	return fmt.Sprint(o.table, o.chains, o.rules)
+func (o nftObserved) equal(other nftObserved) bool {
+	return o.table == other.table && slices.Equal(o.chains, other.chains) &&
+		slices.Equal(o.sets, other.sets) && slices.Equal(o.rules, other.rules)
 }
 
 // observe reads our table.
@@ -516,48 +517,47 @@ func (b *nftBackend) observe(ctx context.Context) (found nftObserved, err error)
 		}
 	}
 
-	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
-	if err != nil {
+	if found.sets, err = dumpAll(ctx, b.ruleset.conn, b.table.Sets(), nfnetlink.ParseSet); err != nil {
 		return nftObserved{}, err
 	}
 
-	found.rules = make([]nfnetlink.RuleInfo, len(msgs))
-	for i, m := range msgs {
-		if found.rules[i], err = nfnetlink.ParseRule(m); err != nil {
-			return nftObserved{}, err
-		}
-	}
+	found.rules, err = dumpAll(ctx, b.ruleset.conn, b.table.Rules(), nfnetlink.ParseRule)
 
-	return found, nil
+	return found, err
 }
 
-// look puts into the plan what the kernel holds, and reports whether our rules are what
-// they were. Where they are not, or a transaction is in doubt, the plan is for the whole
-// table from now on.
-func (b *nftBackend) look(ctx context.Context, p *nftPlan, t target) (intact bool, err error) {
-	observed, err := b.observe(ctx)
+// dumpAll lists what a request is for.
+func dumpAll[T any](ctx context.Context, conn nftConn, request netlink.Message, parse func(netlink.Message) (T, error)) ([]T, error) {
+	msgs, err := conn.Dump(ctx, request)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 
-	intact = b.isIntact(observed)
-	p.recreate, p.foreign = false, nil
+	return parseAll(msgs, parse)
+}
 
-	if !intact {
-		if p.recreate, err = b.nameTaken(ctx, observed); err != nil {
-			return false, err
+func parseAll[T any](msgs []netlink.Message, parse func(netlink.Message) (T, error)) (list []T, err error) {
+	list = make([]T, len(msgs))
+	for i, m := range msgs {
+		if list[i], err = parse(m); err != nil {
+			return nil, err
 		}
 	}
 
-	if t.exactly {
-		if err := p.takeOutForeign(ctx, b, observed.table); err != nil {
-			return false, err
-		}
+	return list, nil
+}
+
+// look puts into the plan what the kernel holds. Where our table is not what it was at the
+// last look, or a transaction is in doubt, the plan is for the whole table from now on.
+func (b *nftBackend) look(ctx context.Context, p *nftPlan, t target) error {
+	same, err := p.lookAtTable(ctx, b, t.exactly)
+	if err != nil {
+		return err
 	}
 
 	var have map[nftKey]nftElement
 
-	whole := t.whole || !intact || len(b.inDoubt) > 0
+	whole := t.whole || !same || len(b.inDoubt) > 0
 	if !whole {
 		have, err = b.lookUp(ctx, p.order)
 	} else if have, err = b.dump(ctx); err == nil {
@@ -565,7 +565,7 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, t target) (intact boo
 	}
 
 	if err != nil {
-		return false, err
+		return err
 	}
 
 	for key, w := range p.wanted {
@@ -576,8 +576,32 @@ func (b *nftBackend) look(ctx context.Context, p *nftPlan, t target) (intact boo
 		p.prune(b, have, t.exactly)
 	}
 
-	return intact && !p.recreate && len(p.foreign) == 0, nil // with another fingerprint then
+	return nil
 }
+
+// lookAtTable looks at everything but elements, and reports whether that is what it was.
+func (p *nftPlan) lookAtTable(ctx context.Context, b *nftBackend, exactly bool) (same bool, err error) {
+	p.recreate, p.foreign, p.misfits = false, nil, nil
+
+	if p.observed, err = b.observe(ctx); err != nil {
+		return false, err
+	}
+
+	if same = b.knows(p.observed); !same {
+		p.misfits, p.recreate, err = b.misfits(p.observed)
+	}
+
+	if exactly && err == nil {
+		err = p.takeOutForeign(ctx, b)
+	}
+
+	p.recreate = p.recreate || p.refused && len(p.misfits) > 0
+
+	return same, err
+}
+
+// knows reports whether what is there has been found to be as ours before.
+func (b *nftBackend) knows(o nftObserved) bool { return o.exists() && o.equal(b.seen) }
 
 // ours is what a plan for an element has to know of the one that is there.
 func (b *nftBackend) ours(w *nftWanted, there nftElement, exactly bool) nftElement {
@@ -633,9 +657,14 @@ type nftPlan struct {
 	wanted   map[nftKey]*nftWanted
 	order    []nftKey                  // in which the deltas came to them
 	hairpins map[netip.Addr]nftHairpin // what becomes of those that the deltas touch
+	observed nftObserved               // what the plan is made for
+	misfits  []string                  // how that differs from what we would make, which we do then
 	recreate bool                      // the table is deleted first
 	// foreign is what takes out what others have put into the table.
 	foreign []netlink.Message
+	// refused is set if the kernel has not made our objects beside what was there, though
+	// nobody had changed that since the look.
+	refused bool
 }
 
 // nftWanted is one element as it is, as far as that is known, and as it is to be.
@@ -648,7 +677,7 @@ type nftWanted struct {
 
 // plan works out what deltas come to if the kernel holds what it should.
 func (b *nftBackend) plan(deltas []delta) *nftPlan {
-	p := &nftPlan{wanted: map[nftKey]*nftWanted{}, hairpins: map[netip.Addr]nftHairpin{}}
+	p := &nftPlan{wanted: map[nftKey]*nftWanted{}, hairpins: map[netip.Addr]nftHairpin{}, observed: b.seen}
 
 	for i, d := range deltas {
 		for _, r := range d.del {

@@ -7,137 +7,170 @@ import (
 	"slices"
 
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
-// isIntact reports whether our rules are what they were.
-func (b *nftBackend) isIntact(o nftObserved) bool {
-	now := o.fingerprint()
+// wanted is what the kernel gives back of the layout, except for handles.
+func (l nftLayout) wanted() (o nftObserved, err error) {
+	chains, sets := make([]netlink.Message, len(l.chains())), make([]netlink.Message, len(l.sets()))
 
-	return now != "" && now == b.fingerprint
+	for i, c := range l.chains() {
+		chains[i] = l.table.CreateChain(c)
+	}
+
+	for i, s := range l.sets() {
+		sets[i] = l.table.CreateSet(s)
+	}
+
+	if o.chains, err = parseAll(chains, nfnetlink.ParseChain); err != nil {
+		return nftObserved{}, err
+	}
+
+	if o.sets, err = parseAll(sets, nfnetlink.ParseSet); err != nil {
+		return nftObserved{}, err
+	}
+
+	o.rules, err = parseAll(l.rules(), nfnetlink.ParseRule)
+
+	return o, err
 }
 
-// nameTaken reports whether a chain or set bears one of our names and is not as ours: to
-// make ours takes another table then.
-func (b *nftBackend) nameTaken(ctx context.Context, o nftObserved) (bool, error) {
-	if o.chains == nil {
-		return false, nil
+// misfits returns, in words, how what bears our names differs from what we would make, and
+// whether to make that takes another table: the kernel puts back a policy, and wakes a table
+// that is dormant, but it moves no chain and changes no set.
+func (l nftLayout) misfits(there nftObserved) (list []string, recreate bool, err error) {
+	if !there.exists() {
+		return []string{l.tableName() + " is missing"}, false, nil
 	}
 
-	for i, c := range b.chains() {
-		ours, err := nfnetlink.ParseChain(b.table.CreateChain(c))
-		if err != nil {
-			return false, err
-		}
-
-		there := o.chains[i]
-		there.Handle, there.Policy = 0, ours.Policy // which is put back where the chain is
-
-		if there.Name != "" && there != ours {
-			return true, nil
-		}
-	}
-
-	ours := map[string]nfnetlink.SetInfo{}
-
-	for _, s := range b.sets() {
-		info, err := nfnetlink.ParseSet(b.table.CreateSet(s))
-		if err != nil {
-			return false, err
-		}
-
-		ours[s.Name] = info
-	}
-
-	answers, err := b.ruleset.conn.Dump(ctx, b.table.Sets())
+	ours, err := l.wanted()
 	if err != nil {
-		return false, err
+		return nil, false, err
 	}
 
-	for _, m := range answers {
-		there, err := nfnetlink.ParseSet(m)
-		if err != nil {
-			return false, err
-		}
+	switch flags := there.table.Flags; {
+	case flags&unix.NFT_TABLE_F_DORMANT != 0:
+		list = append(list, l.tableName()+" is dormant")
+	case flags != 0:
+		list = append(list, fmt.Sprintf("%s has flags %#x", l.tableName(), flags))
+	}
 
-		if s, ok := ours[there.Name]; ok && there != s {
-			return true, nil
+	for i, c := range ours.chains {
+		is := there.chains[i]
+		is.Handle = 0
+		moved := is
+		moved.Policy = c.Policy
+
+		switch {
+		case is.Name == "":
+			list = append(list, "chain "+c.Name+" is missing")
+		case moved != c:
+			list, recreate = append(list, "chain "+c.Name+" has another type, hook or priority"), true
+		case is != c:
+			list = append(list, "chain "+c.Name+" has policy drop")
 		}
 	}
 
-	return false, nil
+	for _, s := range ours.sets {
+		switch i := slices.IndexFunc(there.sets, func(is nfnetlink.SetInfo) bool { return is.Name == s.Name }); {
+		case i < 0:
+			list = append(list, "set "+s.Name+" is missing")
+		case there.sets[i] != s:
+			list, recreate = append(list, "set "+s.Name+" has another type, size or flags"), true
+		}
+	}
+
+	for _, c := range ours.chains {
+		list = append(list, misfitRules(c.Name, ours.rules, there.rules)...)
+	}
+
+	return list, recreate, nil
+}
+
+// misfitRules are the misfits of one chain's rules.
+func misfitRules(chain string, ours, there []nfnetlink.RuleInfo) (list []string) {
+	in := func(rules []nfnetlink.RuleInfo) (expressions []string) {
+		for _, r := range rules {
+			if r.Chain == chain {
+				expressions = append(expressions, r.Expressions)
+			}
+		}
+
+		return expressions
+	}
+	want, have := in(ours), in(there)
+	lacks := func(some, of []string) bool {
+		return slices.ContainsFunc(of, func(rule string) bool { return !slices.Contains(some, rule) })
+	}
+
+	if lacks(have, want) {
+		list = append(list, "rule of chain "+chain+" is missing")
+	}
+
+	if lacks(want, have) {
+		list = append(list, "rule of others in chain "+chain)
+	}
+
+	if list == nil && !slices.Equal(have, want) {
+		list = append(list, "rules of chain "+chain+" are in another order")
+	}
+
+	return list
+}
+
+// tableName is our table's, as nft names it.
+func (l nftLayout) tableName() string {
+	if l.family == IPv6 {
+		return "table ip6 " + nftTable
+	}
+
+	return "table ip " + nftTable
 }
 
 // takeOutForeign extends the plan to the chains and sets that others have put into our
 // table. To make the table again would do as well, but not unnoticed: between two chains
 // of one hook, the old one and the new, a packet may meet neither. It is made again if
 // there is something of another kind, which nothing less takes out.
-func (p *nftPlan) takeOutForeign(ctx context.Context, b *nftBackend, table nfnetlink.TableInfo) error {
-	if table == (nfnetlink.TableInfo{}) {
+func (p *nftPlan) takeOutForeign(ctx context.Context, b *nftBackend) error {
+	if !p.observed.exists() {
 		return nil
 	}
 
-	ours := map[string]bool{}
-	for _, c := range b.chains() {
-		ours["chain "+c.Name] = true
-	}
-
-	for _, s := range b.sets() {
-		ours["set "+s.Name] = true
-	}
-
-	var flush, sets, chains []netlink.Message
-
-	found := 0
-
-	answers, err := b.ruleset.conn.Dump(ctx, b.table.Chains())
+	there, err := dumpAll(ctx, b.ruleset.conn, b.table.Chains(), nfnetlink.ParseChain)
 	if err != nil {
 		return err
 	}
 
-	for _, m := range answers {
-		c, err := nfnetlink.ParseChain(m)
-		if err != nil {
-			return err
-		}
+	there = slices.DeleteFunc(there, func(c nfnetlink.ChainInfo) bool { return c.Table != nftTable })
 
-		if c.Table != nftTable {
-			continue
-		}
+	var flush, sets, chains []netlink.Message
 
-		found++
-
-		if !ours["chain "+c.Name] {
+	for _, c := range there {
+		if !slices.ContainsFunc(b.chains(), func(ours nfnetlink.Chain) bool { return ours.Name == c.Name }) {
 			flush, chains = append(flush, b.table.FlushChain(c.Name)), append(chains, b.table.DeleteChain(c.Name))
 		}
 	}
 
-	if answers, err = b.ruleset.conn.Dump(ctx, b.table.Sets()); err != nil {
-		return err
-	}
-
-	for _, m := range answers {
-		s, err := nfnetlink.ParseSet(m)
-		if err != nil {
-			return err
-		}
-
-		found++
-
-		if !s.Anonymous() && !ours["set "+s.Name] {
+	for _, s := range p.observed.sets {
+		if !s.Anonymous() && !slices.ContainsFunc(b.sets(), func(ours nfnetlink.Set) bool { return ours.Name == s.Name }) {
 			sets = append(sets, b.table.DeleteSet(s.Name))
 		}
 	}
 
 	p.foreign = slices.Concat(flush, sets, chains)
-	p.recreate = p.recreate || int(table.Use) > found
+
+	if odd := int(p.observed.table.Use) > len(there)+len(p.observed.sets); odd || len(p.foreign) > 0 {
+		p.recreate = p.recreate || odd
+		p.misfits = append(p.misfits, "objects of others in "+b.tableName())
+	}
 
 	return nil
 }
 
 // repairs are what the plan changes besides what deltas ask for, in words.
-func (p *nftPlan) repairs(b *nftBackend, intact bool) []string {
+func (p *nftPlan) repairs(b *nftBackend) []string {
 	var list []string
 
 	for _, key := range p.order {
@@ -150,8 +183,8 @@ func (p *nftPlan) repairs(b *nftBackend, intact bool) []string {
 		}
 	}
 
-	if !intact && b.fingerprint != "" || len(p.foreign) > 0 {
-		list = append(list, "rules of table "+nftTable)
+	if b.made || p.observed.exists() {
+		list = append(list, p.misfits...)
 	}
 
 	return list
@@ -185,14 +218,14 @@ func (b *nftBackend) deleteTable(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 
-	repairs := []string{"unknown table " + nftTable}
+	repairs := []string{"unknown " + b.tableName()}
 
 	// It may go meanwhile.
 	if err := b.ruleset.conn.Commit(ctx, 0, []netlink.Message{b.table.Create(), b.table.Delete()}); err != nil {
 		return repairs, err
 	}
 
-	b.fingerprint = ""
+	b.made = false
 	clear(b.hairpins)
 	clear(b.inDoubt)
 	b.exempted = map[netip.Addr]bool{}
@@ -204,12 +237,29 @@ func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error)
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
 
-	missing, err := b.missingRules(ctx)
+	var there nftObserved
+
+	_, err := b.unmoved(ctx, func() (err error) {
+		there, err = b.observe(ctx)
+
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
 
-	var wanted []nftElement
+	var (
+		missing []string
+		wanted  []nftElement
+	)
+
+	if !b.knows(there) {
+		var recreate bool
+		if missing, recreate, err = b.misfits(there); err != nil || recreate { // and elements cannot be asked for
+			return missing, err
+		}
+	}
+
 	for _, r := range rows {
 		wanted = append(wanted, elementsOf(r)...)
 	}
@@ -234,45 +284,11 @@ func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error)
 		}
 	}
 
-	return missing, nil
-}
-
-// missingRules looks for the rules, chain by chain.
-func (b *nftBackend) missingRules(ctx context.Context) ([]string, error) {
-	msgs, err := b.ruleset.conn.Dump(ctx, b.table.Rules())
-	if err != nil {
-		return nil, err
-	}
-
-	rules := map[string]int{}
-
-	for _, m := range msgs {
-		r, err := nfnetlink.ParseRule(m)
-		if err != nil {
-			return nil, err
+	exempted, err := b.dumpSets(ctx, nftServices)
+	for _, e := range exempted {
+		if ip, _ := netip.AddrFromSlice([]byte(e.key)); !b.services[ip] {
+			missing = append(missing, "unknown "+b.describe(e))
 		}
-
-		rules[r.Chain]++
-	}
-
-	var missing []string
-
-	for _, m := range b.rules() {
-		r, err := nfnetlink.ParseRule(m)
-		if err != nil {
-			return nil, err
-		}
-
-		rules[r.Chain]--
-
-		if rules[r.Chain] < 0 {
-			missing = append(missing, "rule of chain "+r.Chain)
-		}
-	}
-
-	observed, err := b.observe(ctx)
-	if err == nil && len(missing) == 0 && !slices.Contains([]string{"", unknownFingerprint, observed.fingerprint()}, b.fingerprint) {
-		missing = append(missing, "rules of table "+nftTable+" as they were made")
 	}
 
 	return missing, err

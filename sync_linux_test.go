@@ -168,25 +168,13 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		return list // no rule need be as it was
 	}
 
-	missing, err := b.missingRules(n.t.Context())
-	require.NoError(n.t, err)
-
-	list = append(list, missing...)
-
-	msgs, err := conn.Dump(n.t.Context(), b.table.Rules())
-	require.NoError(n.t, err)
-
-	for _, m := range msgs {
-		rule, err := nfnetlink.ParseRule(m)
-		require.NoError(n.t, err)
-
-		if rule.Chain == nftPrerouting || rule.Chain == nftOutput {
-			list = append(list, "rule in chain "+rule.Chain)
-		}
-	}
-
 	observed, err := b.observe(n.t.Context())
 	require.NoError(n.t, err)
+
+	misfits, _, err := b.misfits(observed)
+	require.NoError(n.t, err)
+
+	list = append(list, misfits...)
 
 	if int(observed.table.Use) > len(b.sets())+len(b.chains()) {
 		list = append(list, "left over chains or sets")
@@ -926,7 +914,7 @@ func TestSyncKeepsTable(t *testing.T) {
 		},
 		func() { n.commit(l.table.FlushChain(nftNATPrerouting)) },
 		func() { n.command("nft", "chain ip crio-hostports prerouting { policy drop; }") },
-		func() { b.fingerprint = "" }, // others have committed while it was learnt
+		func() { b.seen = nftObserved{} }, // nobody has looked since it was made
 	} {
 		breakIt()
 		require.NoError(t, n.sync(m, pods))

@@ -73,7 +73,7 @@ func TestFirstLayoutIsTakenOver(t *testing.T) {
 		for range rounds {
 			require.NoError(t, m.Close())
 			n.commit(firstLayout(f)...)
-			require.Subset(t, n.deviations(f, rows), []string{"rule of chain nat-prerouting", "rule in chain prerouting"})
+			require.Subset(t, n.deviations(f, rows), []string{"chain nat-prerouting is missing", "rule of others in chain prerouting"})
 
 			ask := n.startAsking(to)
 
@@ -233,12 +233,12 @@ func TestChainsForCRIOAreEmptied(t *testing.T) {
 			}
 
 			crio()
-			require.Subset(t, n.deviations(f, rows), []string{"rule in chain prerouting", "rule in chain output"})
+			require.Subset(t, n.deviations(f, rows), []string{"rule of others in chain prerouting", "rule of others in chain output"})
 
 			var check error
 
 			n.do(func() { check = m.Check(t.Context(), "id", pods["id"][0]) })
-			require.ErrorContains(t, check, "rules of table", name)
+			require.ErrorContains(t, check, "rule of others in chain output", name)
 			require.NoError(t, do(), name)
 			require.NoError(t, n.remove(m, "other", nil))
 			assert.Empty(t, n.deviations(f, rows), name)

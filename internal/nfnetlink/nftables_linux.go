@@ -14,7 +14,8 @@ const (
 	nftaTableHandle   = 4
 	nftaTableUserdata = 6  // Linux 5.10; ignored before
 	nftaChainUserdata = 12 // the same
-	nfDrop            = 0  // linux/netfilter.h
+	nftaBitwiseOp     = 6
+	nfDrop            = 0 // linux/netfilter.h
 	nfAccept          = 1
 	setElemCatchall   = 2 // NFT_SET_ELEM_CATCHALL
 )
@@ -93,6 +94,8 @@ type RuleInfo struct {
 	Chain string
 	// Handle is of this rule alone, as long as its table lives.
 	Handle uint64
+	// Expressions are what it consists of, to the byte.
+	Expressions string
 }
 
 // DataType is a type of set keys and data, by nft's number for it (datatype.h).
@@ -269,16 +272,18 @@ func (t Table) FlushChain(name string) netlink.Message {
 	})
 }
 
-// AppendRule adds a rule at the end of a chain.
+// AppendRule adds a rule at the end of a chain. Its expressions are written as the kernel
+// does it (Linux 5.10 to 7.0), so that ParseRule finds the same in both: all attributes in
+// the kernel's order, and without NLA_F_NESTED, which nf_tables does not ask for.
 func (t Table) AppendRule(chain string, exprs ...Expr) netlink.Message {
 	return t.message(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, func(ae *netlink.AttributeEncoder) {
 		ae.String(unix.NFTA_RULE_TABLE, t.Name)
 		ae.String(unix.NFTA_RULE_CHAIN, chain)
-		nested(ae, unix.NFTA_RULE_EXPRESSIONS, func(ae *netlink.AttributeEncoder) {
+		plain(ae, unix.NFTA_RULE_EXPRESSIONS, func(ae *netlink.AttributeEncoder) {
 			for _, e := range exprs {
-				nested(ae, unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) {
+				plain(ae, unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) {
 					ae.String(unix.NFTA_EXPR_NAME, e.name)
-					nested(ae, unix.NFTA_EXPR_DATA, e.encode)
+					plain(ae, unix.NFTA_EXPR_DATA, e.encode)
 				})
 			}
 		})
@@ -292,7 +297,7 @@ func (t Table) Rules() netlink.Message {
 	})
 }
 
-// ParseRule reads an answer to Rules.
+// ParseRule reads an answer to Rules, or what AppendRule returns.
 func ParseRule(m netlink.Message) (RuleInfo, error) {
 	var info RuleInfo
 
@@ -302,6 +307,8 @@ func ParseRule(m netlink.Message) (RuleInfo, error) {
 			info.Chain = ad.String()
 		case unix.NFTA_RULE_HANDLE:
 			info.Handle = ad.Uint64()
+		case unix.NFTA_RULE_EXPRESSIONS:
+			info.Expressions = string(ad.Bytes())
 		}
 	})
 
@@ -532,19 +539,14 @@ func meta(key, dreg uint32) Expr {
 // LoadInputName loads the name of the interface that the packet came in by, padded with
 // zeros to 16 bytes. In postrouting there is one from Linux 5.7 on, and none for what the
 // machine itself sends.
-func LoadInputName(dreg uint32) Expr {
-	return Expr{"meta", func(ae *netlink.AttributeEncoder) {
-		ae.Uint32(unix.NFTA_META_KEY, unix.NFT_META_IIFNAME)
-		ae.Uint32(unix.NFTA_META_DREG, dreg)
-	}}
-}
+func LoadInputName(dreg uint32) Expr { return meta(unix.NFT_META_IIFNAME, dreg) }
 
 // LoadConntrackStatus loads the IPS_* bits of the packet's connection, a number
 // in the machine's byte order.
 func LoadConntrackStatus(dreg uint32) Expr {
 	return Expr{"ct", func(ae *netlink.AttributeEncoder) {
-		ae.Uint32(unix.NFTA_CT_KEY, unix.NFT_CT_STATUS)
 		ae.Uint32(unix.NFTA_CT_DREG, dreg)
+		ae.Uint32(unix.NFTA_CT_KEY, unix.NFT_CT_STATUS)
 	}}
 }
 
@@ -552,9 +554,9 @@ func LoadConntrackStatus(dreg uint32) Expr {
 // linux/rtnetlink.h, a number in the machine's byte order.
 func LoadDestinationType(dreg uint32) Expr {
 	return Expr{"fib", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_FIB_DREG, dreg)
 		ae.Uint32(unix.NFTA_FIB_RESULT, unix.NFT_FIB_RESULT_ADDRTYPE)
 		ae.Uint32(unix.NFTA_FIB_FLAGS, unix.NFTA_FIB_F_DADDR)
-		ae.Uint32(unix.NFTA_FIB_DREG, dreg)
 	}}
 }
 
@@ -564,6 +566,7 @@ func Mask(reg uint32, mask []byte) Expr {
 		ae.Uint32(unix.NFTA_BITWISE_SREG, reg)
 		ae.Uint32(unix.NFTA_BITWISE_DREG, reg)
 		ae.Uint32(unix.NFTA_BITWISE_LEN, uint32(len(mask))) //nolint:gosec // 16 at the most
+		ae.Uint32(nftaBitwiseOp, 0)                         // NFT_BITWISE_MASK_XOR
 		value(ae, unix.NFTA_BITWISE_MASK, mask)
 		value(ae, unix.NFTA_BITWISE_XOR, make([]byte, len(mask)))
 	}}
@@ -593,29 +596,25 @@ func compare(op, sreg uint32, data []byte) Expr {
 }
 
 // InSet goes on if a set has the key in the registers from sreg.
-func InSet(set string, sreg uint32) Expr {
-	return Expr{"lookup", func(ae *netlink.AttributeEncoder) {
-		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
-		ae.String(unix.NFTA_LOOKUP_SET, set)
-	}}
-}
+func InSet(set string, sreg uint32) Expr { return lookup(set, sreg, 0, 0) }
 
 // NotInSet goes on if it has not.
-func NotInSet(set string, sreg uint32) Expr {
-	return Expr{"lookup", func(ae *netlink.AttributeEncoder) {
-		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
-		ae.Uint32(unix.NFTA_LOOKUP_FLAGS, unix.NFT_LOOKUP_F_INV)
-		ae.String(unix.NFTA_LOOKUP_SET, set)
-	}}
-}
+func NotInSet(set string, sreg uint32) Expr { return lookup(set, sreg, 0, unix.NFT_LOOKUP_F_INV) }
 
 // LookUp goes on if a map has the key in the registers from sreg, and loads
 // what belongs to it.
-func LookUp(set string, sreg, dreg uint32) Expr {
+func LookUp(set string, sreg, dreg uint32) Expr { return lookup(set, sreg, dreg, 0) }
+
+func lookup(set string, sreg, dreg, flags uint32) Expr {
 	return Expr{"lookup", func(ae *netlink.AttributeEncoder) {
-		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
-		ae.Uint32(unix.NFTA_LOOKUP_DREG, dreg)
 		ae.String(unix.NFTA_LOOKUP_SET, set)
+		ae.Uint32(unix.NFTA_LOOKUP_SREG, sreg)
+
+		if dreg != 0 {
+			ae.Uint32(unix.NFTA_LOOKUP_DREG, dreg)
+		}
+
+		ae.Uint32(unix.NFTA_LOOKUP_FLAGS, flags)
 	}}
 }
 
@@ -625,7 +624,10 @@ func DNAT(family uint8, addrReg, portReg uint32) Expr {
 		ae.Uint32(unix.NFTA_NAT_TYPE, unix.NFT_NAT_DNAT)
 		ae.Uint32(unix.NFTA_NAT_FAMILY, uint32(family))
 		ae.Uint32(unix.NFTA_NAT_REG_ADDR_MIN, addrReg)
+		ae.Uint32(unix.NFTA_NAT_REG_ADDR_MAX, addrReg)
 		ae.Uint32(unix.NFTA_NAT_REG_PROTO_MIN, portReg)
+		ae.Uint32(unix.NFTA_NAT_REG_PROTO_MAX, portReg)
+		ae.Uint32(unix.NFTA_NAT_FLAGS, unix.NF_NAT_RANGE_MAP_IPS|unix.NF_NAT_RANGE_PROTO_SPECIFIED)
 	}}
 }
 
@@ -645,8 +647,8 @@ func Drop() Expr { return verdict(nfDrop, func(*netlink.AttributeEncoder) {}) }
 func verdict(code int32, more func(*netlink.AttributeEncoder)) Expr {
 	return Expr{"immediate", func(ae *netlink.AttributeEncoder) {
 		ae.Uint32(unix.NFTA_IMMEDIATE_DREG, unix.NFT_REG_VERDICT)
-		nested(ae, unix.NFTA_IMMEDIATE_DATA, func(ae *netlink.AttributeEncoder) {
-			nested(ae, unix.NFTA_DATA_VERDICT, func(ae *netlink.AttributeEncoder) {
+		plain(ae, unix.NFTA_IMMEDIATE_DATA, func(ae *netlink.AttributeEncoder) {
+			plain(ae, unix.NFTA_DATA_VERDICT, func(ae *netlink.AttributeEncoder) {
 				ae.Int32(unix.NFTA_VERDICT_CODE, code)
 				more(ae)
 			})
@@ -735,8 +737,13 @@ func nested(ae *netlink.AttributeEncoder, kind uint16, attrs func(*netlink.Attri
 	})
 }
 
+// plain is nested without NLA_F_NESTED.
+func plain(ae *netlink.AttributeEncoder, kind uint16, attrs func(*netlink.AttributeEncoder)) {
+	ae.Bytes(kind, encode(attrs))
+}
+
 func value(ae *netlink.AttributeEncoder, kind uint16, data []byte) {
-	nested(ae, kind, func(ae *netlink.AttributeEncoder) { ae.Bytes(unix.NFTA_DATA_VALUE, data) })
+	plain(ae, kind, func(ae *netlink.AttributeEncoder) { ae.Bytes(unix.NFTA_DATA_VALUE, data) })
 }
 
 // decode reads the attributes of a message's data.
