@@ -496,10 +496,13 @@ func TestForeignCommits(t *testing.T) {
 	t.Logf("%d commits of others in %v", commits, took)
 	assert.GreaterOrEqual(t, commits, 200, "one beside each operation")
 
+	mappings := m.Mappings()
+	require.NoError(t, m.Close())
+
 	adopted := n.manager(WithoutSockets()).Mappings()
 	require.Len(t, adopted, 100)
 
-	for i, mapping := range m.Mappings() {
+	for i, mapping := range mappings {
 		assert.Equal(t, adopted[i].HostPort, mapping.HostPort)
 		assert.Equal(t, adopted[i].PodIDHash, mapping.PodIDHash)
 	}
@@ -662,6 +665,8 @@ func TestManyRows(t *testing.T) {
 		require.NoError(t, n.add(m, "id", pod))
 		assert.Equal(t, 1, work())
 		assert.Len(t, n.elements(f), many+1)
+
+		require.NoError(t, m.Close())
 
 		again := n.manager(WithoutSockets())
 		assert.Len(t, again.Mappings(), many)
@@ -1163,6 +1168,8 @@ func TestOddElements(t *testing.T) {
 				Key: append(newNFTLayout(f).family.anyAddr().AsSlice(), unix.IPPROTO_TCP, 0, 0, 0, 0, 80, 0, 0), Data: append(slices.Clone(ip), 0, 80, 0, 0),
 			}),
 			table.AddElement(nftHairpins, nfnetlink.Element{Key: append(slices.Clone(ip), n.nodeIP(f).AsSlice()...), Comment: "odd"}))
+
+		require.NoError(t, m.Close())
 
 		again := n.manager(WithoutSockets())
 		assert.Len(t, again.Mappings(), 1)
