@@ -249,7 +249,7 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 
 	fake := &fakeNFT{nftConn: n.nfnetlink()}
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
-	m := &Manager{opener: newOpener(cfg)}
+	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
 	m.opener.ruleset = newNFTRuleset(func() (nftConn, error) { return fake, nil })
 
 	for _, f := range []ipFamily{IPv4, IPv6} {

@@ -194,28 +194,26 @@ func TestManagersShareNothing(t *testing.T) {
 		before := n.manager()
 		families := []ipFamily{IPv4, IPv6}
 		managers := make([]*Manager, len(families))
-		first := make(chan int, len(families))
+		added := make(chan int, len(families))
 
 		for i, f := range families {
 			n.do(func() { managers[i] = metaManager(t, WithBackend(n.backend()), WithTimeout(patience)) })
 
 			go func() {
-				err := n.Host.Do(func() error {
+				assert.NoError(t, n.Host.Do(func() error {
 					return managers[i].Add("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}), "")
-				})
-				if assert.NoError(t, err) {
-					first <- i
-				}
+				}))
+				added <- i
 			}()
 		}
 
 		require.NoError(t, before.Close())
 
-		i := <-first
-		require.NoError(t, n.add(managers[i], "id", n.pod(0, families[1-i], &PortMapping{HostPort: 8080, ContainerPort: 80})))
-		require.NoError(t, n.remove(managers[i], "id", nil))
-		require.NoError(t, managers[i].Close())
-		assert.Equal(t, 1-i, <-first)
+		first := <-added
+		require.NoError(t, n.add(managers[first], "id", n.pod(0, families[1-first], &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		require.NoError(t, n.remove(managers[first], "id", nil))
+		require.NoError(t, managers[first].Close())
+		assert.Equal(t, 1-first, <-added)
 	})
 }
 
