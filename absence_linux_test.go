@@ -292,8 +292,9 @@ func TestProgramsThatDoNotWork(t *testing.T) {
 
 		t.Setenv("PATH", dir)
 		n.do(func() {
-			m := NewMetaHostportManager(WithBackend(BackendIPTables), WithLogger(testLogger(t)))
+			m := metaManager(t, WithBackend(BackendIPTables))
 			require.Error(t, m.Remove("id", nil), "plain: %v", plain)
+			require.NoError(t, m.Close())
 		})
 	}
 }

@@ -270,6 +270,7 @@ func TestBackendAuto(t *testing.T) {
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, port)))
 	assert.Equal(t, BackendIPTables, m.Mappings()[0].Backend)
 	require.NoError(t, n.remove(m, "id", nil))
+	require.NoError(t, m.Close())
 
 	t.Setenv("PATH", t.TempDir())
 	n.do(func() {
@@ -278,7 +279,7 @@ func TestBackendAuto(t *testing.T) {
 		require.ErrorIs(t, err, unix.E2BIG)
 		require.ErrorIs(t, err, exec.ErrNotFound)
 
-		err = NewMetaHostportManager(auto, WithLogger(testLogger(t))).Add("id", n.pod(0, IPv4, port), "")
+		err = metaManager(t, auto).Add("id", n.pod(0, IPv4, port), "")
 		require.ErrorContains(t, err, "add chain prerouting")
 		require.ErrorIs(t, err, exec.ErrNotFound)
 	})

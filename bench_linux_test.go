@@ -465,12 +465,14 @@ func BenchmarkList(b *testing.B) {
 	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
 		b.Run(string(v), func(b *testing.B) {
 			n := newBenchNode(b, v, crowd, consecutive)
+			require.NoError(b, n.m.(*Manager).Close())
 
 			for b.Loop() {
 				n.do(func() {
 					m, err := New(WithLogger(klog.Logger{}), WithoutSockets(), WithBackend(n.backend()))
 					require.NoError(b, err)
 					require.Len(b, m.Mappings(), crowd)
+					require.NoError(b, m.Close())
 				})
 			}
 		})

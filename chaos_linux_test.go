@@ -50,7 +50,7 @@ const (
 
 // order is what a runtime is told to do.
 type order struct {
-	Op   string // add, remove, sync, mappings; files, restart: alone
+	Op   string // add, remove, sync, mappings, close; files, restart: alone
 	ID   string
 	Pod  *PodPortMapping
 	Pods map[string][]*PodPortMapping
@@ -157,6 +157,8 @@ func obeyAll(m *Manager, orders []order) []reply {
 				err = m.Remove(o.ID, o.Pod)
 			case "sync":
 				err = m.Sync(context.Background(), o.Pods)
+			case "close":
+				err = m.Close()
 			case "mappings":
 				replies[i].Mappings = m.Mappings()
 			}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	v1 "k8s.io/api/core/v1"
@@ -14,6 +15,9 @@ import (
 // field, and says what would be accepted. Nothing has been changed then, the pod's
 // good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")
+
+// errClosed is what operations return after Close.
+var errClosed = fmt.Errorf("host port manager is closed: %w", os.ErrClosed)
 
 // noBackendError says why there is no backend, for each that there might be.
 type noBackendError []error

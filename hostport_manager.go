@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -65,6 +64,9 @@ type hostportManager struct {
 	open   func(ctx context.Context) (backend, error)
 	addrs  *nodeaddr.Table
 	at     namespace // in which operations are to be called
+	// locks keep other managers from the family's host ports, in the order in which they
+	// are taken. The last one is this manager's own.
+	locks []*nodeLock
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
@@ -125,6 +127,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		cfg:     cfg,
 		open:    open,
 		addrs:   nodeaddr.New(f == IPv6),
+		locks:   []*nodeLock{newNodeLock(cfg, f)},
 		turn:    make(chan struct{}, 1),
 		rows:    map[portKey][]*row{},
 		names:   map[string]*row{},
@@ -314,11 +317,23 @@ func (m *hostportManager) hold(c *change, since savepoint) error {
 	return nil
 }
 
+// lockNode keeps other managers from the family's host ports. If told to it waits for one that
+// has them until ctx ends: before the turn, for which Close waits.
+func (m *hostportManager) lockNode(ctx context.Context, wait bool) error {
+	for _, l := range m.locks {
+		if err := l.take(ctx, wait); err != nil {
+			return err
+		}
+	}
+
+	return nil
+}
+
 // ready opens the backend, if that has not succeeded yet, and adopts the rows
-// that the kernel holds.
+// that the kernel holds. The caller has locked the node.
 func (m *hostportManager) ready(ctx context.Context) error {
 	if m.closed {
-		return fmt.Errorf("host port manager is closed: %w", os.ErrClosed)
+		return errClosed
 	}
 
 	if m.backend != nil {
@@ -453,18 +468,22 @@ func (m *hostportManager) needsRules() bool {
 	return len(m.rows) > 0 || m.family == IPv4 && localnetRouted()
 }
 
-// start is the constructors' attempt at ready. What keeps it from succeeding
-// is told by the first Add.
+// start is the constructors' attempt at ready, which does not wait for another manager.
+// What keeps it from succeeding is told by the first Add.
 func (m *hostportManager) start() error {
 	if err := m.at.isCurrent(); err != nil {
 		return err
 	}
 
-	m.turn <- struct{}{}
-	defer func() { <-m.turn }()
-
 	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
 	defer cancel()
+
+	if err := m.lockNode(ctx, false); err != nil {
+		return err
+	}
+
+	m.turn <- struct{}{}
+	defer func() { <-m.turn }()
 
 	return m.ready(ctx)
 }
@@ -563,5 +582,5 @@ func (m *hostportManager) Close() error {
 	m.sockets.close()
 	m.links.close()
 
-	return errors.Join(m.flows.close(m.view()), m.addrs.Close())
+	return errors.Join(m.flows.close(m.view()), m.addrs.Close(), m.locks[len(m.locks)-1].close())
 }

@@ -202,11 +202,13 @@ func TestNamesCannotInject(t *testing.T) {
 			assert.Len(t, m.Mappings(), 8)
 			assert.Equal(t, before, n.command(command(f)+"-"+string(n.variant), "-t", "filter", "-S"))
 
-			adopted := n.manager(WithoutSockets())
-			assert.Len(t, adopted.Mappings(), 8)
+			require.NoError(t, m.Close())
+			m = n.manager()
+			assert.Len(t, m.Mappings(), 8)
 
 			require.NoError(t, n.remove(m, "id", nil))
 			assert.Empty(t, m.Mappings())
+			require.NoError(t, m.Close())
 			n.onlyBase(f)
 		}
 	})
@@ -821,8 +823,10 @@ func TestConcurrentUse(t *testing.T) {
 
 		wg.Wait()
 
-		adopted := n.manager(WithoutSockets()).Mappings()
 		mappings := m.Mappings()
+		require.NoError(t, m.Close())
+		m = n.manager()
+		adopted := m.Mappings()
 		require.Len(t, adopted, len(mappings))
 
 		for i, mapping := range mappings {
@@ -852,8 +856,8 @@ func TestLastOfSharedAddress(t *testing.T) {
 		require.NoError(t, n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		require.NoError(t, n.add(m, "b", n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 		require.NoError(t, n.remove(m, "b", nil))
-		n.manager(WithoutSockets())
-		require.NoError(t, n.remove(m, "a", nil))
+		require.NoError(t, m.Close())
+		require.NoError(t, n.remove(n.manager(), "a", nil))
 		assert.Empty(t, n.leftOver(f))
 	})
 }

@@ -481,7 +481,7 @@ func TestNoIPTables(t *testing.T) {
 	require.ErrorContains(t, err, "IPv6")
 	assert.Nil(t, n)
 
-	m := NewMetaHostportManager(opts...)
+	m := metaManager(t, opts...)
 	pod := podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.ErrorIs(t, m.Add("id", pod, ""), exec.ErrNotFound)
 	require.NoError(t, m.Remove("id", pod))

@@ -155,7 +155,10 @@ func TestOldIPTables(t *testing.T) {
 			require.ErrorContains(t, err, "iptables "+version+" is too old")
 			require.ErrorContains(t, err, "1.6.2")
 			require.ErrorContains(t, err, "ip6tables "+version+" is too old")
-			require.NoError(t, NewMetaHostportManager(WithBackend(BackendIPTables), WithLogger(testLogger(t))).Remove("id", pod), "there is nothing")
+
+			m = metaManager(t, WithBackend(BackendIPTables))
+			require.NoError(t, m.Remove("id", pod), "there is nothing")
+			require.NoError(t, m.Close())
 		})
 	}
 }

@@ -22,6 +22,7 @@ import (
 type Manager struct {
 	families []*hostportManager
 	opener   *opener
+	lock     *nodeLock // of both families, taken before that of either
 }
 
 var _ HostPortManager = (*Manager)(nil)
@@ -34,7 +35,7 @@ var _ HostPortManager = (*Manager)(nil)
 // iptables is there, IPv6 is off or CAP_NET_ADMIN is missing, the other one
 // does, and Add says what is missing until it is there.
 func NewMetaHostportManager(opts ...Option) HostPortManager {
-	m, _ := newManager(opts)
+	m, _ := newManager(opts, false)
 
 	return m
 }
@@ -42,7 +43,7 @@ func NewMetaHostportManager(opts ...Option) HostPortManager {
 // New is NewMetaHostportManager for callers that want to know at once: it
 // fails where neither family can work, and says why for each.
 func New(opts ...Option) (*Manager, error) {
-	m, err := newManager(opts)
+	m, err := newManager(opts, true)
 	if err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
@@ -50,18 +51,32 @@ func New(opts ...Option) (*Manager, error) {
 	return m, nil
 }
 
-// newManager returns a manager in any case, and an error if no family works.
-func newManager(opts []Option) (*Manager, error) {
+// newManager returns a manager in any case, and an error if no family works. It may wait
+// for another manager.
+func newManager(opts []Option, wait bool) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{opener: newOpener(cfg)}
+	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
+
+	ctx, cancel := context.WithTimeout(context.Background(), cfg.timeout)
+	defer cancel()
 
 	var errs []error
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, m.opener.open(f))
+		fm.locks = append([]*nodeLock{m.lock}, fm.locks...)
 		m.families = append(m.families, fm)
 
-		if err := fm.start(); err != nil {
+		var err error
+		if wait {
+			err = fm.lockNode(ctx, true)
+		}
+
+		if err == nil {
+			err = fm.start()
+		}
+
+		if err != nil {
 			errs = append(errs, fm.inFamily(err))
 		}
 	}
@@ -286,5 +301,5 @@ func (m *Manager) Close() error {
 		errs = append(errs, fm.Close())
 	}
 
-	return errors.Join(append(errs, m.opener.close())...)
+	return errors.Join(append(errs, m.opener.close(), m.lock.close())...)
 }

@@ -248,7 +248,7 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 
 	fake := &fakeNFT{nftConn: n.nfnetlink()}
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
-	m := &Manager{opener: newOpener(cfg)}
+	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
 	m.opener.ruleset = newNFTRuleset(func() (nftConn, error) { return fake, nil })
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
@@ -495,10 +495,13 @@ func TestForeignCommits(t *testing.T) {
 	t.Logf("%d commits of others in %v", commits, took)
 	assert.GreaterOrEqual(t, commits, 200, "one beside each operation")
 
+	mappings := m.Mappings()
+	require.NoError(t, m.Close())
+
 	adopted := n.manager(WithoutSockets()).Mappings()
 	require.Len(t, adopted, 100)
 
-	for i, mapping := range m.Mappings() {
+	for i, mapping := range mappings {
 		assert.Equal(t, adopted[i].HostPort, mapping.HostPort)
 		assert.Equal(t, adopted[i].PodIDHash, mapping.PodIDHash)
 	}
@@ -661,6 +664,8 @@ func TestManyRows(t *testing.T) {
 		require.NoError(t, n.add(m, "id", pod))
 		assert.Equal(t, 1, work())
 		assert.Len(t, n.elements(f), many+1)
+
+		require.NoError(t, m.Close())
 
 		again := n.manager(WithoutSockets())
 		assert.Len(t, again.Mappings(), many)
@@ -1162,6 +1167,8 @@ func TestOddElements(t *testing.T) {
 				Key: append(newNFTLayout(f).family.anyAddr().AsSlice(), unix.IPPROTO_TCP, 0, 0, 0, 0, 80, 0, 0), Data: append(slices.Clone(ip), 0, 80, 0, 0),
 			}),
 			table.AddElement(nftHairpins, nfnetlink.Element{Key: append(slices.Clone(ip), n.nodeIP(f).AsSlice()...), Comment: "odd"}))
+
+		require.NoError(t, m.Close())
 
 		again := n.manager(WithoutSockets())
 		assert.Len(t, again.Mappings(), 1)

@@ -278,6 +278,17 @@ func (n *node) manager(opts ...Option) *Manager {
 	return m
 }
 
+// metaManager returns a manager in the thread's namespace, whether or not it works there.
+func metaManager(tb testing.TB, opts ...Option) *Manager {
+	tb.Helper()
+
+	m, ok := NewMetaHostportManager(append([]Option{WithLogger(testLogger(tb))}, opts...)...).(*Manager)
+	require.True(tb, ok)
+	tb.Cleanup(func() { assert.NoError(tb, m.Close()) })
+
+	return m
+}
+
 // oneFamily returns the manager of one family over an IPTables of the test's.
 func (n *node) oneFamily(ipt IPTables, opts ...Option) *hostportManager {
 	n.t.Helper()

@@ -40,6 +40,14 @@ func (m *hostportManager) do(op *operation, allowed func() error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
 	defer cancel()
 
+	if err := m.lockNode(ctx, true); err != nil {
+		if op.remove {
+			m.note(op)
+		}
+
+		return m.wrap(op, err)
+	}
+
 	m.queueMu.Lock()
 	m.queue = append(m.queue, op)
 	m.queueMu.Unlock()

@@ -91,10 +91,14 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 // inFamily names the family in an error that names no row.
 func (m *hostportManager) inFamily(err error) error { return fmt.Errorf("IPv%s: %w", m.family, err) }
 
-// enter waits for the turn until ctx ends, for an operation that is called in the right
-// network namespace.
+// enter waits for the node and the turn until ctx ends, for an operation that is called in
+// the right network namespace.
 func (m *hostportManager) enter(ctx context.Context) error {
 	if err := m.at.isCurrent(); err != nil {
+		return err
+	}
+
+	if err := m.lockNode(ctx, true); err != nil {
 		return err
 	}
 
@@ -224,7 +228,17 @@ func (m *hostportManager) revert(ctx context.Context, deltas []delta, err error)
 // runOnce puts back what others have broken, if they may have, and holds ports that
 // could not be held. It fails only where there will be nothing to do any more.
 func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) bool) error {
-	if err := m.enter(ctx); err != nil {
+	if err := m.at.isCurrent(); err != nil {
+		return err
+	}
+
+	if err := m.lockNode(ctx, false); errors.Is(err, os.ErrClosed) {
+		return err
+	} else if err != nil { // which Add tells
+		return nil
+	}
+
+	if err := m.takeTurn(ctx); err != nil {
 		return err
 	}
 	defer func() { <-m.turn }()

@@ -23,8 +23,9 @@ type demo struct {
 	*report
 
 	bed      *testbed.Bed
-	opts     []hostport.Option // of every manager
+	opts     []hostport.Option
 	manager  *hostport.Manager
+	running  map[string][]*hostport.PodPortMapping // by sandbox id
 	web, dns sandbox
 }
 
@@ -40,9 +41,10 @@ func newDemo(bed *testbed.Bed, r *report, opts []hostport.Option) *demo {
 		return &hostport.PortMapping{Protocol: proto, HostPort: host, ContainerPort: container, HostIP: hostIP}
 	}
 	return &demo{
-		report: r,
-		bed:    bed,
-		opts:   append([]hostport.Option{hostport.WithTimeout(operationTimeout)}, opts...),
+		report:  r,
+		bed:     bed,
+		running: map[string][]*hostport.PodPortMapping{},
+		opts:    append([]hostport.Option{hostport.WithTimeout(operationTimeout)}, opts...),
 		web: sandbox{bed.Pods[0], []*hostport.PortMapping{
 			port(v1.ProtocolTCP, 8080, 80, ""),
 			port(v1.ProtocolTCP, 8443, 443, bed.OtherNodeIP(false).String()),
@@ -82,15 +84,17 @@ func (d *demo) onHost(operation func() error) (took time.Duration, err error) {
 	return took, err
 }
 
-// open makes a manager, with more options than every one has.
-func (d *demo) open(more ...hostport.Option) (m *hostport.Manager, err error) {
-	_, err = d.onHost(func() (err error) {
-		if m, err = hostport.New(slices.Concat(d.opts, more)...); err != nil {
+// open makes the manager.
+func (d *demo) open() error {
+	_, err := d.onHost(func() error {
+		m, err := hostport.New(d.opts...)
+		if err != nil {
 			return fmt.Errorf("new manager: %w", err)
 		}
+		d.manager = m
 		return nil
 	})
-	return m, err
+	return err
 }
 
 // start sets the sandboxes up.
@@ -101,7 +105,9 @@ func (d *demo) start(context.Context) error {
 	d.table(column{"POD", 4}, column{"POD IP", 14}, column{"HOST PORTS", 58}, column{"BACKEND", 8})
 	for _, s := range []sandbox{d.web, d.dns} {
 		for _, v6 := range []bool{false, true} {
-			took, err := d.onHost(func() error { return d.manager.Add(s.id(), s.mapping(v6, s.ports...), "") })
+			pod := s.mapping(v6, s.ports...)
+			d.running[s.id()] = append(d.running[s.id()], pod)
+			took, err := d.onHost(func() error { return d.manager.Add(s.id(), pod, "") })
 			ports, backend, serveErr := d.serve(s, s.IP(v6))
 			d.row(errors.Join(err, serveErr), took, s.Name, s.IP(v6), ports, backend)
 		}
@@ -179,8 +185,9 @@ func (d *demo) removal(ctx context.Context) error {
 	took, err := d.onHost(func() error {
 		return d.manager.Remove(d.web.id(), &hostport.PodPortMapping{PortMappings: d.web.ports})
 	})
+	delete(d.running, d.web.id())
 	after := d.web.among(d.manager.Mappings())
-	rows, rowsErr := d.kernelRows()
+	rows, rowsErr := d.kernelRows(ctx)
 	if rowsErr != nil {
 		return rowsErr
 	}

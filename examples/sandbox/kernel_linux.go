@@ -1,29 +1,28 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
 	"strconv"
 	"strings"
 
-	"k8s.io/klog/v2"
-
 	"github.com/cri-o/hostport"
 )
 
-// kernelRows lists what is in the kernel now. That is all that a manager knows
-// which has just been made; it only reads, and holds no ports.
-func (d *demo) kernelRows() ([]hostport.Mapping, error) {
-	reader, err := d.open(hostport.WithoutSockets(), hostport.WithLogger(klog.Logger{}))
-	if err != nil {
-		return nil, err
-	}
-	rows := reader.Mappings()
-	if err := reader.Close(); err != nil {
+// kernelRows lists what is in the kernel now. That is all that a manager knows which has just
+// been made, after a restart of the runtime. Sync tells it what is running.
+func (d *demo) kernelRows(ctx context.Context) ([]hostport.Mapping, error) {
+	if err := d.manager.Close(); err != nil { // there is one at a time
 		return nil, fmt.Errorf("close manager: %w", err)
 	}
-	return rows, nil
+	if err := d.open(); err != nil {
+		return nil, err
+	}
+	rows := d.manager.Mappings()
+	_, err := d.onHost(func() error { return d.manager.Sync(ctx, d.running) })
+	return rows, err
 }
 
 // noRule is the carrier of what is not mapped.

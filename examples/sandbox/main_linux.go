@@ -57,7 +57,7 @@ func run(ctx context.Context, w io.Writer, opts ...hostport.Option) (err error) 
 	defer func() { err = errors.Join(err, bed.Close()) }()
 
 	d := newDemo(bed, newReport(w), opts)
-	if d.manager, err = d.open(); err != nil {
+	if err := d.open(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.manager.Close()) }()

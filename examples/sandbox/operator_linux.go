@@ -14,7 +14,7 @@ import (
 // operator shows what is left in the kernel, which is all of dns, as the tools
 // of the node's operator print it.
 func (d *demo) operator(ctx context.Context) error {
-	rows, err := d.kernelRows()
+	rows, err := d.kernelRows(ctx)
 	if err != nil {
 		return err
 	}

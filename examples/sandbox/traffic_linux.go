@@ -85,7 +85,7 @@ func bridgeIP(v6 bool) netip.Addr {
 // ask asks the questions, one after the other, and prints a row for each. A
 // row leaves out what it has in common with the one above.
 func (d *demo) ask(ctx context.Context, questions []question) error {
-	rows, err := d.kernelRows()
+	rows, err := d.kernelRows(ctx)
 	if err != nil {
 		return err
 	}

@@ -2,7 +2,7 @@
 // port mapper needs it: tables, chains, rules, sets and maps, their elements,
 // and transactions that take effect as a whole, on condition that nobody else
 // has changed the ruleset meanwhile. Beside that it lists and deletes flows that
-// connection tracking knows.
+// connection tracking knows, and binds NFLOG groups.
 //
 // It is thin: a [Table] makes messages, and a [Conn] has them carried out.
 // Attributes and their values are those of linux/netfilter/nf_tables.h; what

@@ -1,0 +1,176 @@
+package nodelock
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// Group is an NFLOG group that stands for something that one manager has at a time. The
+// numbers are those of two letters each: others count from 0.
+type Group uint16
+
+// The groups.
+const (
+	// IPv4 and IPv6 are the host ports of a family.
+	IPv4 Group = 'h'<<8 | '4' // 26676
+	IPv6 Group = 'h'<<8 | '6' // 26678
+	// Both is had before either by managers of both families: else each of two might have
+	// one family and wait for the other.
+	Both Group = 'h'<<8 | 'p' // 26736
+)
+
+// HeldError says which socket has the lock.
+type HeldError struct {
+	Group Group
+	// Inode is the socket's, 0 if /proc does not show it.
+	Inode uint32
+	// Err is why nobody waits any longer.
+	Err error
+}
+
+func (e *HeldError) Error() string { return fmt.Sprintf("NFLOG group %d is taken: %v", e.Group, e.Err) }
+func (e *HeldError) Unwrap() error { return e.Err }
+
+// The other errors.
+var (
+	// ErrHeld says that another socket has the lock.
+	ErrHeld = errors.New("another manager has the host ports")
+	// ErrNotPermitted says that CAP_NET_ADMIN is missing in the network namespace.
+	ErrNotPermitted = errors.New("no lock without CAP_NET_ADMIN")
+)
+
+// Lock is what one manager at a time has.
+type Lock struct {
+	group Group
+
+	mu     sync.Mutex
+	conn   *nfnetlink.Conn
+	closed bool
+}
+
+// New returns a lock that is not taken yet.
+func New(g Group) *Lock { return &Lock{group: g} }
+
+// pollInterval is how often a lock is tried that another socket has: the kernel does not
+// tell when it gets free.
+const pollInterval = 25 * time.Millisecond
+
+// Take waits for the lock while another socket has it. When ctx ends it tries once more, and
+// then returns a *HeldError. Otherwise it is TryTake.
+func (l *Lock) Take(ctx context.Context) error {
+	for {
+		err := l.TryTake(context.WithoutCancel(ctx))
+		if !errors.Is(err, ErrHeld) {
+			return err
+		}
+
+		select {
+		case <-time.After(pollInterval):
+		case <-ctx.Done():
+			return &HeldError{Group: l.group, Inode: holder(l.group), Err: ctx.Err()}
+		}
+	}
+}
+
+// TryTake takes the lock, in the network namespace of the thread that was the first to ask for
+// it. Nothing happens if it is taken. Errors are ErrHeld, ErrNotPermitted, errors.ErrUnsupported
+// if the kernel has no such locks, os.ErrClosed after Close, and what keeps a socket from being
+// opened.
+func (l *Lock) TryTake(ctx context.Context) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+
+	if l.closed {
+		return os.ErrClosed
+	}
+
+	if l.conn == nil {
+		conn, err := nfnetlink.Dial()
+		if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
+			return fmt.Errorf("%w: %w", errors.ErrUnsupported, err)
+		}
+
+		if err != nil {
+			return err
+		}
+
+		l.conn = conn
+	}
+
+	err := l.conn.BindLogGroup(ctx, uint16(l.group))
+
+	switch {
+	case errors.Is(err, unix.EBUSY): // by this socket
+		return nil
+	case errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%w: the kernel has no nfnetlink_log: %w", errors.ErrUnsupported, err)
+	case !errors.Is(err, unix.EPERM):
+		return err
+	case l.conn.Permitted(ctx):
+		return ErrHeld
+	default:
+		return ErrNotPermitted
+	}
+}
+
+// Close gives the lock up, and ends Take. Closing again does nothing.
+func (l *Lock) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+
+	l.closed = true
+
+	if l.conn == nil {
+		return nil
+	}
+
+	return l.conn.Close()
+}
+
+// holder returns the inode of the socket that has a group, 0 if /proc does not show it.
+func holder(g Group) uint32 {
+	var (
+		portID string
+		inode  uint64
+	)
+
+	// group, port id, and more (seq_show in net/netfilter/nfnetlink_log.c)
+	for f := range lines("netfilter/nfnetlink_log") {
+		if f[0] == strconv.Itoa(int(g)) {
+			portID = f[1]
+		}
+	}
+
+	// address, protocol, port id, and more, inode (netlink_native_seq_show in net/netlink/af_netlink.c)
+	for f := range lines("netlink") {
+		if f[1] == strconv.Itoa(unix.NETLINK_NETFILTER) && f[2] == portID {
+			inode, _ = strconv.ParseUint(f[len(f)-1], 10, 32)
+		}
+	}
+
+	return uint32(inode)
+}
+
+// lines yields the fields of each line of a file about the thread's network namespace.
+func lines(file string) iter.Seq[[]string] {
+	return func(yield func([]string) bool) {
+		data, _ := os.ReadFile("/proc/thread-self/net/" + file)
+
+		for line := range strings.Lines(string(data)) {
+			if f := strings.Fields(line); len(f) > 2 && !yield(f) {
+				return
+			}
+		}
+	}
+}
