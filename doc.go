@@ -45,6 +45,10 @@
 // the owner; Add of a pod that wants such a port before that wins over it, with a
 // line in the log.
 //
+// A network namespace has one manager at a time in each IP family, until its Close or
+// the end of its process: two would not see each other's rows. The next one waits, and
+// says whose turn it is when its time is up. See [New].
+//
 // [Manager.Sync] makes the node exactly what the runtime says is running: it is
 // restart recovery and garbage collection. [Manager.Run] watches, until its context
 // ends, and repairs what others break. [Manager.Check] says what is missing of a

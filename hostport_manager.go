@@ -35,7 +35,8 @@ type HostPortManager interface {
 	//
 	// Errors: ErrInvalidMapping; *ConflictError, where another pod has the
 	// port; syscall.EADDRINUSE, where another process has it;
-	// context.DeadlineExceeded; os.ErrClosed; errors.ErrUnsupported on systems
+	// context.DeadlineExceeded, also where another manager has the host ports, whose
+	// process is named then; os.ErrClosed; errors.ErrUnsupported on systems
 	// other than Linux; a thread in another network namespace than the manager was
 	// made in; else what the kernel or iptables(8) said.
 	Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error
@@ -49,7 +50,7 @@ type HostPortManager interface {
 	// In iptables, rows from before a restart are found with nil only if protocol
 	// and host IP were given to Add as Kubernetes spells them.
 	//
-	// Errors: context.DeadlineExceeded; os.ErrClosed; else what the kernel or
+	// Errors: context.DeadlineExceeded, as of Add; os.ErrClosed; else what the kernel or
 	// iptables(8) said, or why nobody could look, as if no file can be opened. Rows
 	// that could not be removed are nobody's then: the next Add that wants their ports
 	// gets them. Remove again tries again, and so does Run.
@@ -110,6 +111,9 @@ type hostportManager struct {
 // It never fails: if iptables does not answer now, the first Add says why.
 // WithBackend has no effect on it. What others wipe comes back with an operation of
 // the family. Its sockets are released by a Close method: io.Closer tells.
+//
+// For another manager of the family its operations wait, as those of NewMetaHostportManager
+// do. Without CAP_NET_ADMIN nothing keeps others away.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
 	f := familyOfIPTables(iptables)
@@ -569,8 +573,9 @@ func (m *hostportManager) mappings() []Mapping {
 
 // Close releases the sockets and leaves the rules, so that traffic goes on
 // while a runtime restarts. It waits for the operation that is being committed, and
-// ends the TCP connections that were to end behind a Remove. Operations that come later
-// and have something to do fail with os.ErrClosed.
+// ends the TCP connections that were to end behind a Remove. Then another manager can
+// have the host ports; without Close it can when the process ends, also by SIGKILL.
+// Operations that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *hostportManager) Close() error {
 	m.flows.stop()

@@ -34,6 +34,12 @@ var _ HostPortManager = (*Manager)(nil)
 // It never fails. Where a family cannot work, because neither nftables nor
 // iptables is there, IPv6 is off or CAP_NET_ADMIN is missing, the other one
 // does, and Add says what is missing until it is there.
+//
+// A network namespace has one manager at a time in each family, and the kernel sees to
+// that: see Close. NewMetaHostportManager does not wait for another one. Where there is
+// one, rows are adopted by the first operation, or by Run, when that one has gone. Until
+// then Add, Remove, Sync and Check wait for it, for as long as WithTimeout says. Then they
+// fail with context.DeadlineExceeded, and name the process that has the host ports.
 func NewMetaHostportManager(opts ...Option) HostPortManager {
 	m, _ := newManager(opts, false)
 
@@ -41,7 +47,9 @@ func NewMetaHostportManager(opts ...Option) HostPortManager {
 }
 
 // New is NewMetaHostportManager for callers that want to know at once: it
-// fails where neither family can work, and says why for each.
+// fails where neither family can work, and says why for each. For another manager it
+// waits as long as WithTimeout says, for both families together. A family that the other
+// one still has then cannot work.
 func New(opts ...Option) (*Manager, error) {
 	m, err := newManager(opts, true)
 	if err != nil {
@@ -160,8 +168,9 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 // kernel, their ports are held, and what they share with others is there too.
 // Else the error names each thing that is missing; a port that an outgoing
 // connection keeps from being held is. It changes nothing, but that a family that
-// could not work when the manager was made may be taken over. The sysctl
-// route_localnet is the interface's, not the pod's: it is not looked at.
+// could not work when the manager was made may be taken over, for which it waits as
+// Add does. The sysctl route_localnet is the interface's, not the pod's: it is not
+// looked at.
 // ErrInvalidMapping, os.ErrClosed and ctx's error are among the others.
 func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
 	rows, err := rowsOf(id, podPortMapping)
@@ -196,6 +205,8 @@ const (
 // not know it leaves, for Sync, and takes out only where a Sync has failed. Each
 // repair is logged. One that fails is tried again a second later, or some ten where
 // only what is from before is left to be taken out.
+//
+// While another manager has the host ports it waits, without limit.
 //
 // It returns ctx's error when that ends, os.ErrClosed after Close, and
 // errors.ErrUnsupported on systems other than Linux. It is to run once at a time,
@@ -292,8 +303,9 @@ func parsed(ip string) netip.Addr {
 
 // Close releases the sockets and leaves the rules, so that traffic goes on
 // while a runtime restarts. It waits for the operation that is being committed, and
-// ends the TCP connections that were to end behind a Remove. Operations that come later
-// and have something to do fail with os.ErrClosed.
+// ends the TCP connections that were to end behind a Remove. Then another manager can
+// have the host ports; without Close it can when the process ends, also by SIGKILL.
+// Operations that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *Manager) Close() error {
 	var errs []error

@@ -84,9 +84,10 @@ func WithoutLocalhost() Option {
 	return func(c *config) { c.localhost = false }
 }
 
-// WithTimeout bounds how long Add and Remove wait for their turn, and then how
-// long the transaction may take, in each family; the default is 30 seconds each. For
-// Sync and Check it bounds both together. Up to five seconds more go into ending UDP
+// WithTimeout bounds how long Add and Remove wait for their turn, or for another
+// manager to close, and then how long the transaction may take, in each family; the
+// default is 30 seconds each. For Sync and Check it bounds all of that together, and for
+// New how long it waits for another manager. Up to five seconds more go into ending UDP
 // and SCTP flows. An operation that runs out of it returns an error with
 // context.DeadlineExceeded in its chain. Durations that are not positive stand for
 // the default.
