@@ -252,17 +252,12 @@ func (b *nftBackend) dumpSets(ctx context.Context, sets ...string) (map[nftKey]n
 	elements := map[nftKey]nftElement{}
 
 	for _, set := range sets {
-		msgs, err := b.ruleset.conn.Dump(ctx, b.table.Elements(set))
+		lists, err := dumpAll(ctx, b.ruleset.conn, b.table.Elements(set), nfnetlink.ParseElements)
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", set, err)
 		}
 
-		for _, m := range msgs {
-			list, err := nfnetlink.ParseElements(m)
-			if err != nil {
-				return nil, fmt.Errorf("list %s: %w", set, err)
-			}
-
+		for _, list := range lists {
 			for _, e := range list {
 				e := elementOf(set, e)
 				elements[e.nftKey] = e

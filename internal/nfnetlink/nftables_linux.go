@@ -273,8 +273,8 @@ func (t Table) FlushChain(name string) netlink.Message {
 }
 
 // AppendRule adds a rule at the end of a chain. Its expressions are written as the kernel
-// does it (Linux 5.10 to 7.0), so that ParseRule finds the same in both: all attributes in
-// the kernel's order, and without NLA_F_NESTED, which nf_tables does not ask for.
+// writes them (seen from Linux 5.10 to 7.3), so that ParseRule finds the same in both: all
+// attributes, in the kernel's order, without NLA_F_NESTED, which nf_tables does not ask for.
 func (t Table) AppendRule(chain string, exprs ...Expr) netlink.Message {
 	return t.message(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, func(ae *netlink.AttributeEncoder) {
 		ae.String(unix.NFTA_RULE_TABLE, t.Name)
