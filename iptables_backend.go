@@ -305,7 +305,7 @@ func (b *iptablesBackend) restoration(ctx context.Context, t target) (*script, e
 
 		switch {
 		case rs.nat.holds(r):
-			s.putPath(index(r), r, r.sides())
+			s.putPath(index(r), r, sidesOf(r))
 		case rs.nat.leadsTo(r) && r.astray:
 			misfits[r] = true
 		default:

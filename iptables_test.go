@@ -32,7 +32,7 @@ func TestRulesParseBack(t *testing.T) {
 	} {
 		for _, link := range []string{"", "cni0"} {
 			r.link = link
-			for _, s := range r.sides() {
+			for _, s := range sidesOf(r) {
 				rules = append(append(rules, s.path...), s.jump, s.rule)
 			}
 		}
