@@ -51,6 +51,7 @@ const (
 	lateTries = 3
 )
 
+// newFlows returns what ends flows of a family, as view has it.
 func newFlows(f ipFamily, log klog.Logger, view viewer) *flows {
 	ctx, cancel := context.WithCancel(context.Background())
 
@@ -182,6 +183,7 @@ func (f *flows) resume() {
 	}
 }
 
+// cannotEnd has it in the log that flows go on.
 func (f *flows) cannotEnd(err error) {
 	f.log.Error(err, "Cannot end stale flows")
 }

@@ -142,6 +142,7 @@ type side struct {
 	rule  iptRule   // in the row's own chain
 }
 
+// dnatSide leads from the node's endpoint to the pod's.
 func dnatSide(r *row) side {
 	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) iptRule {
 		return iptRule{proto: r.proto, dports: p}
@@ -203,9 +204,13 @@ func isPlain(device string) bool {
 	return device != "" && device[0] != '-' && harmless(device, "") == device
 }
 
+// sidesOf returns both sides of a row.
 func sidesOf(r *row) []side { return []side{dnatSide(r), masqSide(r)} }
 
+// dnatChain names the chain with the row's rule on the DNAT side.
 func dnatChain(r *row) string { return dnatPrefix + r.hash }
+
+// masqChain names the one on the masquerade side.
 func masqChain(r *row) string { return masqPrefix + r.hash }
 
 // podBlock is the network that is taken for the pods' around a pod IP.

@@ -185,6 +185,7 @@ func (t *iptTable) leadsTo(r *row) bool {
 		firstRule(t.chains[masqChain(r)]).target == masqTarget
 }
 
+// firstRule is what the first of a chain's rules says, if it has one.
 func firstRule(rules []savedRule) iptRule {
 	if len(rules) == 0 {
 		return iptRule{}
@@ -271,6 +272,7 @@ func rowFrom(hash string, rule iptRule, jumps []savedRule) *row {
 	return nil
 }
 
+// isHash reports whether a text may be a hash of a row.
 func isHash(s string) bool {
 	return len(s) == hashLen && strings.Trim(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
 }

@@ -14,6 +14,7 @@ import (
 // family is an IP family, by its version.
 type family string
 
+// The families.
 const (
 	ipv4 family = "4"
 	ipv6 family = "6"
@@ -22,6 +23,7 @@ const (
 // protocol is a transport protocol by the name that iptables(8) gives it.
 type protocol string
 
+// The protocols that have host ports.
 const (
 	tcp  protocol = "tcp"
 	udp  protocol = "udp"
@@ -123,6 +125,7 @@ type row struct {
 // owner is a pod. It is known only by the row's marks while id is empty.
 type owner struct{ id, namespace, name string }
 
+// known reports whether the pod is known by its id.
 func (o owner) known() bool { return o.id != "" }
 
 // String is how errors name the pod.
@@ -184,12 +187,14 @@ func (r *row) hasLedTo(pod netip.AddrPort) bool {
 // forLoopback tells whether some loopback address leads to the row.
 func (r *row) forLoopback() bool { return !r.ip.IsValid() || r.ip.IsLoopback() }
 
+// family is that of the pod's address.
 func (r *row) family() family { return familyOf(r.pod.Addr()) }
 
 func (r *row) String() string {
 	return fmt.Sprintf("%s %s -> %s", r.proto.api(), netip.AddrPortFrom(r.hostIP(r.family()), r.port), r.pod)
 }
 
+// familyOf is the family of an address.
 func familyOf(ip netip.Addr) family {
 	if ip.Is4() {
 		return ipv4
@@ -198,6 +203,7 @@ func familyOf(ip netip.Addr) family {
 	return ipv6
 }
 
+// anyAddr stands for all addresses of the node.
 func (f family) anyAddr() netip.Addr {
 	if f == ipv4 {
 		return netip.IPv4Unspecified()
@@ -303,4 +309,5 @@ func harmless(s, others string) string {
 	}, s)
 }
 
+// hostPrefix is the network of one address alone.
 func hostPrefix(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }
