@@ -110,10 +110,8 @@ type hostportManager struct {
 // the family. Its sockets are released by a Close method: io.Closer tells.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
-	f := familyOfIPTables(iptables)
-	m := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-		return newIPTablesBackend(iptables, cfg.localhostIn(f), cfg.guardIn(f)), nil
-	})
+	f, open := through(iptables, cfg)
+	m := newHostportManager(f, cfg, open)
 	_ = m.start() // told by the first Add
 
 	return m
