@@ -51,13 +51,13 @@ const (
 	lateTries = 3
 )
 
-// newFlows returns what ends flows of a family, as view has it.
-func newFlows(f ipFamily, log klog.Logger, view viewer) *flows {
+// newFlows returns what ends flows of a family, as view has it, by what dial returns.
+func newFlows(f ipFamily, log klog.Logger, view viewer, dial func() (flowConn, error)) *flows {
 	ctx, cancel := context.WithCancel(context.Background())
 
 	return &flows{
 		log: log, view: view, background: ctx, stopped: cancel,
-		datagrams: flowTable{family: f}, connections: flowTable{family: f},
+		datagrams: flowTable{family: f, dial: dial}, connections: flowTable{family: f, dial: dial},
 	}
 }
 

@@ -132,7 +132,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		links:     newLinks(f),
 		bridges:   map[string]bool{},
 	}
-	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView)
+	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView, dialFlows)
 
 	return m
 }
