@@ -770,7 +770,7 @@ func (c *chaos) allFaults() map[string]func() {
 		}
 		faults["CRI-O's rule"] = func() {
 			c.tryCommit(table.AppendRule([]string{nftPrerouting, nftOutput}[c.random.IntN(2)],
-				nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
 		}
 		faults["element deleted"] = func() {
 			if r := c.anyRow(f); r != nil {

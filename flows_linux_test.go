@@ -325,7 +325,7 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 
 			// CRI-O's rule knows nothing of Services.
 			n.commit(newNFTLayout(f).table.AppendRule(nftPrerouting,
-				nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
 
 			misled := n.send(netip.AddrPortFrom(vip(f), 5353))
 			misled.reaches(t, "web")

@@ -43,7 +43,8 @@ func rowsIn(lines []string) int {
 
 	for _, line := range lines {
 		for word := range strings.FieldsSeq(strings.TrimLeft(line, ":")) {
-			if hash := strings.TrimPrefix(strings.TrimPrefix(word, dnatPrefix), masqPrefix); isHash(hash) {
+			hash := strings.TrimPrefix(strings.TrimPrefix(word, dnatPrefix), masqPrefix)
+			if hash != word && !strings.Contains(hash, "-") { // else it is a range chain
 				rows[hash] = true
 			}
 		}

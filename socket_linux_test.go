@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -329,6 +330,13 @@ func TestBystander(t *testing.T) {
 			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
 			require.Len(t, m.Mappings(), 1)
 			assert.False(t, m.Mappings()[0].Held)
+
+			check := func() (err error) {
+				n.do(func() { err = m.Check(t.Context(), "id", n.pod(0, f, row)) })
+
+				return err
+			}
+			require.ErrorContains(t, check(), "socket of "+strings.ToUpper(network)+" "+netip.AddrPortFrom(f.anyAddr(), 8080).String())
 			n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 
 			if tcp, ok := conn.(*net.TCPConn); ok {
@@ -336,8 +344,15 @@ func TestBystander(t *testing.T) {
 			}
 
 			require.NoError(t, conn.Close())
-			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+
+			if network == "tcp" {
+				require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+			} else {
+				require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, f, row)}}))
+			}
+
 			assert.True(t, m.Mappings()[0].Held, "held later")
+			require.NoError(t, check())
 			require.NoError(t, n.remove(m, "id", nil))
 			require.NoError(t, m.Close())
 		}
@@ -462,17 +477,28 @@ func TestHeldPortWithoutRule(t *testing.T) {
 			return nil
 		}))
 
-		for _, fm := range m.families {
-			for _, holders := range fm.sockets.held {
-				for _, h := range holders {
-					if h.proto == udp {
-						_, _, err := unix.Recvfrom(h.fd, make([]byte, 1), unix.MSG_DONTWAIT)
-						assert.ErrorIs(t, err, unix.EAGAIN)
-					}
-				}
+		assert.Equal(t, []string{"00000000"}, n.udpQueued(f, 8080))
+	})
+}
+
+// udpQueued is how many bytes wait in each UDP socket of the node's with a port, in
+// hexadecimal (proc_pid_net(5)).
+func (n *node) udpQueued(f ipFamily, port uint16) (queued []string) {
+	n.t.Helper()
+
+	n.do(func() {
+		table, err := os.ReadFile("/proc/thread-self/net/" + map[ipFamily]string{IPv4: "udp", IPv6: "udp6"}[f])
+		require.NoError(n.t, err)
+
+		for line := range strings.Lines(string(table)) {
+			if fields := strings.Fields(line); strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) {
+				_, received, _ := strings.Cut(fields[4], ":")
+				queued = append(queued, received)
 			}
 		}
 	})
+
+	return queued
 }
 
 // A host IP need not be on the node.

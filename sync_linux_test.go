@@ -1037,15 +1037,6 @@ func TestCheck(t *testing.T) {
 			require.NoError(t, check(pod))
 		}
 
-		broken("socket of TCP 0.0.0.0:8080", func() {
-			s := &m.families[0].sockets
-			for _, h := range s.held[portKey{tcp, 8080}] {
-				require.NoError(t, syscall.Close(h.fd))
-				h.fd = -1
-				s.waiting[h] = true
-			}
-		})
-
 		rows, err := rowsOf("id", pod)
 		require.NoError(t, err)
 
