@@ -432,7 +432,7 @@ func compareConnects(b *testing.B, nodes []*benchNode, from func(*benchNode) *te
 func (n *benchNode) connects(b *testing.B, from *testbed.Namespace, port int32, count int) time.Duration {
 	b.Helper()
 
-	to := sockaddr(n.nodeIP(IPv4), portOf(port))
+	to := sockaddrOf(n.nodeIP(IPv4), portOf(port))
 
 	var took time.Duration
 

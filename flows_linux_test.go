@@ -790,7 +790,7 @@ func (n *node) sendSCTP(dst netip.AddrPort) {
 
 	packet := sctpInit(40_000, dst.Port())
 	fd := rawSCTP(n.t, n.Client, familyOf(dst.Addr()))
-	to := sockaddr(dst.Addr(), 0)
+	to := sockaddrOf(dst.Addr(), 0)
 	done := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
 

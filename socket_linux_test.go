@@ -17,6 +17,15 @@ import (
 	v1 "k8s.io/api/core/v1"
 )
 
+// sockaddrOf is an address as system calls have it.
+func sockaddrOf(ip netip.Addr, port uint16) unix.Sockaddr {
+	if ip.Is4() {
+		return &unix.SockaddrInet4{Port: int(port), Addr: ip.As4()}
+	}
+
+	return &unix.SockaddrInet6{Port: int(port), Addr: ip.As16()}
+}
+
 // tryBind binds a socket as another process might, and listens on it. It
 // returns the socket's descriptor.
 func tryBind(tb testing.TB, to netip.AddrPort, kind int, options ...int) (int, error) {
@@ -34,7 +43,7 @@ func tryBind(tb testing.TB, to netip.AddrPort, kind int, options ...int) (int, e
 		require.NoError(tb, unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1))
 	}
 
-	err = unix.Bind(fd, sockaddr(to.Addr(), to.Port()))
+	err = unix.Bind(fd, sockaddrOf(to.Addr(), to.Port()))
 	if err == nil && kind == unix.SOCK_STREAM {
 		err = unix.Listen(fd, 1)
 	}
@@ -378,7 +387,7 @@ func TestBystanderBesideIPv6(t *testing.T) {
 						require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1))
 					}
 
-					require.NoError(t, unix.Bind(fd, sockaddr(server, 8080)))
+					require.NoError(t, unix.Bind(fd, sockaddrOf(server, 8080)))
 
 					if network == "tcp" {
 						require.NoError(t, unix.Listen(fd, 1))
