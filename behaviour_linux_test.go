@@ -12,10 +12,15 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// podNetwork is the network of the first pod, as CNI plugins have it.
+func podNetwork(n *node, f ipFamily) netip.Prefix {
+	return netip.PrefixFrom(n.Pods[0].IP(f == IPv6), map[ipFamily]int{IPv4: 16, IPv6: 64}[f]).Masked()
+}
+
 // foreign are rules of others: such as a CNI plugin makes for its pods, which
 // accept traffic within their network before anything else sees it.
 func foreign(n *node, f ipFamily) string {
-	network := podBlock(n.Pods[0].IP(f == IPv6))
+	network := podNetwork(n, f)
 
 	return fmt.Sprintf(`*nat
 :CNI-0123456789 - [0:0]

@@ -302,12 +302,7 @@ func BenchmarkAddUDP(b *testing.B) {
 
 	n.do(func() { n.addAndRemove(b, pod) }) // tracking begins with the first rule
 
-	m, ok := n.m.(*Manager)
-	require.True(b, ok)
-
-	late := m.families[0].flows
-	gone, err := rowsOf("gone", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
-	require.NoError(b, err)
+	conn := n.nfnetlink()
 
 	for _, flows := range []int{0, others} {
 		b.Run(fmt.Sprintf("%d-flows", flows), func(b *testing.B) {
@@ -320,10 +315,9 @@ func BenchmarkAddUDP(b *testing.B) {
 					added, removed := n.addAndRemove(b, pod)
 					adds, removes = append(adds, added), append(removes, removed)
 
-					_, connections := turnovers([]delta{{del: gone}}, nil, nil)
 					start := time.Now()
 
-					_, err := late.connections.end(b.Context(), connections, late.view)
+					_, err := conn.Flows(b.Context(), unix.AF_INET, unix.IPPROTO_TCP, 8080)
 					require.NoError(b, err)
 
 					behind = append(behind, time.Since(start))
@@ -438,7 +432,7 @@ func compareConnects(b *testing.B, nodes []*benchNode, from func(*benchNode) *te
 func (n *benchNode) connects(b *testing.B, from *testbed.Namespace, port int32, count int) time.Duration {
 	b.Helper()
 
-	to := sockaddr(n.nodeIP(IPv4), portOf(port))
+	to := sockaddrOf(n.nodeIP(IPv4), portOf(port))
 
 	var took time.Duration
 

@@ -130,7 +130,7 @@ func (c *chaos) stream(from *testbed.Namespace, f ipFamily) *stream {
 				if to.proto == udp {
 					_, _ = datagrams.WriteTo([]byte("hello\n"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.ip, to.port)))
 				} else {
-					_ = unix.Sendto(raw, sctpInit(streamPort, to.port), 0, sockaddr(to.ip, 0))
+					_ = unix.Sendto(raw, sctpInit(streamPort, to.port), 0, sockaddrOf(to.ip, 0))
 				}
 			}
 

@@ -570,7 +570,7 @@ func (c *chaos) competes(rows []*row, orders []order) bool {
 func (c *chaos) outcome(id string, rows []*row) string {
 	for _, r := range rows {
 		for other, theirs := range c.model {
-			if other != id && slices.ContainsFunc(theirs, r.competesWith) {
+			if other != id && slices.ContainsFunc(theirs, competesWith(r)) {
 				return "is taken by"
 			}
 		}
@@ -586,8 +586,11 @@ func (c *chaos) outcome(id string, rows []*row) string {
 	return ""
 }
 
-func (r *row) competesWith(o *row) bool {
-	return r.portKey == o.portKey && r.family() == o.family() && r.overlaps(o.endpoint)
+// competesWith reports whether a row is for packets that r is for.
+func competesWith(r *row) func(o *row) bool {
+	return func(o *row) bool {
+		return r.portKey == o.portKey && r.family() == o.family() && r.overlaps(o.endpoint)
+	}
 }
 
 // apply tells the model.
@@ -604,18 +607,21 @@ func (c *chaos) apply(cmd order) {
 	moveTo(rows, c.model[cmd.ID])
 
 	rest := slices.DeleteFunc(slices.Clone(c.model[cmd.ID]), func(o *row) bool {
-		return slices.ContainsFunc(rows, o.sameAs)
+		return slices.ContainsFunc(rows, sameAs(o))
 	})
 
 	c.model[cmd.ID] = append(rest, rows...)
 }
 
-func (r *row) sameAs(o *row) bool { return r.endpoint == o.endpoint && r.family() == o.family() }
+// sameAs reports whether a row has the endpoint of r.
+func sameAs(r *row) func(o *row) bool {
+	return func(o *row) bool { return r.endpoint == o.endpoint && r.family() == o.family() }
+}
 
 // moveTo notes where rows led before.
 func moveTo(rows, before []*row) {
 	for _, r := range rows {
-		if i := slices.IndexFunc(before, r.sameAs); i >= 0 {
+		if i := slices.IndexFunc(before, sameAs(r)); i >= 0 {
 			r.former = append(slices.Clone(before[i].former), before[i].pod)
 			r.former = slices.DeleteFunc(r.former, func(pod netip.AddrPort) bool { return pod == r.pod })
 		}
@@ -766,7 +772,7 @@ func (c *chaos) allFaults() map[string]func() {
 		}
 		faults["CRI-O's rule"] = func() {
 			c.tryCommit(table.AppendRule([]string{nftPrerouting, nftOutput}[c.random.IntN(2)],
-				nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
 		}
 		faults["element deleted"] = func() {
 			if r := c.anyRow(f); r != nil {
@@ -798,7 +804,7 @@ func (c *chaos) allFaults() map[string]func() {
 	faults["raw flushed"] = func() { try("-w", "-t", rawTable, "-F") }
 	faults["chain flushed"] = func() {
 		if r := c.anyRow(f); r != nil {
-			try("-w", "-t", natTable, "-F", r.dnatChain())
+			try("-w", "-t", natTable, "-F", dnatChain(r))
 		}
 	}
 

@@ -196,9 +196,20 @@ type flowConn interface {
 	Close() error
 }
 
+// dialFlows opens a socket to the kernel's table.
+func dialFlows() (flowConn, error) {
+	conn, err := nfnetlink.Dial()
+	if err != nil {
+		return nil, err // and no interface around a nil pointer
+	}
+
+	return conn, nil
+}
+
 // flowTable is the kernel's table of a family's flows.
 type flowTable struct {
 	family ipFamily
+	dial   func() (flowConn, error)
 	conn   flowConn // nil until it is needed
 }
 
@@ -208,7 +219,7 @@ func (f *flowTable) open() error {
 		return nil
 	}
 
-	conn, err := nfnetlink.Dial()
+	conn, err := f.dial()
 	if err == nil {
 		f.conn = conn
 	}

@@ -317,6 +317,7 @@ func TestFlowInPlaceOfAnother(t *testing.T) {
 func TestNoFlowsOfTCP(t *testing.T) {
 	n := anyNode(t)
 	m := n.manager()
+	four, six := n.countFlows(m.families[0]), n.countFlows(m.families[1])
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	require.NoError(t, n.add(m, "stays", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 	require.NoError(t, n.remove(m, "id", nil))
@@ -325,11 +326,11 @@ func TestNoFlowsOfTCP(t *testing.T) {
 		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
 	})
 	assert.Nil(t, m.families[0].nodeBefore, "looked at")
-	assert.Nil(t, m.families[0].flows.datagrams.conn)
+	assert.Zero(t, four.others.Load())
 
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})))
-	assert.NotNil(t, m.families[0].flows.datagrams.conn)
-	assert.Nil(t, m.families[1].flows.datagrams.conn)
+	assert.NotZero(t, four.others.Load())
+	assert.Zero(t, six.others.Load())
 }
 
 // An operation does not fail because stale flows cannot be ended.
@@ -340,7 +341,7 @@ func TestFlushFails(t *testing.T) {
 	conn := n.nfnetlink()
 	require.NoError(t, conn.Close())
 
-	m.families[0].flows.datagrams.conn = conn
+	n.flowsBy(m.families[0], func() (flowConn, error) { return conn, nil })
 
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
 	require.NoError(t, n.add(m, "id", pod))

@@ -9,6 +9,7 @@ type delta struct {
 	keep     []*row // rows that are to stand: checked, and put back if missing
 }
 
+// empty reports whether it names no row.
 func (d *delta) empty() bool { return len(d.del)+len(d.add)+len(d.keep) == 0 }
 
 // size is how many rows change.
@@ -78,5 +79,5 @@ type target struct {
 // nothing is the target of a backend that is to have nothing of ours.
 func nothing() target { return target{rows: func(func(*row) bool) {}, whole: true, exactly: true} }
 
-// shared, in place of a delta's index, stands for lines that are for all.
+// shared stands, in place of a delta's index, for lines that are for all.
 const shared = -1

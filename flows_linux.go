@@ -51,12 +51,13 @@ const (
 	lateTries = 3
 )
 
-func newFlows(f ipFamily, log klog.Logger, view viewer) *flows {
+// newFlows returns what ends flows of a family, as view has it, by what dial returns.
+func newFlows(f ipFamily, log klog.Logger, view viewer, dial func() (flowConn, error)) *flows {
 	ctx, cancel := context.WithCancel(context.Background())
 
 	return &flows{
 		log: log, view: view, background: ctx, stopped: cancel,
-		datagrams: flowTable{family: f}, connections: flowTable{family: f},
+		datagrams: flowTable{family: f, dial: dial}, connections: flowTable{family: f, dial: dial},
 	}
 }
 
@@ -182,6 +183,7 @@ func (f *flows) resume() {
 	}
 }
 
+// cannotEnd has it in the log that flows go on.
 func (f *flows) cannotEnd(err error) {
 	f.log.Error(err, "Cannot end stale flows")
 }

@@ -171,29 +171,54 @@ func TestFlowsOfBriefAddresses(t *testing.T) {
 	})
 }
 
+// flowsBy has a family end flows by what dial returns.
+func (n *node) flowsBy(fm *hostportManager, dial func() (flowConn, error)) {
+	n.t.Helper()
+
+	fm.flows.stop()
+	require.NoError(n.t, fm.flows.close(fm.view()))
+	fm.flows = newFlows(fm.family, testLogger(n.t), fm.withView, dial)
+}
+
+// noneLate keeps a family from ending connections until it is called again: there is one
+// socket, which is for datagrams if they come first.
+func (n *node) noneLate(fm *hostportManager) (again func()) {
+	n.t.Helper()
+
+	var dials, allowed atomic.Int64
+
+	n.flowsBy(fm, func() (flowConn, error) {
+		if dials.Add(1) > 1 && allowed.Load() == 0 {
+			return nil, errInjected
+		}
+
+		return dialFlows()
+	})
+
+	return func() { allowed.Store(1) }
+}
+
 // Connections are ended a moment later, once for all changes until then.
 func TestConnectionsToBriefAddress(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		m := n.manager()
+		again := n.noneLate(m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)])
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
-		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
-		n.do(func() { fm.flows.schedule(turnover{before: fm.node, protocols: []protocol{tcp}}, nil, time.Hour, 1) })
-
-		require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(f))))
-		n.look(m, f)
+		for _, ip := range []netip.Addr{vip(f).Next(), vip(f)} {
+			require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(ip)))
+			n.look(m, f)
+		}
 
 		c := n.connect(t, netip.AddrPortFrom(vip(f), 8080))
 		require.Equal(t, "web", c.asks())
 		require.NoError(t, n.Host.RemoveAddress("eth1", hostPrefix(vip(f))))
 		n.look(m, f)
 
-		fm.flows.mu.Lock()
-		fm.flows.due.Reset(0)
-		fm.flows.mu.Unlock()
-
+		again()
+		n.run(m)
 		n.noConnections(f, netip.AddrPortFrom(vip(f), 8080))
 	})
 }
@@ -300,7 +325,7 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 
 			// CRI-O's rule knows nothing of Services.
 			n.commit(newNFTLayout(f).table.AppendRule(nftPrerouting,
-				nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
 
 			misled := n.send(netip.AddrPortFrom(vip(f), 5353))
 			misled.reaches(t, "web")
@@ -574,22 +599,16 @@ func TestConnectionsResume(t *testing.T) {
 	n.serve(0, "tcp", IPv4, 80)
 
 	m := n.manager()
-	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
-	require.NoError(t, n.add(m, "id", pod))
+	again := n.noneLate(m.families[0])
+	n.look(m, IPv4)
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
 	c := n.connect(t, netip.AddrPortFrom(n.nodeIP(IPv4), 8080))
 	require.Equal(t, "web", c.asks())
 	n.silence(0)
-
-	rows, err := rowsOf("id", pod)
-	require.NoError(t, err)
-
-	fl := m.families[0].flows
-	fl.stop() // nothing is scheduled now
 	require.NoError(t, n.remove(m, "id", nil))
 
-	fl.background, fl.stopped = context.WithCancel(context.Background())
-	require.Len(t, fl.todo.gone, len(rows))
+	again()
 	n.run(m)
 	c.isReset()
 }
@@ -771,7 +790,7 @@ func (n *node) sendSCTP(dst netip.AddrPort) {
 
 	packet := sctpInit(40_000, dst.Port())
 	fd := rawSCTP(n.t, n.Client, familyOf(dst.Addr()))
-	to := sockaddr(dst.Addr(), 0)
+	to := sockaddrOf(dst.Addr(), 0)
 	done := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
 
@@ -883,26 +902,43 @@ func TestConnectionsBeforeRow(t *testing.T) {
 	})
 }
 
-// countingFlows counts the lists that are asked for.
-type countingFlows struct {
+// countedFlows counts the lists that are asked for: of TCP and of others.
+type countedFlows struct {
 	flowConn
 
-	lists atomic.Int64
+	tcp, others *atomic.Int64
 }
 
-func (c *countingFlows) Flows(ctx context.Context, family, protocol uint8, port uint16) ([]nfnetlink.Flow, error) {
-	c.lists.Add(1)
+func (c countedFlows) Flows(ctx context.Context, family, protocol uint8, port uint16) ([]nfnetlink.Flow, error) {
+	if protocol == unix.IPPROTO_TCP {
+		c.tcp.Add(1)
+	} else {
+		c.others.Add(1)
+	}
 
 	return c.flowConn.Flows(ctx, family, protocol, port)
+}
+
+// countFlows counts a family's from now on.
+func (n *node) countFlows(fm *hostportManager) countedFlows {
+	n.t.Helper()
+
+	c := countedFlows{tcp: &atomic.Int64{}, others: &atomic.Int64{}}
+
+	n.flowsBy(fm, func() (flowConn, error) {
+		conn, err := dialFlows()
+
+		return countedFlows{conn, c.tcp, c.others}, err
+	})
+
+	return c
 }
 
 // One list of each protocol for all operations of one moment, whatever rows they have.
 func TestOneListOfFlows(t *testing.T) {
 	n := anyNode(t)
 	m := n.manager()
-	fl := m.families[0].flows
-	atOnce, late := &countingFlows{flowConn: n.nfnetlink()}, &countingFlows{flowConn: n.nfnetlink()}
-	fl.datagrams.conn, fl.connections.conn = atOnce, late
+	lists := n.countFlows(m.families[0])
 
 	pod := func(i int) *PodPortMapping {
 		return &PodPortMapping{IP: net.IPv4(10, 88, 9, byte(i)), PortMappings: []*PortMapping{
@@ -919,7 +955,7 @@ func TestOneListOfFlows(t *testing.T) {
 		func(i int) error { return m.Add(strconv.Itoa(i), pod(i), "") },
 		func(i int) error { return m.Remove(strconv.Itoa(i), nil) },
 	} {
-		before := atOnce.lists.Load()
+		before := lists.others.Load()
 
 		m.families[0].turn <- struct{}{} // until all of them wait
 		done := make(chan []error)
@@ -939,10 +975,10 @@ func TestOneListOfFlows(t *testing.T) {
 			require.NoError(t, err)
 		}
 
-		assert.Equal(t, before+2, atOnce.lists.Load(), "of UDP and of SCTP")
+		assert.Equal(t, before+2, lists.others.Load(), "of UDP and of SCTP")
 	}
 
-	eventually(t, func() bool { return late.lists.Load() == 1 })
+	eventually(t, func() bool { return lists.tcp.Load() == 1 })
 	require.NoError(t, m.Close())
-	assert.EqualValues(t, 1, late.lists.Load())
+	assert.EqualValues(t, 1, lists.tcp.Load())
 }

@@ -4,6 +4,7 @@ package hostport
 
 import (
 	"context"
+	"errors"
 
 	"k8s.io/klog/v2"
 
@@ -13,7 +14,12 @@ import (
 // flows ends nothing.
 type flows struct{}
 
-func newFlows(ipFamily, klog.Logger, viewer) *flows { return nil }
+// flowConn is nothing.
+type flowConn any
+
+func dialFlows() (flowConn, error) { return nil, errors.ErrUnsupported }
+
+func newFlows(ipFamily, klog.Logger, viewer, func() (flowConn, error)) *flows { return nil }
 
 func (*flows) flush(context.Context, []delta, *nodeaddr.Addresses, nodeView) error { return nil }
 func (*flows) cannotEnd(error)                                                     {}

@@ -10,7 +10,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 )
 
-type ipFamily string
+type ipFamily = family
 
 // The IP families.
 const (
@@ -196,6 +196,13 @@ func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row, owne
 	}
 
 	return rows, o, nil
+}
+
+// claim is a row as Remove names it: without the pod's side.
+type claim struct {
+	endpoint
+
+	hash string
 }
 
 // claimsOf returns pod's rows in family f, leaving out those that cannot be in

@@ -116,10 +116,8 @@ type hostportManager struct {
 // do. Without CAP_NET_ADMIN nothing keeps others away.
 func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
-	f := familyOfIPTables(iptables)
-	m := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-		return newIPTablesBackend(iptables, cfg.localhostIn(f), cfg.guardIn(f)), nil
-	})
+	f, open := through(iptables, cfg)
+	m := newHostportManager(f, cfg, open)
 	_ = m.start() // told by the first Add
 
 	return m
@@ -141,7 +139,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		links:     newLinks(f),
 		bridges:   map[string]bool{},
 	}
-	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView)
+	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView, dialFlows)
 
 	return m
 }

@@ -18,3 +18,12 @@ type IPTables interface {
 	// being 1, by a method `Line() int`, where that is known.
 	Restore(ctx context.Context, input []byte) error
 }
+
+// through returns the family of a caller's iptables, and what opens the backend over it.
+func through(ipt IPTables, cfg config) (ipFamily, func(context.Context) (backend, error)) {
+	f := familyOfIPTables(ipt)
+
+	return f, func(context.Context) (backend, error) {
+		return newIPTablesBackend(ipt, cfg.localhostIn(f), cfg.guardIn(f)), nil
+	}
+}

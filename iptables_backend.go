@@ -71,15 +71,19 @@ func newIPTablesBackend(ipt programs, localhost, guard bool) *iptablesBackend {
 	return b
 }
 
+// kind is the same for all rows.
 func (b *iptablesBackend) kind(*row) string { return "iptables" }
 
+// name is in the names of a row's chains.
 func (b *iptablesBackend) name(r *row) string { return r.hash }
 
+// ownedBy reports whether a row's chains may have been named for id.
 func (b *iptablesBackend) ownedBy(id string, r *row) bool { return r.hashedBy(id) }
 
 // exempt does nothing: kube-proxy's rules come first, and accept what is for a Service.
 func (b *iptablesBackend) exempt([]netip.Addr) (due bool) { return false }
 
+// list finds all rows, and whether they stand as this package puts them.
 func (b *iptablesBackend) list(ctx context.Context) (rows []*row, intact bool, err error) {
 	b.watch.begin(ctx)
 
@@ -305,7 +309,7 @@ func (b *iptablesBackend) restoration(ctx context.Context, t target) (*script, e
 
 		switch {
 		case rs.nat.holds(r):
-			s.putPath(index(r), r, r.sides())
+			s.putPath(index(r), r, sidesOf(r))
 		case rs.nat.leadsTo(r) && r.astray:
 			misfits[r] = true
 		default:
@@ -350,6 +354,7 @@ func (b *iptablesBackend) demolition(s *script) {
 	s.purge(needed{})
 }
 
+// missing returns the rules and chains that are not there, in words.
 func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, error) {
 	rs, err := b.look(ctx, len(b.guard) > 0)
 	if err != nil {
@@ -388,6 +393,7 @@ func (b *iptablesBackend) missing(ctx context.Context, rows []*row) ([]string, e
 	return slices.Compact(missing), nil
 }
 
+// disturbed reports whether others may have changed our tables.
 func (b *iptablesBackend) disturbed(transactions []nfnetlink.Transaction) bool {
 	return b.watch.disturbed(transactions)
 }

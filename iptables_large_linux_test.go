@@ -43,7 +43,8 @@ func rowsIn(lines []string) int {
 
 	for _, line := range lines {
 		for word := range strings.FieldsSeq(strings.TrimLeft(line, ":")) {
-			if hash := strings.TrimPrefix(strings.TrimPrefix(word, dnatPrefix), masqPrefix); isHash(hash) {
+			hash := strings.TrimPrefix(strings.TrimPrefix(word, dnatPrefix), masqPrefix)
+			if hash != word && !strings.Contains(hash, "-") { // else it is a range chain
 				rows[hash] = true
 			}
 		}
@@ -367,36 +368,4 @@ func TestSeveralTransactionsAreOurs(t *testing.T) {
 	require.NoError(t, n.remove(m, "media", nil))
 	untilLooked(t, m)
 	assert.Equal(t, 2, worked())
-}
-
-func TestParts(t *testing.T) {
-	t.Parallel()
-
-	r := func(port uint16) *row { return &row{endpoint: endpoint{portKey: portKey{proto: tcp, port: port}}} }
-	d := delta{del: []*row{r(1), r(2), r(3)}, add: []*row{r(3), r(1), r(4), r(1)}, keep: []*row{r(9)}}
-
-	assert.Len(t, d.parts(7), 1)
-	assert.Len(t, (&delta{}).parts(1), 1)
-
-	for most, want := range map[int]string{
-		6: "[1 2 3]+[1 1 3] []+[4]",
-		4: "[1 2]+[1 1] [3]+[3 4]",
-		1: "[1]+[1 1] [2]+[] [3]+[3] []+[4]",
-	} {
-		var texts []string
-
-		for _, part := range d.parts(most) {
-			ports := map[bool][]uint16{}
-
-			for i, rows := range [][]*row{part.del, part.add} {
-				for _, r := range rows {
-					ports[i > 0] = append(ports[i > 0], r.port)
-				}
-			}
-
-			texts = append(texts, fmt.Sprintf("%v+%v", ports[false], ports[true]))
-		}
-
-		assert.Equal(t, want, strings.Join(texts, " "), most)
-	}
 }

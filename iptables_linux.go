@@ -28,6 +28,7 @@ import (
 // variant is which interface of the kernel an iptables binary drives.
 type variant string
 
+// The variants.
 const (
 	variantNFT    variant = "nft"
 	variantLegacy variant = "legacy"
@@ -46,6 +47,7 @@ type ipTables struct {
 	insteadOf error
 }
 
+// findIPTables returns the iptables that the node uses, as NewIPTables says.
 func findIPTables(ctx context.Context, family ipFamily) (*ipTables, error) {
 	var found []*ipTables
 
@@ -196,6 +198,7 @@ func haveOurs(chains []nfnetlink.ChainInfo, all bool) bool {
 	})
 }
 
+// command is the name of the program for a family.
 func command(family ipFamily) string {
 	if family == IPv6 {
 		return "ip6tables"
@@ -204,6 +207,7 @@ func command(family ipFamily) string {
 	return "iptables"
 }
 
+// newIPTables returns the iptables whose programs begin with name.
 func newIPTables(family ipFamily, name string, v variant) (*ipTables, error) {
 	t := &ipTables{family: family, variant: v}
 

@@ -761,9 +761,9 @@ func TestHalfARowAtStart(t *testing.T) {
 		before := sorted(n.ours(IPv4))
 		row := parsedRows(t, n)[0]
 
-		n.iptables(IPv4, append([]string{"-D"}, strings.Fields(row.masqSide().jump.String())...)...)
-		n.iptables(IPv4, "-F", row.masqChain())
-		n.iptables(IPv4, "-X", row.masqChain())
+		n.iptables(IPv4, append([]string{"-D"}, strings.Fields(masqSide(row).jump.String())...)...)
+		n.iptables(IPv4, "-F", masqChain(row))
+		n.iptables(IPv4, "-X", masqChain(row))
 
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", pod))

@@ -64,7 +64,7 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 			n.foreignChains(f, hole.table)
 
 			open := func(end []string) {
-				n.command(command(f)+"-"+string(n.variant), append([]string{"-t", hole.table, "-I", hole.chain, "-s", podBlock(n.Pods[0].IP(f == IPv6)).String()}, end...)...)
+				n.command(command(f)+"-"+string(n.variant), append([]string{"-t", hole.table, "-I", hole.chain, "-s", podNetwork(n, f).String()}, end...)...)
 				assert.False(t, hole.closed(), end)
 				require.ErrorContains(t, check(), hole.comment, end)
 			}

@@ -113,7 +113,7 @@ func (p ports) String() string {
 }
 
 // rangeChain names the range chain around r's port on a level.
-func (r *row) rangeChain(prefix string, level int) string {
+func rangeChain(r *row, prefix string, level int) string {
 	p := rangeAt(r.port, level)
 
 	return fmt.Sprintf("%s%s-%d-%d", prefix, r.proto.api(), p.lo, p.hi)
@@ -127,7 +127,7 @@ func path(r *row, dispatch, prefix string, jump func(level int, p ports) iptRule
 
 	for level := range jumps {
 		jumps[level] = jump(level, rangeAt(r.port, level))
-		jumps[level].chain, jumps[level].target = chain, r.rangeChain(prefix, level)
+		jumps[level].chain, jumps[level].target = chain, rangeChain(r, prefix, level)
 		chain = jumps[level].target
 	}
 
@@ -142,16 +142,17 @@ type side struct {
 	rule  iptRule   // in the row's own chain
 }
 
-func (r *row) dnatSide() side {
+// dnatSide leads from the node's endpoint to the pod's.
+func dnatSide(r *row) side {
 	jumps, leaf := path(r, dnatDispatch, dnatPrefix, func(_ int, p ports) iptRule {
 		return iptRule{proto: r.proto, dports: p}
 	})
 	s := side{
 		path:  jumps,
-		jump:  iptRule{chain: leaf, proto: r.proto, dports: ports{r.port, r.port}, target: r.dnatChain()},
+		jump:  iptRule{chain: leaf, proto: r.proto, dports: ports{r.port, r.port}, target: dnatChain(r)},
 		first: r.ip.IsValid(), // before the row for any address, which would take the packet
 		rule: iptRule{
-			chain: r.dnatChain(), proto: r.proto, target: dnatTarget, to: r.pod,
+			chain: dnatChain(r), proto: r.proto, target: dnatTarget, to: r.pod,
 		},
 	}
 
@@ -170,7 +171,7 @@ func (r *row) dnatSide() side {
 // The rule has the row's comment, and no other does: a comment is a match, and
 // the kernel visits each for every change, on the DNAT side twice (from
 // PREROUTING and from OUTPUT), which there made a tenth of an Add at 5000 rows.
-func (r *row) masqSide() side {
+func masqSide(r *row) side {
 	pod := hostPrefix(r.pod.Addr())
 	first := iptRule{src: podBlock(r.pod.Addr())}
 	jump := iptRule{src: pod}
@@ -190,8 +191,8 @@ func (r *row) masqSide() side {
 		return first
 	})
 
-	jump.chain, jump.target = leaf, r.masqChain()
-	rule.chain, rule.target, rule.proto, rule.comment = r.masqChain(), masqTarget, r.proto, r.label
+	jump.chain, jump.target = leaf, masqChain(r)
+	rule.chain, rule.target, rule.proto, rule.comment = masqChain(r), masqTarget, r.proto, r.label
 	rule.origPorts, rule.dports = ports{r.port, r.port}, ports{r.pod.Port(), r.pod.Port()}
 
 	return side{path: jumps, jump: jump, rule: rule}
@@ -203,10 +204,14 @@ func isPlain(device string) bool {
 	return device != "" && device[0] != '-' && harmless(device, "") == device
 }
 
-func (r *row) sides() []side { return []side{r.dnatSide(), r.masqSide()} }
+// sidesOf returns both sides of a row.
+func sidesOf(r *row) []side { return []side{dnatSide(r), masqSide(r)} }
 
-func (r *row) dnatChain() string { return dnatPrefix + r.hash }
-func (r *row) masqChain() string { return masqPrefix + r.hash }
+// dnatChain names the chain with the row's rule on the DNAT side.
+func dnatChain(r *row) string { return dnatPrefix + r.hash }
+
+// masqChain names the one on the masquerade side.
+func masqChain(r *row) string { return masqPrefix + r.hash }
 
 // podBlock is the network that is taken for the pods' around a pod IP.
 func podBlock(ip netip.Addr) netip.Prefix {

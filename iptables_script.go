@@ -300,7 +300,7 @@ func (s *script) delta(i int, d delta) {
 
 // keep makes the transaction fail unless r stands.
 func (s *script) keep(i int, r *row) {
-	for _, side := range r.sides() {
+	for _, side := range sidesOf(r) {
 		for _, j := range side.path {
 			s.assert(j.String())
 		}
@@ -318,7 +318,7 @@ func (s *script) put(of func(*row) int, rows []*row) {
 
 	for j, r := range rows {
 		s.chooseDepth(r)
-		sides[j] = r.sides()
+		sides[j] = sidesOf(r)
 		s.putPath(of(r), r, sides[j])
 	}
 
@@ -334,7 +334,7 @@ func (s *script) put(of func(*row) int, rows []*row) {
 // wherever that stands.
 func (s *script) chooseDepth(r *row) {
 	for r.depth = ownRows; r.depth < rangeLevels-1; r.depth++ {
-		parent, chain := r.rangeChain(dnatPrefix, r.depth-1), r.rangeChain(dnatPrefix, r.depth)
+		parent, chain := rangeChain(r, dnatPrefix, r.depth-1), rangeChain(r, dnatPrefix, r.depth)
 		if s.table.rowsBehind(parent, chain) < fewRows && !r.ip.IsValid() {
 			return
 		}
@@ -393,7 +393,7 @@ func (s *script) remove(of func(*row) int, rows []*row) {
 	)
 
 	for _, r := range rows {
-		for _, side := range r.sides() {
+		for _, side := range sidesOf(r) {
 			if _, there := s.table.chains[side.rule.chain]; there {
 				s.flushChain(of(r), r, side.rule.chain)
 
@@ -512,7 +512,7 @@ func (s *script) needs(base []iptRule, rows []*row, misfits map[*row]bool) neede
 	}
 
 	for _, r := range rows {
-		for _, side := range r.sides() {
+		for _, side := range sidesOf(r) {
 			leaf := side.rule.chain
 			n.chains[leaf] = !misfits[r]
 

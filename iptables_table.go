@@ -116,7 +116,7 @@ func (t *iptTable) rowsBehind(chain, target string) int {
 func (t *iptTable) countPath(r *row) bool {
 	whole := true
 
-	for _, s := range r.sides() {
+	for _, s := range sidesOf(r) {
 		for _, j := range s.path {
 			if i := t.find(j.chain, j.String()); i >= 0 {
 				t.chains[j.chain][i].rows++
@@ -145,7 +145,7 @@ func (t *iptTable) pruned() bool {
 // holds reports whether a row stands in t as this package puts it. The range
 // chains that lead there are another matter.
 func (t *iptTable) holds(r *row) bool {
-	for _, s := range r.sides() {
+	for _, s := range sidesOf(r) {
 		if jumps := t.jumps[s.jump.target]; len(jumps) != 1 || !jumps[0].is(s.jump) {
 			return false
 		}
@@ -161,7 +161,7 @@ func (t *iptTable) holds(r *row) bool {
 // takesFrom reports whether r, which is for any address, stands before what may be
 // for one address.
 func (t *iptTable) takesFrom(r *row) bool {
-	jump := r.dnatSide().jump
+	jump := dnatSide(r).jump
 	chain := t.chains[jump.chain]
 	at := slices.IndexFunc(chain, func(o savedRule) bool { return o.is(jump) })
 
@@ -174,17 +174,18 @@ func (t *iptTable) takesFrom(r *row) bool {
 // leadsTo reports whether r stands in t where CRI-O puts it: with its jumps
 // straight in the dispatch chains.
 func (t *iptTable) leadsTo(r *row) bool {
-	dnat, masq := t.jumps[r.dnatChain()], t.jumps[r.masqChain()]
+	dnat, masq := t.jumps[dnatChain(r)], t.jumps[masqChain(r)]
 	if len(dnat) != 1 || dnat[0].spec.chain != dnatDispatch || len(masq) != 1 || masq[0].spec.chain != masqDispatch {
 		return false
 	}
 
-	found := rowFrom(r.hash, firstRule(t.chains[r.dnatChain()]), dnat)
+	found := rowFrom(r.hash, firstRule(t.chains[dnatChain(r)]), dnat)
 
 	return found != nil && found.endpoint == r.endpoint && found.pod == r.pod &&
-		firstRule(t.chains[r.masqChain()]).target == masqTarget
+		firstRule(t.chains[masqChain(r)]).target == masqTarget
 }
 
+// firstRule is what the first of a chain's rules says, if it has one.
 func firstRule(rules []savedRule) iptRule {
 	if len(rules) == 0 {
 		return iptRule{}
@@ -200,7 +201,7 @@ func (t *iptTable) leadsInto(chain, target string) bool {
 
 // missing returns what is not there of what r takes, in words.
 func (t *iptTable) missing(r *row) (missing []string) {
-	for _, side := range r.sides() {
+	for _, side := range sidesOf(r) {
 		for _, rule := range append(side.path, side.jump, side.rule) {
 			if _, ok := t.chains[rule.chain]; !ok {
 				missing = append(missing, "chain "+rule.chain)
@@ -226,7 +227,7 @@ func (t *iptTable) rows(f ipFamily) []*row {
 
 		for _, rule := range rules {
 			if r := rowFrom(hash, *rule.spec, t.jumps[chain]); r != nil && r.family() == f {
-				masquerade := firstRule(t.chains[r.masqChain()])
+				masquerade := firstRule(t.chains[masqChain(r)])
 				r.label, r.link = harmless(cmp.Or(rule.spec.comment, masquerade.comment), " "), masquerade.in
 				rows = append(rows, r)
 
@@ -260,7 +261,7 @@ func rowFrom(hash string, rule iptRule, jumps []savedRule) *row {
 		}
 
 		for level := range rangeLevels {
-			if j.spec.chain == r.rangeChain(dnatPrefix, level) {
+			if j.spec.chain == rangeChain(r, dnatPrefix, level) {
 				r.depth = level
 			}
 		}
@@ -271,6 +272,7 @@ func rowFrom(hash string, rule iptRule, jumps []savedRule) *row {
 	return nil
 }
 
+// isHash reports whether a text may be a hash of a row.
 func isHash(s string) bool {
 	return len(s) == hashLen && strings.Trim(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
 }

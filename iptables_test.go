@@ -1,6 +1,9 @@
 package hostport
 
 import (
+	"fmt"
+	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -9,15 +12,23 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func testRow(t *testing.T, podIP string, pm *PortMapping) *row {
-	t.Helper()
+// testRow is a row from an endpoint, on any address if hostIP is none, to a pod.
+func testRow(proto protocol, hostIP string, port uint16, pod string) *row {
+	r := &row{endpoint: endpoint{portKey: portKey{proto: proto, port: port}}, pod: netip.MustParseAddrPort(pod)}
+	if hostIP != "" {
+		r.ip = netip.MustParseAddr(hostIP)
+	}
 
-	rows, err := rowsOf("id", podAt(podIP, pm))
-	require.NoError(t, err)
-	require.Len(t, rows, 1)
+	r.setOwner(owner{id: "id", name: "web"})
 
-	return rows[0]
+	return r
 }
+
+// atLineError is an error about a line.
+type atLineError int
+
+func (e atLineError) Error() string { return fmt.Sprintf("line %d failed", e) }
+func (e atLineError) Line() int     { return int(e) }
 
 // What is written has to be understood again, to the letter.
 func TestRulesParseBack(t *testing.T) {
@@ -26,13 +37,13 @@ func TestRulesParseBack(t *testing.T) {
 	rules := slices.Concat(guardRules(IPv4), natRules(IPv4, true), natRules(IPv4, false), natRules(IPv6, false))
 
 	for _, r := range []*row{
-		testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80}),
-		testRow(t, "10.88.0.5", &PortMapping{HostPort: 65535, ContainerPort: 1, Protocol: "SCTP", HostIP: "192.0.2.1"}),
-		testRow(t, "fd00::5", &PortMapping{HostPort: 1, ContainerPort: 65535, Protocol: "UDP", HostIP: "2001:db8::1"}),
+		testRow(tcp, "", 8080, "10.88.0.5:80"),
+		testRow(sctp, "192.0.2.1", 65535, "10.88.0.5:1"),
+		testRow(udp, "2001:db8::1", 1, "[fd00::5]:65535"),
 	} {
 		for _, link := range []string{"", "cni0"} {
 			r.link = link
-			for _, s := range r.sides() {
+			for _, s := range sidesOf(r) {
 				rules = append(append(rules, s.path...), s.jump, s.rule)
 			}
 		}
@@ -84,18 +95,15 @@ func TestRangeAt(t *testing.T) {
 func TestLineIn(t *testing.T) {
 	t.Parallel()
 
-	at := interface{ Line() int }(nil)
-	require.Implements(t, &at, &lineError{})
-
 	s := newScript(&iptRuleset{nat: &iptTable{chains: map[string][]savedRule{}}}, rowsAtOnce)
-	r := testRow(t, "10.88.0.5", &PortMapping{HostPort: 8080, ContainerPort: 80})
+	r := testRow(tcp, "", 8080, "10.88.0.5:80")
 	s.begin(natTable)
 	s.put(func(*row) int { return 0 }, []*row{r})
 
 	lines := strings.Split(string(s.input()), "\n")
 
 	for i, line := range lines {
-		err := s.blame(&lineError{i + 1})
+		err := s.blame(atLineError(i + 1))
 		if strings.HasPrefix(line, "-A KUBE-HP-"+r.hash) || strings.HasPrefix(line, "-A CRIO-MASQ-"+r.hash) {
 			assert.True(t, isRefused(err), line)
 		} else {
@@ -105,7 +113,10 @@ func TestLineIn(t *testing.T) {
 }
 
 func FuzzParseSave(f *testing.F) {
-	f.Add(crioSave)
+	crioSave, err := os.ReadFile("testdata/crio-iptables-save")
+	require.NoError(f, err)
+
+	f.Add(string(crioSave))
 	f.Add("*nat\n:KUBE-HP-AAAAAAAAAAAAAAAA - [0:0]\n-A KUBE-HP-AAAAAAAAAAAAAAAA -j DNAT --to-destination [::1]:80\nCOMMIT\n")
 	f.Add("*nat\n:\n-A\n-A x -j\n\"\\")
 

@@ -34,8 +34,10 @@ type links struct {
 	kinds map[string]string
 }
 
+// newLinks returns what knows the interfaces of a family. It opens nothing yet.
 func newLinks(f ipFamily) links { return links{family: f, kinds: map[string]string{}} }
 
+// close closes what is open. It may be used again.
 func (l *links) close() {
 	if l.routing != nil {
 		l.routing.Close()

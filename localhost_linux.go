@@ -22,6 +22,7 @@ import (
 // never taken back.
 type localhost struct{ log klog.Logger }
 
+// newLocalhost returns what opens interfaces, and says so in a log.
 func newLocalhost(log klog.Logger) localhost { return localhost{log: log} }
 
 // open sets route_localnet on the interface to a pod. It looks each time: an interface
@@ -59,6 +60,7 @@ func localnetRouted() bool {
 	})
 }
 
+// routeLocalnet is the sysctl of an interface.
 func routeLocalnet(device string) string {
 	return "/proc/sys/net/ipv4/conf/" + device + "/route_localnet"
 }

@@ -35,6 +35,11 @@ func logs(tb testing.TB) (Option, func() string) {
 	return WithLogger(log), sink.GetBuffer().String
 }
 
+// routeLocalnetOf is the file of the sysctl route_localnet of an interface.
+func routeLocalnetOf(device string) string {
+	return "/proc/sys/net/ipv4/conf/" + device + "/route_localnet"
+}
+
 // localnet lists the interfaces of the host that have route_localnet.
 func (n *node) localnet() []string {
 	n.t.Helper()
@@ -42,7 +47,7 @@ func (n *node) localnet() []string {
 	var devices []string
 
 	n.do(func() {
-		paths, err := filepath.Glob(routeLocalnet("*"))
+		paths, err := filepath.Glob(routeLocalnetOf("*"))
 		require.NoError(n.t, err)
 		require.NotEmpty(n.t, paths)
 
@@ -194,6 +199,9 @@ func TestInterfaceNames(t *testing.T) {
 	m := n.manager()
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 
+	l := newLinks(IPv4)
+	defer l.close()
+
 	n.do(func() {
 		h, err := rtnetlink.NewHandle(unix.NETLINK_ROUTE)
 		require.NoError(t, err)
@@ -209,11 +217,13 @@ func TestInterfaceNames(t *testing.T) {
 			attrs.Name = name
 			err := h.LinkAdd(&rtnetlink.Bridge{LinkAttrs: attrs})
 			assert.Equal(t, valid, err == nil, "the kernel and %q: %v", name, err)
-			assert.Equal(t, valid, validInterfaceName(name), "%q", name)
+			found, err := l.to(name, n.Pods[0].IPv4)
+			require.NoError(t, err)
+			assert.Equal(t, valid, found == name, "%q", name)
 
 			if valid {
 				require.NoError(t, m.Add("id", pod, name))
-				set, err := isSet(routeLocalnet(name))
+				set, err := isSet(routeLocalnetOf(name))
 				require.NoError(t, err)
 				assert.True(t, set, "%q", name)
 			}
@@ -224,9 +234,10 @@ func TestInterfaceNames(t *testing.T) {
 			attrs := rtnetlink.NewLinkAttrs()
 			attrs.Name = name
 			require.Error(t, h.LinkAdd(&rtnetlink.Bridge{LinkAttrs: attrs}))
-			assert.True(t, validInterfaceName(name), "%q", name)
-			assert.FileExists(t, routeLocalnet(name))
-			assert.False(t, isInterface(name), "%q", name)
+			assert.FileExists(t, routeLocalnetOf(name))
+			found, err := l.to(name, n.Pods[0].IPv4)
+			require.NoError(t, err)
+			assert.NotEqual(t, name, found)
 		}
 	})
 }

@@ -80,6 +80,7 @@ type nftLayout struct {
 	addr      nfnetlink.DataType
 }
 
+// newNFTLayout is the layout of a family, without localhost and guard.
 func newNFTLayout(f ipFamily) nftLayout {
 	l := nftLayout{
 		family: f,
@@ -109,6 +110,7 @@ func (l nftLayout) objects() []netlink.Message {
 	return append(msgs, l.rules()...)
 }
 
+// sets are all maps and sets of the table.
 func (l nftLayout) sets() []nfnetlink.Set {
 	pod := []nfnetlink.DataType{l.addr, nfnetlink.InetService}
 	port := []nfnetlink.DataType{nfnetlink.InetProto, nfnetlink.InetService}
@@ -137,6 +139,7 @@ func (l nftLayout) sets() []nfnetlink.Set {
 	}
 }
 
+// chains are all chains of the table.
 func (l nftLayout) chains() []nfnetlink.Chain {
 	chains := []nfnetlink.Chain{
 		{Name: nftHostPorts},
@@ -300,12 +303,15 @@ type nftElement struct {
 	data, comment string
 }
 
+// there reports whether it is an element.
 func (e nftElement) there() bool { return e.set != "" }
 
+// element is what messages have of it.
 func (e nftElement) element() nfnetlink.Element {
 	return nfnetlink.Element{Key: []byte(e.key), Data: []byte(e.data), Comment: e.comment}
 }
 
+// elementOf is an element of a set as messages have it.
 func elementOf(set string, e nfnetlink.Element) nftElement {
 	return nftElement{nftKey{set, string(e.Key)}, string(e.Data), e.Comment}
 }
@@ -391,6 +397,7 @@ func (l nftLayout) row(e nftElement) (r *row, ok bool) {
 	return r, r.proto != "" && r.port != 0 && r.pod.Port() != 0 && !r.ip.IsUnspecified() && rowElement(r) == e
 }
 
+// appendPort appends a port as keys and data have it: padded to 4 bytes.
 func appendPort(b []byte, port uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
 }

@@ -70,9 +70,11 @@ func (n *nftRuleset) close() error {
 	return n.conn.Close()
 }
 
-// generation is the ruleset's, and ours are those that we have made. The socket is open.
+// generation is the ruleset's. The socket is open.
 func (n *nftRuleset) generation(ctx context.Context) (uint32, error) { return n.conn.Generation(ctx) }
-func (n *nftRuleset) ours() *nfnetlink.Generations                   { return &n.own }
+
+// ours are the generations that we have made.
+func (n *nftRuleset) ours() *nfnetlink.Generations { return &n.own }
 
 // observe notes the generation that the ruleset turned out to have.
 func (n *nftRuleset) observe(gen uint32) {
@@ -174,11 +176,13 @@ func (b *nftBackend) usable(ctx context.Context) error {
 	return nil
 }
 
+// kind is the same for all rows.
 func (b *nftBackend) kind(*row) string { return "nftables" }
 
 // name is empty: an element is named by its row's endpoint.
 func (b *nftBackend) name(*row) string { return "" }
 
+// ownedBy reports whether the comment of a row stands for id.
 func (b *nftBackend) ownedBy(id string, r *row) bool { return shortHash(id) == r.ownerHash }
 
 // list leaves it to reconcile to find out whether all is as we would make it.
@@ -311,6 +315,7 @@ func (b *nftBackend) adopt(elements map[nftKey]nftElement) []*row {
 	return rows
 }
 
+// exempt notes addresses of Services; due is set if the kernel has others.
 func (b *nftBackend) exempt(services []netip.Addr) (due bool) {
 	b.services = map[netip.Addr]bool{}
 	for _, ip := range services {

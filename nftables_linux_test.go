@@ -24,6 +24,9 @@ import (
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
+// register is the first of 16 bytes (NFT_REG_1, linux/netfilter/nf_tables.h).
+const register = 1
+
 // nfnetlink is a socket on the node, until the test ends.
 func (n *node) nfnetlink() *nfnetlink.Conn {
 	n.t.Helper()
@@ -140,7 +143,7 @@ func (n *node) addForeignNFT(f ipFamily) {
 		t.AddElement(set.Name, nfnetlink.Element{Key: n.Pods[0].IP(f == IPv6).AsSlice(), Comment: "of others"}),
 		t.CreateChain(nfnetlink.Chain{Name: "services", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT}),
 		t.CreateChain(nfnetlink.Chain{Name: "masquerade", Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT}),
-		t.AppendRule("services", nfnetlink.LoadProtocol(reg1), nfnetlink.EqualTo(reg1, 0)),
+		t.AppendRule("services", nfnetlink.LoadProtocol(register), nfnetlink.EqualTo(register, 0)),
 	)
 }
 

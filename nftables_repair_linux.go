@@ -233,6 +233,7 @@ func (b *nftBackend) deleteTable(ctx context.Context) ([]string, error) {
 	return repairs, nil
 }
 
+// missing returns the elements and rules that are not there, in words.
 func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error) {
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
@@ -294,6 +295,7 @@ func (b *nftBackend) missing(ctx context.Context, rows []*row) ([]string, error)
 	return missing, err
 }
 
+// disturbed reports whether others have changed our table.
 func (b *nftBackend) disturbed(transactions []nfnetlink.Transaction) bool {
 	return slices.ContainsFunc(transactions, func(t nfnetlink.Transaction) bool {
 		if t.Generation == 0 {

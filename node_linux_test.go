@@ -310,7 +310,7 @@ func (n *node) oneFamily(ipt IPTables, opts ...Option) *hostportManager {
 func (n *node) realIPTables() IPTables {
 	n.t.Helper()
 
-	ipt, err := newIPTables(IPv4, command(IPv4)+"-"+string(n.variant), n.variant)
+	ipt, err := iptablesOf(n.t.Context(), IPv4, n.variant)
 	require.NoError(n.t, err)
 
 	return ipt

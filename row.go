@@ -11,9 +11,19 @@ import (
 	"strings"
 )
 
+// family is an IP family, by its version.
+type family string
+
+// The families.
+const (
+	ipv4 family = "4"
+	ipv6 family = "6"
+)
+
 // protocol is a transport protocol by the name that iptables(8) gives it.
 type protocol string
 
+// The protocols that have host ports.
 const (
 	tcp  protocol = "tcp"
 	udp  protocol = "udp"
@@ -72,7 +82,7 @@ func (e endpoint) overlaps(o endpoint) bool {
 }
 
 // hostIP is the literal form of the address.
-func (e endpoint) hostIP(f ipFamily) netip.Addr {
+func (e endpoint) hostIP(f family) netip.Addr {
 	if e.ip.IsValid() {
 		return e.ip
 	}
@@ -115,6 +125,7 @@ type row struct {
 // owner is a pod. It is known only by the row's marks while id is empty.
 type owner struct{ id, namespace, name string }
 
+// known reports whether the pod is known by its id.
 func (o owner) known() bool { return o.id != "" }
 
 // String is how errors name the pod.
@@ -176,22 +187,25 @@ func (r *row) hasLedTo(pod netip.AddrPort) bool {
 // forLoopback tells whether some loopback address leads to the row.
 func (r *row) forLoopback() bool { return !r.ip.IsValid() || r.ip.IsLoopback() }
 
-func (r *row) family() ipFamily { return familyOf(r.pod.Addr()) }
+// family is that of the pod's address.
+func (r *row) family() family { return familyOf(r.pod.Addr()) }
 
 func (r *row) String() string {
 	return fmt.Sprintf("%s %s -> %s", r.proto.api(), netip.AddrPortFrom(r.hostIP(r.family()), r.port), r.pod)
 }
 
-func familyOf(ip netip.Addr) ipFamily {
+// familyOf is the family of an address.
+func familyOf(ip netip.Addr) family {
 	if ip.Is4() {
-		return IPv4
+		return ipv4
 	}
 
-	return IPv6
+	return ipv6
 }
 
-func (f ipFamily) anyAddr() netip.Addr {
-	if f == IPv4 {
+// anyAddr stands for all addresses of the node.
+func (f family) anyAddr() netip.Addr {
+	if f == ipv4 {
 		return netip.IPv4Unspecified()
 	}
 
@@ -200,8 +214,8 @@ func (f ipFamily) anyAddr() netip.Addr {
 
 // loopback is what addresses the node itself and never comes from elsewhere
 // (RFC 1122, section 3.2.1.3; RFC 4291, section 2.5.3).
-func (f ipFamily) loopback() netip.Prefix {
-	if f == IPv4 {
+func (f family) loopback() netip.Prefix {
+	if f == ipv4 {
 		return netip.PrefixFrom(netip.AddrFrom4([4]byte{127}), 8)
 	}
 
@@ -210,8 +224,8 @@ func (f ipFamily) loopback() netip.Prefix {
 
 // linkLocal is what addresses a machine on its own link alone, so that the kernel
 // does not forward it (RFC 4291, section 2.5.6). IPv4's 169.254.0.0/16 it does.
-func (f ipFamily) linkLocal() netip.Prefix {
-	if f == IPv4 {
+func (f family) linkLocal() netip.Prefix {
+	if f == ipv4 {
 		return netip.Prefix{}
 	}
 
@@ -221,13 +235,6 @@ func (f ipFamily) linkLocal() netip.Prefix {
 // loopbackDevice is the interface of loopback addresses, in every network
 // namespace.
 const loopbackDevice = "lo"
-
-// claim is a row as Remove names it: without the pod's side.
-type claim struct {
-	endpoint
-
-	hash string
-}
 
 // hashLen is how much of a hash names and comments carry.
 const hashLen = 16
@@ -302,4 +309,5 @@ func harmless(s, others string) string {
 	}, s)
 }
 
+// hostPrefix is the network of one address alone.
 func hostPrefix(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }

@@ -29,6 +29,7 @@ type holder struct {
 	rows int
 }
 
+// newSockets returns what holds ports of a family, or nothing if it is not on.
 func newSockets(f ipFamily, on bool) sockets {
 	return sockets{family: f, off: !on, held: map[portKey][]*holder{}, waiting: map[*holder]bool{}}
 }
@@ -148,6 +149,7 @@ func (s *sockets) release(e endpoint) {
 	}
 }
 
+// holds reports whether a socket is bound to an endpoint.
 func (s *sockets) holds(e endpoint) bool {
 	h := s.find(e)
 
@@ -383,6 +385,7 @@ func setReuse(on int, fds ...int) error {
 	return nil
 }
 
+// sockaddr is an address as system calls have it.
 func sockaddr(ip netip.Addr, port uint16) unix.Sockaddr {
 	if ip.Is4() {
 		return &unix.SockaddrInet4{Port: int(port), Addr: ip.As4()}

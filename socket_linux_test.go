@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 )
+
+// sockaddrOf is an address as system calls have it.
+func sockaddrOf(ip netip.Addr, port uint16) unix.Sockaddr {
+	if ip.Is4() {
+		return &unix.SockaddrInet4{Port: int(port), Addr: ip.As4()}
+	}
+
+	return &unix.SockaddrInet6{Port: int(port), Addr: ip.As16()}
+}
 
 // tryBind binds a socket as another process might, and listens on it. It
 // returns the socket's descriptor.
@@ -33,7 +43,7 @@ func tryBind(tb testing.TB, to netip.AddrPort, kind int, options ...int) (int, e
 		require.NoError(tb, unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1))
 	}
 
-	err = unix.Bind(fd, sockaddr(to.Addr(), to.Port()))
+	err = unix.Bind(fd, sockaddrOf(to.Addr(), to.Port()))
 	if err == nil && kind == unix.SOCK_STREAM {
 		err = unix.Listen(fd, 1)
 	}
@@ -329,6 +339,13 @@ func TestBystander(t *testing.T) {
 			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
 			require.Len(t, m.Mappings(), 1)
 			assert.False(t, m.Mappings()[0].Held)
+
+			check := func() (err error) {
+				n.do(func() { err = m.Check(t.Context(), "id", n.pod(0, f, row)) })
+
+				return err
+			}
+			require.ErrorContains(t, check(), "socket of "+strings.ToUpper(network)+" "+netip.AddrPortFrom(f.anyAddr(), 8080).String())
 			n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 
 			if tcp, ok := conn.(*net.TCPConn); ok {
@@ -336,8 +353,15 @@ func TestBystander(t *testing.T) {
 			}
 
 			require.NoError(t, conn.Close())
-			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+
+			if network == "tcp" {
+				require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+			} else {
+				require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, f, row)}}))
+			}
+
 			assert.True(t, m.Mappings()[0].Held, "held later")
+			require.NoError(t, check())
 			require.NoError(t, n.remove(m, "id", nil))
 			require.NoError(t, m.Close())
 		}
@@ -363,7 +387,7 @@ func TestBystanderBesideIPv6(t *testing.T) {
 						require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1))
 					}
 
-					require.NoError(t, unix.Bind(fd, sockaddr(server, 8080)))
+					require.NoError(t, unix.Bind(fd, sockaddrOf(server, 8080)))
 
 					if network == "tcp" {
 						require.NoError(t, unix.Listen(fd, 1))
@@ -462,17 +486,28 @@ func TestHeldPortWithoutRule(t *testing.T) {
 			return nil
 		}))
 
-		for _, fm := range m.families {
-			for _, holders := range fm.sockets.held {
-				for _, h := range holders {
-					if h.proto == udp {
-						_, _, err := unix.Recvfrom(h.fd, make([]byte, 1), unix.MSG_DONTWAIT)
-						assert.ErrorIs(t, err, unix.EAGAIN)
-					}
-				}
+		assert.Equal(t, []string{"00000000"}, n.udpQueued(f, 8080))
+	})
+}
+
+// udpQueued is how many bytes wait in each UDP socket of the node's with a port, in
+// hexadecimal (proc_pid_net(5)).
+func (n *node) udpQueued(f ipFamily, port uint16) (queued []string) {
+	n.t.Helper()
+
+	n.do(func() {
+		table, err := os.ReadFile("/proc/thread-self/net/" + map[ipFamily]string{IPv4: "udp", IPv6: "udp6"}[f])
+		require.NoError(n.t, err)
+
+		for line := range strings.Lines(string(table)) {
+			if fields := strings.Fields(line); strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) {
+				_, received, _ := strings.Cut(fields[4], ":")
+				queued = append(queued, received)
 			}
 		}
 	})
+
+	return queued
 }
 
 // A host IP need not be on the node.

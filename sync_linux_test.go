@@ -49,8 +49,8 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 	}
 
 	for _, r := range rows {
-		if jumps := t.jumps[r.dnatChain()]; len(jumps) == 1 {
-			if found := rowFrom(r.hash, firstRule(t.chains[r.dnatChain()]), jumps); found != nil {
+		if jumps := t.jumps[dnatChain(r)]; len(jumps) == 1 {
+			if found := rowFrom(r.hash, firstRule(t.chains[dnatChain(r)]), jumps); found != nil {
 				r.depth = found.depth
 			}
 		}
@@ -59,7 +59,7 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 			list = append(list, "row "+r.String())
 		}
 
-		for _, s := range r.sides() {
+		for _, s := range sidesOf(r) {
 			chains[s.rule.chain] = true
 			rules[s.rule], rules[s.jump] = true, true
 
@@ -441,10 +441,10 @@ func TestSyncAmongForeignJumps(t *testing.T) {
 		foreign := map[string][]string{"one row to another": nil}
 
 		for i, r := range rows[1:] {
-			foreign["one row to another"] = append(foreign["one row to another"], "-A "+rows[i].dnatChain()+" -j "+r.dnatChain())
+			foreign["one row to another"] = append(foreign["one row to another"], "-A "+dnatChain(rows[i])+" -j "+dnatChain(r))
 		}
 
-		for _, j := range rows[0].dnatSide().path {
+		for _, j := range dnatSide(rows[0]).path {
 			line := j.String()
 			foreign["goto "+j.target] = []string{"-I " + strings.Replace(line, "-j", "-g", 1), "-D " + line}
 			foreign["narrower "+j.target] = []string{"-I " + strings.Replace(line, "-j", "-i lo -j", 1), "-D " + line}
@@ -468,7 +468,7 @@ func TestLeakedBehind(t *testing.T) {
 		m := n.manager(log)
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
-		leaf := parsedRows(t, n)[0].dnatSide().jump.chain
+		leaf := dnatSide(parsedRows(t, n)[0]).jump.chain
 		n.feed("-N KUBE-HP-LEAKEDLEAKEDLEAK", "-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j DNAT --to-destination "+n.Pods[1].IPv4.String()+":80",
 			"-A "+leaf+" -p tcp -m tcp --dport 8080 -j KUBE-HP-LEAKEDLEAKEDLEAK")
 		n.run(m)
@@ -551,9 +551,9 @@ func TestSyncRestoresOrder(t *testing.T) {
 
 		rows := parsedRows(t, n)
 		one := slices.IndexFunc(rows, func(r *row) bool { return r.ip.IsValid() })
-		anys := rows[1-one].dnatSide().jump
+		anys := dnatSide(rows[1-one]).jump
 
-		for _, first := range rows[one].dnatSide().path {
+		for _, first := range dnatSide(rows[one]).path {
 			if first.chain != anys.chain {
 				continue
 			}
@@ -1025,15 +1025,6 @@ func TestCheck(t *testing.T) {
 			require.NoError(t, check(pod))
 		}
 
-		broken("socket of TCP 0.0.0.0:8080", func() {
-			s := &m.families[0].sockets
-			for _, h := range s.held[portKey{tcp, 8080}] {
-				require.NoError(t, syscall.Close(h.fd))
-				h.fd = -1
-				s.waiting[h] = true
-			}
-		})
-
 		rows, err := rowsOf("id", pod)
 		require.NoError(t, err)
 
@@ -1058,14 +1049,14 @@ func TestCheck(t *testing.T) {
 		}
 
 		for _, r := range rows {
-			broken("rule "+r.dnatChain(), func() { n.iptables(IPv4, "-F", r.dnatChain()) })
-			broken("rule "+r.masqChain(), func() { n.iptables(IPv4, "-F", r.masqChain()) })
-			broken(" -j "+r.rangeChain(dnatPrefix, 0), func() { n.iptables(IPv4, "-F", dnatDispatch) })
+			broken("rule "+dnatChain(r), func() { n.iptables(IPv4, "-F", dnatChain(r)) })
+			broken("rule "+masqChain(r), func() { n.iptables(IPv4, "-F", masqChain(r)) })
+			broken(" -j "+rangeChain(r, dnatPrefix, 0), func() { n.iptables(IPv4, "-F", dnatDispatch) })
 		}
 
-		broken(rows[0].String()+", alone", func() { n.feed("-I " + rows[0].dnatChain() + " -j RETURN") })
+		broken(rows[0].String()+", alone", func() { n.feed("-I " + dnatChain(rows[0]) + " -j RETURN") })
 		broken("rule "+preRouting, func() { n.iptables(IPv4, "-F", preRouting) })
-		broken("chain "+rows[0].dnatChain(), func() { n.wipeAll() })
+		broken("chain "+dnatChain(rows[0]), func() { n.wipeAll() })
 		broken(guardComment, func() { n.command("iptables-"+string(n.variant), "-t", rawTable, "-F") })
 
 		n.feed(cmdAppend + natRules(IPv4, true)[0].String())

@@ -207,7 +207,7 @@ func TestChainsForCRIOAreEmptied(t *testing.T) {
 		crio := func() {
 			for _, chain := range []string{nftPrerouting, nftOutput} {
 				n.commit(table.AppendRule(chain,
-					nfnetlink.LoadDestinationType(reg1), nfnetlink.EqualTo(reg1, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+					nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
 			}
 		}
 
