@@ -14,7 +14,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/sockets"
 )
 
 // restart has the runtime begin again, with so many files that it may open.
@@ -85,7 +88,7 @@ func TestFewFilesForWhatIsFromBefore(t *testing.T) {
 
 		for files := range enough {
 			p.obey(order{Op: "files", Files: manyFiles})
-			n.commandWith(save, command(f)+"-"+string(old.variant)+"-restore")
+			n.commandWith(save, iptables.Command(f)+"-"+string(old.variant)+"-restore")
 			p.restart(files)
 
 			if err := p.obey(remove)[0].Err; err == "" {
@@ -166,7 +169,7 @@ func TestMoreRowsThanFiles(t *testing.T) {
 		assert.Equal(t, rows+2, all)
 		assert.Greater(t, some, files/2)
 		assert.Less(t, some, files)
-		assert.GreaterOrEqual(t, p.filesLeft(), reserve/2) // the manager has some as well
+		assert.GreaterOrEqual(t, p.filesLeft(), sockets.Reserve/2) // the manager has some as well
 
 		// Both families remove at once what there is to be removed.
 		for _, r := range p.obey(order{Op: "remove", ID: "six"}, order{Op: "remove", ID: "few"}) {
@@ -247,30 +250,30 @@ func TestForwardingUnknown(t *testing.T) {
 
 // An nftables that cannot be asked is not taken for one that cannot be used.
 func TestBackendAutoAsksAgain(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	conn := n.nfnetlink()
 	o := newOpener(newConfig([]Option{WithLogger(testLogger(t))}))
 	closed, err := nfnetlink.Dial()
 	require.NoError(t, err)
 	require.NoError(t, closed.Close())
 
-	o.ruleset = newNFTRuleset(func() (nftConn, error) { return closed, nil })
+	o.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return closed, nil })
 
 	n.do(func() {
 		_, err := o.open(IPv4)(t.Context())
 		require.ErrorIs(t, err, net.ErrClosed)
 		assert.False(t, holdsNothing(err))
 
-		o.ruleset = newNFTRuleset(func() (nftConn, error) { return conn, nil })
+		o.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return conn, nil })
 		b, err := o.open(IPv4)(t.Context())
 		require.NoError(t, err)
-		assert.Equal(t, string(BackendNFTables), b.kind(nil))
+		assert.Equal(t, string(BackendNFTables), b.Kind(nil))
 	})
 }
 
 // Programs that are there and do not work may have made rows: they are not said to be gone.
 func TestProgramsThatDoNotWork(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 	n.change(viaNFTables) // without hints
 
@@ -301,10 +304,10 @@ func TestProgramsThatDoNotWork(t *testing.T) {
 
 // unreadable is a node with rows from before in iptables-nft, which cannot list them because of
 // a rule of somebody's until release is called. Something else is in use.
-func unreadable(t *testing.T, inUse variant, f ipFamily, pods map[string]*PodPortMapping) (n, old *node, release func()) {
+func unreadable(t *testing.T, inUse iptables.Variant, f ipFamily, pods map[string]*PodPortMapping) (n, old *node, release func()) {
 	t.Helper()
 
-	n = newNode(t, variantNFT)
+	n = newNode(t, iptables.NFT)
 	for id, pod := range pods {
 		n.leftBehind(id, pod)
 	}
@@ -322,10 +325,10 @@ func unreadable(t *testing.T, inUse variant, f ipFamily, pods map[string]*PodPor
 	}
 }
 
-func eachUnreadable(t *testing.T, f func(t *testing.T, inUse variant, family ipFamily)) {
+func eachUnreadable(t *testing.T, f func(t *testing.T, inUse iptables.Variant, family ipFamily)) {
 	t.Helper()
 
-	for _, inUse := range []variant{viaNFTables, variantLegacy} {
+	for _, inUse := range []iptables.Variant{viaNFTables, iptables.Legacy} {
 		for _, family := range []ipFamily{IPv4, IPv6} {
 			t.Run(string(inUse)+"/IPv"+string(family), func(t *testing.T) { f(t, inUse, family) })
 		}
@@ -344,7 +347,7 @@ func podOn(i int, f ipFamily, port int32) *PodPortMapping {
 
 // Remove does not say that rows are gone that could not be looked at, and looks again.
 func TestRemoveLooksAgain(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
 		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{
 			"id": podOn(0, f, 8080), "taken": podOn(0, f, 7000), "stays": podOn(0, f, 9090),
 		})
@@ -393,7 +396,7 @@ func TestRemoveLooksAgain(t *testing.T) {
 
 // So does Run.
 func TestRunLooksAgain(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
 		n, _, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": podOn(0, f, 8080)})
 		m := n.manager()
 		n.run(m)
@@ -407,7 +410,7 @@ func TestRunLooksAgain(t *testing.T) {
 // A Remove that failed because nobody could look is carried out by Run, once somebody can. A
 // pod that has the port meanwhile keeps it.
 func TestRunRemovesWhatItFinds(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
 		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{
 			"all": podOn(0, f, 8080), "named": podOn(0, f, 8081), "again": podOn(0, f, 8082), "stays": podOn(0, f, 9090),
 		})
@@ -433,7 +436,7 @@ func TestRunRemovesWhatItFinds(t *testing.T) {
 
 // Of a pod that is invalid, Sync leaves what stands, and looks for it again.
 func TestInvalidIsFoundLater(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
 		n, _, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"odd": podOn(1, f, 9090)})
 		m := n.manager()
 		release()
@@ -447,7 +450,7 @@ func TestInvalidIsFoundLater(t *testing.T) {
 
 // A pod's row for one address stands beside the one for any that has come meanwhile.
 func TestFoundLaterStandsBeside(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
 		both := podOn(0, f, 8080)
 		both.PortMappings = append(both.PortMappings, &PortMapping{
 			HostPort: 8080, ContainerPort: 81, HostIP: map[ipFamily]string{IPv4: "192.0.2.77", IPv6: "2001:db8::77"}[f],
@@ -466,7 +469,7 @@ func TestFoundLaterStandsBeside(t *testing.T) {
 
 // What Sync was to take out and could not look at is not taken over, but taken out.
 func TestSyncLooksAgain(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
 		for name, again := range map[string]func(n *node, m *Manager) error{
 			"Sync": func(n *node, m *Manager) error {
 				return n.sync(m, map[string][]*PodPortMapping{"id": {podOn(1, f, 8080)}})
@@ -494,7 +497,7 @@ func TestSyncLooksAgain(t *testing.T) {
 
 // Rows that there is no program for are not said to be gone; chains without rows are none.
 func TestRemoveWithoutProgram(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 
 	old := *n

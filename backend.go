@@ -9,6 +9,8 @@ import (
 	"slices"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // backend carries the rows of one family into the kernel and back. It sees
@@ -16,46 +18,46 @@ import (
 //
 // Its methods are never called at the same time.
 type backend interface {
-	// kind is the Backend that carries r, or where r is nil the one that new
+	// Kind is the Backend that carries r, or where r is nil the one that new
 	// rows go to.
-	kind(r *row) string
+	Kind(r *row.Row) string
 
-	// name is what names r in the kernel, where two rows with different
+	// Name is what names r in the kernel, where two rows with different
 	// endpoints may come to have the same; else it is "".
-	name(r *row) string
+	Name(r *row.Row) string
 
-	// list returns the rows that the kernel holds, whoever made them. intact is
+	// List returns the rows that the kernel holds, whoever made them. intact is
 	// set if a reconcile of the whole would have nothing to do for them. With an
 	// *unseenError there may be more: list again returns those that could not be looked
 	// at, and no others.
-	list(ctx context.Context) (rows []*row, intact bool, err error)
+	List(ctx context.Context) (rows []*row.Row, intact bool, err error)
 
-	// reconcile makes the kernel hold what the target says, in one transaction, or where
+	// Reconcile makes the kernel hold what the target says, in one transaction, or where
 	// that would be too large in several. It returns what it has put right besides what the
 	// deltas ask for, in words, even if it fails then.
 	//
 	// On an error nothing has changed, or the next reconcile takes back what has: a process
-	// that was killed may have committed before. A *refusedError says which delta was at
+	// that was killed may have committed before. A *outcome.RefusedError says which delta was at
 	// fault. After any other error the outcome is unknown, and each of several deltas may
 	// be tried alone. With a *leftBehindError the backend in use holds what it is to hold,
-	// with a *partlyError it may hold some of it, and is to be told what it is to hold.
-	reconcile(ctx context.Context, t target) (repairs []string, err error)
+	// with a *outcome.PartlyError it may hold some of it, and is to be told what it is to hold.
+	Reconcile(ctx context.Context, t row.Target) (repairs []string, err error)
 
-	// exempt makes the transactions to come leave addresses of Services untranslated,
+	// Exempt makes the transactions to come leave addresses of Services untranslated,
 	// which are local and not the node's. due is set if that takes one.
-	exempt(services []netip.Addr) (due bool)
+	Exempt(services []netip.Addr) (due bool)
 
-	// missing returns what the kernel does not hold of what rows take, in words.
-	missing(ctx context.Context, rows []*row) ([]string, error)
+	// Missing returns what the kernel does not hold of what rows take, in words.
+	Missing(ctx context.Context, rows []*row.Row) ([]string, error)
 
-	// disturbed reports whether somebody else may have broken something since the
+	// Disturbed reports whether somebody else may have broken something since the
 	// last look, by one of the transactions or in a way that the kernel does
 	// not tell of.
-	disturbed(transactions []nfnetlink.Transaction) bool
+	Disturbed(transactions []nfnetlink.Transaction) bool
 
-	// ownedBy reports whether id is the owner of a row whose owner is known only
+	// OwnedBy reports whether id is the owner of a row whose owner is known only
 	// by what the kernel carries of it.
-	ownedBy(id string, r *row) bool
+	OwnedBy(id string, r *row.Row) bool
 }
 
 // layers is a backend of several: the one in use, and those that carry rows
@@ -67,7 +69,7 @@ type layers struct {
 	listed bool     // the one in use is
 	unseen []finder // of others, what could not be looked at
 	before []backend
-	at     map[*row]backend // where the rows stand that are in one of before
+	at     map[*row.Row]backend // where the rows stand that are in one of before
 }
 
 // finder returns a backend besides the one in use if that carries rows, or with all if it
@@ -75,12 +77,12 @@ type layers struct {
 type finder func(ctx context.Context, all bool) (backend, error)
 
 func newLayers(inUse backend, others ...finder) *layers {
-	return &layers{backend: inUse, others: others, unseen: others, at: map[*row]backend{}}
+	return &layers{backend: inUse, others: others, unseen: others, at: map[*row.Row]backend{}}
 }
 
-func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error) {
+func (l *layers) List(ctx context.Context) (rows []*row.Row, intact bool, err error) {
 	if intact = true; !l.listed {
-		if rows, intact, err = l.backend.list(ctx); err != nil {
+		if rows, intact, err = l.backend.List(ctx); err != nil {
 			return nil, false, err
 		}
 
@@ -105,20 +107,20 @@ func (l *layers) list(ctx context.Context) (rows []*row, intact bool, err error)
 }
 
 // listBefore lists the rows of a backend that may carry some from before.
-func (l *layers) listBefore(ctx context.Context, find finder) (rows []*row, intact bool, err error) {
+func (l *layers) listBefore(ctx context.Context, find finder) (rows []*row.Row, intact bool, err error) {
 	b, err := find(ctx, false)
 	if err != nil || b == nil {
 		return nil, true, err
 	}
 
-	if rows, intact, err = b.list(ctx); err != nil {
+	if rows, intact, err = b.List(ctx); err != nil {
 		return nil, true, err
 	}
 
 	l.before = append(l.before, b)
 
 	for _, r := range rows {
-		r.astray = true
+		r.Astray = true
 		l.at[r] = b
 	}
 
@@ -141,7 +143,7 @@ func (l *layers) each() iter.Seq2[backend, backend] {
 }
 
 // of is the backend that carries r.
-func (l *layers) of(r *row) backend {
+func (l *layers) of(r *row.Row) backend {
 	if b := l.at[r]; b != nil {
 		return b
 	}
@@ -149,21 +151,21 @@ func (l *layers) of(r *row) backend {
 	return l.backend
 }
 
-func (l *layers) kind(r *row) string             { return l.of(r).kind(r) }
-func (l *layers) name(r *row) string             { return l.of(r).name(r) }
-func (l *layers) ownedBy(id string, r *row) bool { return l.of(r).ownedBy(id, r) }
+func (l *layers) Kind(r *row.Row) string             { return l.of(r).Kind(r) }
+func (l *layers) Name(r *row.Row) string             { return l.of(r).Name(r) }
+func (l *layers) OwnedBy(id string, r *row.Row) bool { return l.of(r).OwnedBy(id, r) }
 
-// reconcile takes the backend in use first, so that a row that moves over is at all times
+// Reconcile takes the backend in use first, so that a row that moves over is at all times
 // in one of the two.
-func (l *layers) reconcile(ctx context.Context, t target) (repairs []string, err error) {
-	if !t.whole {
+func (l *layers) Reconcile(ctx context.Context, t row.Target) (repairs []string, err error) {
+	if !t.Whole {
 		return l.commit(ctx, t)
 	}
 
 	inUse := t
-	inUse.rows = l.rows(t.rows, nil)
+	inUse.Rows = l.rows(t.Rows, nil)
 
-	if repairs, err = l.backend.reconcile(ctx, inUse); err != nil {
+	if repairs, err = l.backend.Reconcile(ctx, inUse); err != nil {
 		return repairs, err
 	}
 
@@ -176,23 +178,23 @@ func (l *layers) reconcile(ctx context.Context, t target) (repairs []string, err
 }
 
 // commit commits deltas.
-func (l *layers) commit(ctx context.Context, t target) (repairs []string, err error) {
+func (l *layers) commit(ctx context.Context, t row.Target) (repairs []string, err error) {
 	committed := false
 
 	for b, layer := range l.each() {
 		part := t
-		part.deltas, part.rows = l.part(t.deltas, b), l.rows(t.rows, b)
+		part.Deltas, part.Rows = l.part(t.Deltas, b), l.rows(t.Rows, b)
 
-		if allEmpty(part.deltas) && (b != nil || len(t.deltas) > 0) {
+		if allEmpty(part.Deltas) && (b != nil || len(t.Deltas) > 0) {
 			continue
 		}
 
-		some, err := layer.reconcile(ctx, part)
+		some, err := layer.Reconcile(ctx, part)
 		repairs = append(repairs, some...)
 
 		if err != nil {
 			if committed {
-				err = &partlyError{err}
+				err = &outcome.PartlyError{Err: err}
 			}
 
 			return repairs, err
@@ -201,8 +203,8 @@ func (l *layers) commit(ctx context.Context, t target) (repairs []string, err er
 		committed = true
 	}
 
-	for _, d := range t.deltas {
-		for _, r := range d.del {
+	for _, d := range t.Deltas {
+		for _, r := range d.Del {
 			delete(l.at, r)
 		}
 	}
@@ -237,34 +239,34 @@ func isUnseen(err error) bool {
 
 // reconcileBefore makes right what is from before. What has no rows any more, and is to
 // have nothing else, is done with, as is what could not be looked at.
-func (l *layers) reconcileBefore(ctx context.Context, t target) ([]string, error) {
+func (l *layers) reconcileBefore(ctx context.Context, t row.Target) ([]string, error) {
 	var (
 		all  []string
 		errs []error
 		stay []backend
 	)
 
-	if t.exactly {
+	if t.Exactly {
 		repairs, err := l.removeUnseen(ctx)
 		all, errs = append(all, repairs...), append(errs, err)
 	}
 
 	for _, b := range l.before {
 		part := t
-		part.deltas = nil // no row is added here
-		part.rows = l.rows(t.rows, b)
-		part.base = hasRows(part.rows)
+		part.Deltas = nil // no row is added here
+		part.Rows = l.rows(t.Rows, b)
+		part.Base = hasRows(part.Rows)
 
 		var (
 			repairs []string
 			err     error
 		)
 
-		if part.base || t.exactly {
-			repairs, err = b.reconcile(ctx, part)
+		if part.Base || t.Exactly {
+			repairs, err = b.Reconcile(ctx, part)
 		}
 
-		if part.base || !t.exactly || err != nil {
+		if part.Base || !t.Exactly || err != nil {
 			stay = append(stay, b)
 		}
 
@@ -273,17 +275,17 @@ func (l *layers) reconcileBefore(ctx context.Context, t target) ([]string, error
 
 	l.before = stay
 
-	standing := map[*row]bool{}
-	for r := range t.rows {
+	standing := map[*row.Row]bool{}
+	for r := range t.Rows {
 		standing[r] = true
 	}
 
-	maps.DeleteFunc(l.at, func(r *row, _ backend) bool { return !standing[r] })
+	maps.DeleteFunc(l.at, func(r *row.Row, _ backend) bool { return !standing[r] })
 
 	return all, errors.Join(errs...)
 }
 
-func hasRows(rows iter.Seq[*row]) bool {
+func hasRows(rows iter.Seq[*row.Row]) bool {
 	for range rows {
 		return true
 	}
@@ -307,7 +309,7 @@ func (l *layers) removeUnseen(ctx context.Context) ([]string, error) {
 		if err == nil && b != nil {
 			var repairs []string
 
-			repairs, err = b.reconcile(ctx, nothing())
+			repairs, err = b.Reconcile(ctx, row.Nothing())
 			all = append(all, repairs...)
 		}
 
@@ -323,7 +325,7 @@ func (l *layers) removeUnseen(ctx context.Context) ([]string, error) {
 	return all, nil
 }
 
-func (l *layers) missing(ctx context.Context, rows []*row) ([]string, error) {
+func (l *layers) Missing(ctx context.Context, rows []*row.Row) ([]string, error) {
 	var (
 		all  []string
 		errs []error
@@ -335,39 +337,39 @@ func (l *layers) missing(ctx context.Context, rows []*row) ([]string, error) {
 			continue
 		}
 
-		missing, err := layer.missing(ctx, part)
+		missing, err := layer.Missing(ctx, part)
 		all, errs = append(all, missing...), append(errs, err)
 	}
 
 	return all, errors.Join(errs...)
 }
 
-func (l *layers) disturbed(transactions []nfnetlink.Transaction) bool {
-	disturbed := l.backend.disturbed(transactions)
+func (l *layers) Disturbed(transactions []nfnetlink.Transaction) bool {
+	disturbed := l.backend.Disturbed(transactions)
 	for _, b := range l.before {
-		disturbed = b.disturbed(transactions) || disturbed // each takes note
+		disturbed = b.Disturbed(transactions) || disturbed // each takes note
 	}
 
 	return disturbed
 }
 
 // part is what of each delta concerns b, nil being the backend in use.
-func (l *layers) part(deltas []delta, b backend) []delta {
-	in := func(rows []*row) []*row {
-		return slices.DeleteFunc(slices.Clone(rows), func(r *row) bool { return l.at[r] != b })
+func (l *layers) part(deltas []row.Delta, b backend) []row.Delta {
+	in := func(rows []*row.Row) []*row.Row {
+		return slices.DeleteFunc(slices.Clone(rows), func(r *row.Row) bool { return l.at[r] != b })
 	}
 
-	parts := make([]delta, len(deltas))
+	parts := make([]row.Delta, len(deltas))
 	for i, d := range deltas {
-		parts[i] = delta{del: in(d.del), add: in(d.add), keep: in(d.keep)}
+		parts[i] = row.Delta{Del: in(d.Del), Add: in(d.Add), Keep: in(d.Keep)}
 	}
 
 	return parts
 }
 
 // rows is what of the table is in b, nil being the backend in use.
-func (l *layers) rows(table iter.Seq[*row], b backend) iter.Seq[*row] {
-	return func(yield func(*row) bool) {
+func (l *layers) rows(table iter.Seq[*row.Row], b backend) iter.Seq[*row.Row] {
+	return func(yield func(*row.Row) bool) {
 		for r := range table {
 			if l.at[r] == b && !yield(r) {
 				return
@@ -376,6 +378,6 @@ func (l *layers) rows(table iter.Seq[*row], b backend) iter.Seq[*row] {
 	}
 }
 
-func allEmpty(deltas []delta) bool {
-	return !slices.ContainsFunc(deltas, func(d delta) bool { return !d.empty() })
+func allEmpty(deltas []row.Delta) bool {
+	return !slices.ContainsFunc(deltas, func(d row.Delta) bool { return !d.Empty() })
 }

@@ -8,20 +8,23 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/outcome"
 )
 
 // opener finds the backends of both families, which share a netlink socket.
 type opener struct {
 	cfg     config
-	ruleset *nftRuleset
+	ruleset *nftables.Ruleset
 }
 
 func newOpener(cfg config) *opener {
-	return &opener{cfg: cfg, ruleset: newNFTRuleset(func() (nftConn, error) {
+	return &opener{cfg: cfg, ruleset: nftables.NewRuleset(func() (nftables.Conn, error) {
 		conn, err := nfnetlink.Dial()
 		if err != nil {
-			return nil, unavailable(err) // and no interface around a nil pointer
+			return nil, outcome.Unavailable(err) // and no interface around a nil pointer
 		}
 
 		return conn, nil
@@ -29,7 +32,7 @@ func newOpener(cfg config) *opener {
 }
 
 // close closes the socket.
-func (o *opener) close() error { return o.ruleset.close() }
+func (o *opener) close() error { return o.ruleset.Close() }
 
 // open returns what finds the backend for a family.
 func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
@@ -84,22 +87,22 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 func isUnusable(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 
-	return errors.Is(err, errUnavailable) || errors.As(err, &refused)
+	return errors.Is(err, outcome.ErrUnavailable) || errors.As(err, &refused)
 }
 
 // find returns a backend, and which iptables it drives, if any.
-func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, variant, error) {
+func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, iptables.Variant, error) {
 	if kind == BackendIPTables {
-		t, err := findIPTables(ctx, f)
+		t, err := iptables.Find(ctx, f)
 		if err != nil {
 			return nil, "", err
 		}
 
-		if t.insteadOf != nil {
-			o.cfg.log.Info("Took the variant of iptables that works here", "family", f, "variant", t.variant, "reason", t.insteadOf)
+		if t.InsteadOf != nil {
+			o.cfg.log.Info("Took the variant of iptables that works here", "family", f, "variant", t.Variant, "reason", t.InsteadOf)
 		}
 
-		return o.iptables(t), t.variant, nil
+		return o.iptables(t), t.Variant, nil
 	}
 
 	b, err := o.nftables(f)
@@ -107,28 +110,28 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, v
 		return nil, "", err
 	}
 
-	err = b.usable(ctx)
+	err = b.Usable(ctx)
 
 	return b, "", err
 }
 
-func (o *opener) nftables(f ipFamily) (*nftBackend, error) {
-	if err := o.ruleset.open(); err != nil {
+func (o *opener) nftables(f ipFamily) (*nftables.Backend, error) {
+	if err := o.ruleset.Open(); err != nil {
 		return nil, err
 	}
 
-	return newNFTBackend(o.ruleset, f, o.cfg.log, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
+	return nftables.New(o.ruleset, f, o.cfg.log, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
 }
 
 // others find the backends besides the one in use that may carry rows. They start no process
 // for one that does not.
-func (o *opener) others(f ipFamily, inUse variant) []finder {
+func (o *opener) others(f ipFamily, inUse iptables.Variant) []finder {
 	var finders []finder
 
 	if inUse != "" {
 		finders = append(finders, func(ctx context.Context, _ bool) (backend, error) {
 			nft, chains, err := o.chains(ctx, f)
-			if err != nil || nft == nil || !nft.isThere(chains) {
+			if err != nil || nft == nil || !nft.IsThere(chains) {
 				return nil, err
 			}
 
@@ -136,7 +139,7 @@ func (o *opener) others(f ipFamily, inUse variant) []finder {
 		})
 	}
 
-	for _, v := range []variant{variantNFT, variantLegacy} {
+	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		if v != inUse {
 			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.before(ctx, f, v, all) })
 		}
@@ -146,9 +149,9 @@ func (o *opener) others(f ipFamily, inUse variant) []finder {
 }
 
 // chains lists the chains of a family in nf_tables, where the kernel has that.
-func (o *opener) chains(ctx context.Context, f ipFamily) (*nftBackend, []nfnetlink.ChainInfo, error) {
+func (o *opener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []nfnetlink.ChainInfo, error) {
 	nft, err := o.nftables(f)
-	if errors.Is(err, errUnavailable) {
+	if errors.Is(err, outcome.ErrUnavailable) {
 		return nil, nil, nil
 	}
 
@@ -156,8 +159,8 @@ func (o *opener) chains(ctx context.Context, f ipFamily) (*nftBackend, []nfnetli
 		return nil, nil, err
 	}
 
-	chains, err := nft.allChains(ctx)
-	if err != nil && errors.Is(nft.usable(ctx), errUnavailable) {
+	chains, err := nft.AllChains(ctx)
+	if err != nil && errors.Is(nft.Usable(ctx), outcome.ErrUnavailable) {
 		return nil, nil, nil
 	}
 
@@ -165,27 +168,27 @@ func (o *opener) chains(ctx context.Context, f ipFamily) (*nftBackend, []nfnetli
 }
 
 // before returns an iptables that may carry rows from before.
-func (o *opener) before(ctx context.Context, f ipFamily, v variant, all bool) (backend, error) {
-	there, err := natThere(f, v)
+func (o *opener) before(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
+	there, err := iptables.HaveNAT(f, v)
 	if err != nil {
 		return nil, err
 	}
 
-	if v == variantNFT { // which keeps its tables among those of nf_tables
+	if v == iptables.NFT { // which keeps its tables among those of nf_tables
 		var chains []nfnetlink.ChainInfo
 		if _, chains, err = o.chains(ctx, f); err != nil {
 			return nil, err
 		}
 
-		there = haveOurs(chains, all)
+		there = iptables.HaveOurs(chains, all)
 	}
 
 	if !there {
 		return nil, nil //nolint:nilnil // as finder says
 	}
 
-	t, err := iptablesOf(ctx, f, v)
-	if v == variantLegacy && errors.Is(err, errUnavailable) { // the table need not have anything of ours
+	t, err := iptables.FindVariant(ctx, f, v)
+	if v == iptables.Legacy && errors.Is(err, outcome.ErrUnavailable) { // the table need not have anything of ours
 		o.cfg.log.Error(err, "Cannot look for host ports from before", "family", f, "variant", v)
 
 		return nil, nil //nolint:nilnil // likewise
@@ -196,20 +199,20 @@ func (o *opener) before(ctx context.Context, f ipFamily, v variant, all bool) (b
 	}
 
 	b := o.iptables(t)
-	b.onlyBefore()
+	b.OnlyBefore()
 
 	return b, nil
 }
 
 // iptables returns a backend that can be told of what others do to its tables.
-func (o *opener) iptables(t *ipTables) *iptablesBackend {
+func (o *opener) iptables(t *iptables.Installed) *iptables.Backend {
 	var generation func(context.Context) (uint32, error)
 
-	if t.variant == variantNFT && o.ruleset.open() == nil {
-		generation = o.ruleset.generation
+	if t.Variant == iptables.NFT && o.ruleset.Open() == nil {
+		generation = o.ruleset.Generation
 	}
 
-	return t.newBackend(o.cfg.localhostIn(t.family), o.cfg.guardIn(t.family), generation, o.ruleset.ours())
+	return t.NewBackend(o.cfg.localhostIn(t.Family), o.cfg.guardIn(t.Family), generation, o.ruleset.Ours())
 }
 
 // watch returns the transactions of nf_tables, until ctx ends. If they cannot be
@@ -267,14 +270,14 @@ func (o *opener) follow(ctx context.Context, next func() (nfnetlink.Transaction,
 // It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
 // where iptables is not installed.
 func NewIPTables(family ipFamily) (IPTables, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), iptables.CommandTimeout)
 	defer cancel()
 
 	if err := errors.Join(haveNetAdmin(), haveFamily(family)); err != nil {
 		return nil, err
 	}
 
-	t, err := findIPTables(ctx, family)
+	t, err := iptables.Find(ctx, family)
 	if err != nil {
 		return nil, err // and no interface around a nil pointer
 	}
@@ -307,7 +310,7 @@ func haveFamily(f ipFamily) error {
 
 	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return unavailable(fmt.Errorf("look for IPv6 in the kernel: %w", err))
+		return outcome.Unavailable(fmt.Errorf("look for IPv6 in the kernel: %w", err))
 	}
 
 	return unix.Close(fd) //nolint:wrapcheck // cannot fail

@@ -17,7 +17,11 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 func TestUnknownBackend(t *testing.T) {
@@ -88,17 +92,17 @@ func (n *node) occupy() (leave func()) {
 	var left []netlink.Message
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		ours := newNFTLayout(f)
-		others := nfnetlink.Table{Family: ours.table.Family, Name: "others"}
+		ours := nftables.NewLayout(f)
+		others := nfnetlink.Table{Family: ours.Table.Family, Name: "others"}
 
-		n.commit(append(ours.objects(),
-			ours.table.FlushChain(nftPrerouting), ours.table.DeleteChain(nftPrerouting),
-			ours.table.FlushChain(nftNATPrerouting), ours.table.DeleteChain(nftNATPrerouting))...)
+		n.commit(append(ours.Objects(),
+			ours.Table.FlushChain(nftables.Prerouting), ours.Table.DeleteChain(nftables.Prerouting),
+			ours.Table.FlushChain(nftables.NATPrerouting), ours.Table.DeleteChain(nftables.NATPrerouting))...)
 
 		taken := []netlink.Message{others.Create()}
 		for i := range places - 1 {
 			taken = append(taken, others.CreateChain(nfnetlink.Chain{
-				Name: strconv.Itoa(i), Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT,
+				Name: strconv.Itoa(i), Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: nftables.PriorityDNAT,
 			}))
 		}
 
@@ -113,7 +117,7 @@ func (n *node) occupy() (leave func()) {
 // Where nftables cannot be used any more, rows that it carries from before are
 // removed there and moved over all the same.
 func TestNFTablesFromBeforeUnusable(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	gone := n.manager(WithBackend(BackendNFTables))
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.NoError(t, n.add(gone, "id", pod))
@@ -160,14 +164,14 @@ func TestTableOfAnotherProcess(t *testing.T) {
 		return
 	}
 
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	other := n.nfnetlink()
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		create := newNFTLayout(f).table.Create()
+		create := nftables.NewLayout(f).Table.Create()
 		create.Data = bytes.Replace(create.Data, []byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 0},
 			[]byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 2}, 1) // NFT_TABLE_F_OWNER
-		require.NoError(t, other.Commit(t.Context(), 0, append([]netlink.Message{create}, newNFTLayout(f).objects()[1:]...)))
+		require.NoError(t, other.Commit(t.Context(), 0, append([]netlink.Message{create}, nftables.NewLayout(f).Objects()[1:]...)))
 	}
 
 	n.do(func() {
@@ -184,28 +188,30 @@ func TestTableOfAnotherProcess(t *testing.T) {
 type memory struct {
 	backend
 
-	rows []*row
+	rows []*row.Row
 	fail error
 }
 
-func (b *memory) kind(*row) string                           { return "memory" }
-func (b *memory) name(*row) string                           { return "" }
-func (b *memory) ownedBy(string, *row) bool                  { return true }
-func (b *memory) list(context.Context) ([]*row, bool, error) { return slices.Clone(b.rows), true, nil }
+func (b *memory) Kind(*row.Row) string          { return "memory" }
+func (b *memory) Name(*row.Row) string          { return "" }
+func (b *memory) OwnedBy(string, *row.Row) bool { return true }
+func (b *memory) List(context.Context) ([]*row.Row, bool, error) {
+	return slices.Clone(b.rows), true, nil
+}
 
-func (b *memory) reconcile(_ context.Context, t target) ([]string, error) {
+func (b *memory) Reconcile(_ context.Context, t row.Target) ([]string, error) {
 	if b.fail != nil {
 		return nil, b.fail
 	}
 
-	if t.whole {
-		b.rows = slices.Collect(t.rows)
+	if t.Whole {
+		b.rows = slices.Collect(t.Rows)
 
 		return nil, nil
 	}
 
-	for _, d := range t.deltas {
-		b.rows = append(slices.DeleteFunc(b.rows, func(r *row) bool { return slices.Contains(d.del, r) }), d.add...)
+	for _, d := range t.Deltas {
+		b.rows = append(slices.DeleteFunc(b.rows, func(r *row.Row) bool { return slices.Contains(d.Del, r) }), d.Add...)
 	}
 
 	return nil, nil
@@ -215,7 +221,7 @@ func (b *memory) reconcile(_ context.Context, t target) ([]string, error) {
 func TestLayersTakeBack(t *testing.T) {
 	t.Parallel()
 
-	var rows []*row
+	var rows []*row.Row
 
 	for _, id := range []string{"a", "b", "new"} {
 		some, err := rowsOf(id, podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}))
@@ -228,15 +234,15 @@ func TestLayersTakeBack(t *testing.T) {
 	l := newLayers(inUse,
 		func(context.Context, bool) (backend, error) { return a, nil },
 		func(context.Context, bool) (backend, error) { return b, nil })
-	_, _, err := l.list(t.Context())
+	_, _, err := l.List(t.Context())
 	require.NoError(t, err)
 
-	deltas := []delta{{del: rows[:2], add: rows[2:]}}
-	_, err = l.reconcile(t.Context(), target{deltas: deltas, rows: slices.Values(rows[2:]), base: true})
+	deltas := []row.Delta{{Del: rows[:2], Add: rows[2:]}}
+	_, err = l.Reconcile(t.Context(), row.Target{Deltas: deltas, Rows: slices.Values(rows[2:]), Base: true})
 	require.ErrorIs(t, err, errInjected)
-	require.True(t, isPartly(err))
+	require.True(t, outcome.IsPartly(err))
 
-	_, err = l.reconcile(t.Context(), target{rows: slices.Values(rows[:2]), base: true, whole: true})
+	_, err = l.Reconcile(t.Context(), row.Target{Rows: slices.Values(rows[:2]), Base: true, Whole: true})
 	require.True(t, isLeftBehind(err))
 	assert.Empty(t, inUse.rows)
 	assert.Len(t, a.rows, 1)
@@ -244,7 +250,7 @@ func TestLayersTakeBack(t *testing.T) {
 
 	b.fail = nil
 
-	_, err = l.reconcile(t.Context(), target{deltas: deltas, rows: slices.Values(rows[2:]), base: true})
+	_, err = l.Reconcile(t.Context(), row.Target{Deltas: deltas, Rows: slices.Values(rows[2:]), Base: true})
 	require.NoError(t, err)
 	assert.Equal(t, rows[2:], inUse.rows)
 	assert.Empty(t, a.rows)
@@ -254,7 +260,7 @@ func TestLayersTakeBack(t *testing.T) {
 // By default it is nftables, and iptables where that cannot be; if neither can
 // be, New and Add say why for both.
 func TestBackendAuto(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	auto := WithBackend(BackendAuto)
 	port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 

@@ -10,6 +10,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/iptables"
 )
 
 // podNetwork is the network of the first pod, as CNI plugins have it.
@@ -42,7 +44,7 @@ func (n *node) addForeign(f ipFamily) {
 		return
 	}
 
-	n.commandWith(foreign(n, f), command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+	n.commandWith(foreign(n, f), iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 }
 
 func (n *node) theirs(f ipFamily) []string {

@@ -16,6 +16,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -29,7 +30,7 @@ const crowd = 5000
 const (
 	lastPort   = 65535
 	deepest    = lastPort - 1
-	lastBeside = lastPort&^255 + fewRows - 1
+	lastBeside = lastPort&^255 + iptables.FewRows - 1
 )
 
 // consecutive puts the crowd right before lastPort, but for one row in each
@@ -57,7 +58,7 @@ type benchNode struct {
 	m HostPortManager
 }
 
-func newBenchNode(b *testing.B, v variant, rows int, port func(i int) int32) *benchNode {
+func newBenchNode(b *testing.B, v iptables.Variant, rows int, port func(i int) int32) *benchNode {
 	b.Helper()
 
 	n := &benchNode{node: newNode(b, v)}
@@ -113,12 +114,12 @@ func (s samples) median() time.Duration {
 func BenchmarkAdd(b *testing.B) {
 	for _, bc := range []struct {
 		name  string
-		v     variant
+		v     iptables.Variant
 		ports func(i int) int32
 	}{
-		{"nft/consecutive", variantNFT, consecutive},
-		{"nft/spread", variantNFT, spread},
-		{"legacy/consecutive", variantLegacy, consecutive},
+		{"nft/consecutive", iptables.NFT, consecutive},
+		{"nft/spread", iptables.NFT, spread},
+		{"legacy/consecutive", iptables.Legacy, consecutive},
 	} {
 		b.Run(bc.name, func(b *testing.B) {
 			nodes := []*benchNode{newBenchNode(b, bc.v, 0, nil), newBenchNode(b, bc.v, crowd, bc.ports)}
@@ -242,7 +243,7 @@ func BenchmarkAddMany(b *testing.B) {
 // BenchmarkLargePod measures, once, Add and Remove of pods with many UDP ports, and
 // the CPU that it takes, that of programs included.
 func BenchmarkLargePod(b *testing.B) {
-	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
+	for _, v := range []iptables.Variant{viaNFTables, iptables.NFT, iptables.Legacy} {
 		for _, ports := range []int{1000, 4000, 10_000} {
 			b.Run(fmt.Sprintf("%s/%d", v, ports), func(b *testing.B) {
 				n := newBenchNode(b, v, 0, nil)
@@ -379,7 +380,7 @@ func report(b *testing.B, what string, s [2]samples) {
 // is alone with those through the worst-placed rows among many. The rate of the
 // second over that of the first is reported, as the median over the rounds.
 func BenchmarkConnect(b *testing.B) {
-	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
+	for _, v := range []iptables.Variant{viaNFTables, iptables.NFT, iptables.Legacy} {
 		nodes := []*benchNode{newBenchNode(b, v, 0, nil), newBenchNode(b, v, crowd, consecutive)}
 		ports := map[string]int32{"deepest": deepest, "beside": lastBeside}
 
@@ -456,7 +457,7 @@ func (n *benchNode) connects(b *testing.B, from *testbed.Namespace, port int32, 
 
 // BenchmarkList measures how long a new manager takes to find many rows.
 func BenchmarkList(b *testing.B) {
-	for _, v := range []variant{viaNFTables, variantNFT, variantLegacy} {
+	for _, v := range []iptables.Variant{viaNFTables, iptables.NFT, iptables.Legacy} {
 		b.Run(string(v), func(b *testing.B) {
 			n := newBenchNode(b, v, crowd, consecutive)
 			require.NoError(b, n.m.(*Manager).Close())

@@ -18,7 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -76,7 +78,7 @@ func (c *chaos) setUpTraffic() {
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		for _, ip := range roaming(f) {
-			require.NoError(c.t, c.Peer.AddAddress("eth0", hostPrefix(ip)))
+			require.NoError(c.t, c.Peer.AddAddress("eth0", row.HostPrefix(ip)))
 		}
 
 		c.routeToPeer(f)
@@ -93,14 +95,14 @@ func (c *chaos) setUpTraffic() {
 
 func (c *chaos) routeToPeer(f ipFamily) {
 	for _, ip := range roaming(f) {
-		require.NoError(c.t, c.Host.AddRoute(hostPrefix(ip), c.PeerIP(f == IPv6)))
+		require.NoError(c.t, c.Host.AddRoute(row.HostPrefix(ip), c.PeerIP(f == IPv6)))
 	}
 }
 
 // stream sends from one port to several, and never pauses.
 type stream struct {
 	family ipFamily
-	to     atomic.Pointer[[]endpoint]
+	to     atomic.Pointer[[]row.Endpoint]
 }
 
 // streamPort is where streams come from.
@@ -108,7 +110,7 @@ const streamPort = 40_000
 
 func (c *chaos) stream(from *testbed.Namespace, f ipFamily) *stream {
 	s := &stream{family: f}
-	s.to.Store(&[]endpoint{})
+	s.to.Store(&[]row.Endpoint{})
 
 	var datagrams net.PacketConn
 
@@ -127,10 +129,10 @@ func (c *chaos) stream(from *testbed.Namespace, f ipFamily) *stream {
 
 		for tick := time.NewTicker(10 * time.Millisecond); ctx.Err() == nil; {
 			for _, to := range *s.to.Load() {
-				if to.proto == udp {
-					_, _ = datagrams.WriteTo([]byte("hello\n"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.ip, to.port)))
+				if to.Proto == row.UDP {
+					_, _ = datagrams.WriteTo([]byte("hello\n"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.IP, to.Port)))
 				} else {
-					_ = unix.Sendto(raw, sctpInit(streamPort, to.port), 0, sockaddrOf(to.ip, 0))
+					_ = unix.Sendto(raw, sctpInit(streamPort, to.Port), 0, sockaddrOf(to.IP, 0))
 				}
 			}
 
@@ -157,7 +159,7 @@ type client struct {
 
 	family ipFamily
 	owner  string
-	at     endpoint // of the row
+	at     row.Endpoint // of the row
 	ip     netip.Addr
 	pod    netip.AddrPort
 }
@@ -262,7 +264,7 @@ func (c *chaos) isOthers(flow nfnetlink.Flow) bool {
 }
 
 func (c *chaos) flows(f ipFamily) []nfnetlink.Flow {
-	list, err := c.reader().Flows(c.t.Context(), newNFTLayout(f).table.Family, 0, 0)
+	list, err := c.reader().Flows(c.t.Context(), nftables.NewLayout(f).Table.Family, 0, 0)
 	require.NoError(c.t, err)
 
 	return list
@@ -302,8 +304,8 @@ func (c *chaos) roamer() netip.Addr {
 	ips := roaming(s.family)
 
 	for _, to := range *s.to.Load() {
-		if slices.Contains(ips, to.ip) {
-			return to.ip
+		if slices.Contains(ips, to.IP) {
+			return to.IP
 		}
 	}
 
@@ -313,13 +315,13 @@ func (c *chaos) roamer() netip.Addr {
 // begin has a client begin a flow to each UDP row of an address: what is sent all the time
 // goes on as it began.
 func (c *chaos) begin(ip netip.Addr) {
-	for _, r := range c.allRows(familyOf(ip)) {
-		if r.proto != udp || !r.overlaps(endpoint{ip: ip}) {
+	for _, r := range c.allRows(row.FamilyOf(ip)) {
+		if r.Proto != row.UDP || !r.Overlaps(row.Endpoint{IP: ip}) {
 			continue
 		}
 
 		require.NoError(c.t, c.Client.Do(func() error {
-			conn, err := (&net.Dialer{}).DialContext(c.t.Context(), "udp", netip.AddrPortFrom(ip, r.port).String())
+			conn, err := (&net.Dialer{}).DialContext(c.t.Context(), "udp", netip.AddrPortFrom(ip, r.Port).String())
 			if err != nil {
 				return err
 			}
@@ -341,7 +343,7 @@ func (c *chaos) toggle(ip netip.Addr, how way) {
 		how = had & -had
 	}
 
-	device, prefix := "eth1", hostPrefix(ip)
+	device, prefix := "eth1", row.HostPrefix(ip)
 	come, goes := c.Host.AddAddress, c.Host.RemoveAddress
 
 	switch how {
@@ -391,7 +393,7 @@ func (c *chaos) lostAddresses() {
 }
 
 func (c *chaos) isNodes(ip netip.Addr) bool {
-	return c.has[ip]&own != 0 || !slices.Contains(roaming(familyOf(ip)), ip)
+	return c.has[ip]&own != 0 || !slices.Contains(roaming(row.FamilyOf(ip)), ip)
 }
 
 // leads reports whether packets to an address meet the rows.
@@ -411,10 +413,10 @@ func (c *chaos) services(f ipFamily) (list []netip.Addr) {
 }
 
 // allRows are the model's of a family, in an order.
-func (c *chaos) allRows(f ipFamily) (rows []*row) {
+func (c *chaos) allRows(f ipFamily) (rows []*row.Row) {
 	for _, id := range slices.Sorted(maps.Keys(c.model)) {
 		for _, r := range c.model[id] {
-			if r.family() == f {
+			if r.Family() == f {
 				rows = append(rows, r)
 			}
 		}
@@ -424,12 +426,12 @@ func (c *chaos) allRows(f ipFamily) (rows []*row) {
 }
 
 // rowAt is the row for packets to a port of an address, and which others there are.
-func (c *chaos) rowsAt(to endpoint) (by *row, all []*row) {
-	for _, r := range c.allRows(familyOf(to.ip)) {
-		if r.portKey == to.portKey && r.overlaps(to) {
+func (c *chaos) rowsAt(to row.Endpoint) (by *row.Row, all []*row.Row) {
+	for _, r := range c.allRows(row.FamilyOf(to.IP)) {
+		if r.PortKey == to.PortKey && r.Overlaps(to) {
 			all = append(all, r)
 
-			if by == nil || r.ip.IsValid() {
+			if by == nil || r.IP.IsValid() {
 				by = r
 			}
 		}
@@ -451,12 +453,12 @@ func (c *chaos) goOn() {
 		const some = 4
 
 		s := pick(c, c.streams)
-		to := append(slices.Clone(*s.to.Load()), endpoint{
-			portKey{pick(c, []protocol{udp, udp, sctp}), uint16(firstPort + c.random.IntN(somePorts))}, pick(c, c.hostIPs(s.family)),
+		to := append(slices.Clone(*s.to.Load()), row.Endpoint{
+			PortKey: row.PortKey{Proto: pick(c, []row.Protocol{row.UDP, row.UDP, row.SCTP}), Port: uint16(firstPort + c.random.IntN(somePorts))}, IP: pick(c, c.hostIPs(s.family)),
 		})
 
-		if r := c.anyRow(s.family); r != nil && r.proto != tcp {
-			to[len(to)-1].portKey = r.portKey
+		if r := c.anyRow(s.family); r != nil && r.Proto != row.TCP {
+			to[len(to)-1].PortKey = r.PortKey
 		}
 
 		to = to[max(0, len(to)-some):]
@@ -464,19 +466,19 @@ func (c *chaos) goOn() {
 	}
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		if r := c.anyRow(f); r != nil && r.proto == tcp {
+		if r := c.anyRow(f); r != nil && r.Proto == row.TCP {
 			c.dial(r)
 		}
 	}
 }
 
 // dial has a client connect to a row, at one of its addresses.
-func (c *chaos) dial(r *row) {
+func (c *chaos) dial(r *row.Row) {
 	const some = 12
 
-	f := r.family()
+	f := r.Family()
 	ips := slices.DeleteFunc(c.hostIPs(f), func(ip netip.Addr) bool {
-		by, _ := c.rowsAt(endpoint{r.portKey, ip})
+		by, _ := c.rowsAt(row.Endpoint{PortKey: r.PortKey, IP: ip})
 
 		return by != r || !c.leads(ip)
 	})
@@ -485,12 +487,12 @@ func (c *chaos) dial(r *row) {
 		return
 	}
 
-	ip, pod := pick(c, ips), c.podOf(r.pod.Addr())
-	to := netip.AddrPortFrom(ip, r.port)
+	ip, pod := pick(c, ips), c.podOf(r.Pod.Addr())
+	to := netip.AddrPortFrom(ip, r.Port)
 
 	if !c.silent[pod] {
 		if len(c.clients) < some {
-			k := &client{connection: c.connect(c.t, to), family: f, owner: r.owner.id, at: r.endpoint, ip: ip, pod: r.pod}
+			k := &client{connection: c.connect(c.t, to), family: f, owner: r.Owner.ID, at: r.Endpoint, ip: ip, pod: r.Pod}
 			assert.Equal(c.t, c.Pods[pod].Name, k.asks())
 
 			c.clients = append(c.clients, k)
@@ -526,13 +528,13 @@ func (c *chaos) forget(unknown func(*client) bool) {
 // end.
 func (c *chaos) checkClients() {
 	c.forget(func(k *client) bool {
-		by, all := c.rowsAt(endpoint{k.at.portKey, k.ip})
-		led := slices.ContainsFunc(all, func(r *row) bool { return r.hasLedTo(k.pod) })
-		mine := slices.ContainsFunc(all, func(r *row) bool { return r.endpoint == k.at && r.owner.id == k.owner && r.hasLedTo(k.pod) })
+		by, all := c.rowsAt(row.Endpoint{PortKey: k.at.PortKey, IP: k.ip})
+		led := slices.ContainsFunc(all, func(r *row.Row) bool { return r.HasLedTo(k.pod) })
+		mine := slices.ContainsFunc(all, func(r *row.Row) bool { return r.Endpoint == k.at && r.Owner.ID == k.owner && r.HasLedTo(k.pod) })
 
 		switch {
 		case !led || !c.leads(k.ip):
-			if by == nil || !c.leads(k.ip) || !c.silent[c.podOf(by.pod.Addr())] { // who resets it
+			if by == nil || !c.leads(k.ip) || !c.silent[c.podOf(by.Pod.Addr())] { // who resets it
 				k.isReset()
 			}
 
@@ -563,8 +565,8 @@ func (c *chaos) staleFlows(f ipFamily) (list []string) {
 // stale says what is wrong with a flow, if anything. A connection goes on to where a row
 // led before it was moved.
 func (c *chaos) stale(flow nfnetlink.Flow) string {
-	to := endpoint{portKey{protocolOf(flow.Protocol), flow.Destination.Port()}, flow.Destination.Addr()}
-	if to.port < firstPort || to.port >= firstPort+somePorts || c.isOthers(flow) {
+	to := row.Endpoint{PortKey: row.PortKey{Proto: row.ProtocolOf(flow.Protocol), Port: flow.Destination.Port()}, IP: flow.Destination.Addr()}
+	if to.Port < firstPort || to.Port >= firstPort+somePorts || c.isOthers(flow) {
 		return ""
 	}
 
@@ -573,16 +575,16 @@ func (c *chaos) stale(flow nfnetlink.Flow) string {
 	translates := from.Is4() || !from.IsLinkLocalUnicast() && !from.IsLoopback() // which the host takes while it has no other
 
 	switch {
-	case !flow.Translated && translates && to.proto != tcp && c.isNodes(to.ip) && by != nil:
+	case !flow.Translated && translates && to.Proto != row.TCP && c.isNodes(to.IP) && by != nil:
 		return "not to " + by.String()
 	case !flow.Translated:
 		return ""
-	case !c.leads(to.ip):
+	case !c.leads(to.IP):
 		return "not to an address of the node"
 	case by == nil:
 		return "no row"
-	case to.proto == udp && by.pod != flow.Responder,
-		!slices.ContainsFunc(all, func(r *row) bool { return r.hasLedTo(flow.Responder) }):
+	case to.Proto == row.UDP && by.Pod != flow.Responder,
+		!slices.ContainsFunc(all, func(r *row.Row) bool { return r.HasLedTo(flow.Responder) }):
 		return "not by " + by.String()
 	default:
 		return ""
@@ -595,7 +597,7 @@ func (c *chaos) changedServices(f ipFamily) []string {
 		return nil
 	}
 
-	msgs, err := c.reader().Dump(c.t.Context(), newNFTLayout(f).table.Elements(nftServices))
+	msgs, err := c.reader().Dump(c.t.Context(), nftables.NewLayout(f).Table.Elements(nftables.Services))
 	require.NoError(c.t, err)
 
 	have := map[netip.Addr]bool{}
@@ -626,27 +628,27 @@ func (c *chaos) changedServices(f ipFamily) []string {
 // was none: that an address has come or gone, what known rows led to before they were
 // moved, and which rows have gone with a process that was killed before it could end their
 // flows.
-func (c *chaos) excuse(flows []nfnetlink.Flow, known, gone []*row) {
+func (c *chaos) excuse(flows []nfnetlink.Flow, known, gone []*row.Row) {
 	for _, flow := range flows {
-		to := endpoint{portKey{protocolOf(flow.Protocol), flow.Destination.Port()}, flow.Destination.Addr()}
-		are := func(rows []*row, led func(*row) bool) bool {
-			return slices.ContainsFunc(rows, func(r *row) bool { return r.portKey == to.portKey && r.overlaps(to) && led(r) })
+		to := row.Endpoint{PortKey: row.PortKey{Proto: row.ProtocolOf(flow.Protocol), Port: flow.Destination.Port()}, IP: flow.Destination.Addr()}
+		are := func(rows []*row.Row, led func(*row.Row) bool) bool {
+			return slices.ContainsFunc(rows, func(r *row.Row) bool { return r.PortKey == to.PortKey && r.Overlaps(to) && led(r) })
 		}
-		left := are(gone, func(r *row) bool { return r.hasLedTo(flow.Responder) })
-		moved := are(known, func(r *row) bool { return slices.Contains(r.former, flow.Responder) })
+		left := are(gone, func(r *row.Row) bool { return r.HasLedTo(flow.Responder) })
+		moved := are(known, func(r *row.Row) bool { return slices.Contains(r.Former, flow.Responder) })
 
-		if moved || (left || c.changed[to.ip]) && c.stale(flow) != "" {
+		if moved || (left || c.changed[to.IP]) && c.stale(flow) != "" {
 			c.excused[fmt.Sprint(flow)] = true
 		}
 	}
 
 	c.forget(func(k *client) bool {
-		return c.changed[k.ip] || slices.ContainsFunc(c.allRows(k.family), func(r *row) bool { return slices.Contains(r.former, k.pod) })
+		return c.changed[k.ip] || slices.ContainsFunc(c.allRows(k.family), func(r *row.Row) bool { return slices.Contains(r.Former, k.pod) })
 	})
 
 	for _, rows := range c.model {
 		for _, r := range rows {
-			r.former = nil
+			r.Former = nil
 		}
 	}
 }

@@ -28,7 +28,10 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -283,9 +286,9 @@ type chaos struct {
 	t       *testing.T
 	random  *rand.Rand
 	runtime *runtimeProcess
-	model   map[string][]*row        // by pod
-	taken   map[portKey]net.Listener // by a process of others
-	layout  map[ipFamily]string      // of our nftables, but for the elements
+	model   map[string][]*row.Row        // by pod
+	taken   map[row.PortKey]net.Listener // by a process of others
+	layout  map[ipFamily]string          // of our nftables, but for the elements
 	faults  map[string]int
 	ops     map[string]int
 	// compareFlows is set if flows are compared with the model as well: in the long form alone,
@@ -369,7 +372,7 @@ func newChaos(t *testing.T, n *node) *chaos {
 
 	return &chaos{
 		node: n, t: t, random: rand.New(rand.NewPCG(seed, 0)),
-		model: map[string][]*row{}, taken: map[portKey]net.Listener{}, faults: map[string]int{}, ops: map[string]int{},
+		model: map[string][]*row.Row{}, taken: map[row.PortKey]net.Listener{}, faults: map[string]int{}, ops: map[string]int{},
 		layout: map[ipFamily]string{},
 	}
 }
@@ -436,7 +439,7 @@ func doAll(list []func()) {
 func (c *chaos) randomPod(id string) *PodPortMapping {
 	f := c.family()
 
-	taken := slices.SortedFunc(maps.Keys(c.taken), func(a, b portKey) int { return cmp.Compare(a.port, b.port) })
+	taken := slices.SortedFunc(maps.Keys(c.taken), func(a, b row.PortKey) int { return cmp.Compare(a.Port, b.Port) })
 
 	var mappings []*PortMapping
 
@@ -450,18 +453,18 @@ func (c *chaos) randomPod(id string) *PodPortMapping {
 			pm.HostIP = pick(c, c.hostIPs(f)).String()
 		}
 
-		own := slices.DeleteFunc(slices.Clone(c.model[id]), func(r *row) bool { return r.family() != f })
+		own := slices.DeleteFunc(slices.Clone(c.model[id]), func(r *row.Row) bool { return r.Family() != f })
 		if len(own) > 0 && c.random.IntN(3) == 0 { // which moves, or stands beside
 			r := pick(c, own)
-			pm.HostPort, pm.Protocol, pm.HostIP = int32(r.port), v1.Protocol(r.proto.api()), ""
+			pm.HostPort, pm.Protocol, pm.HostIP = int32(r.Port), v1.Protocol(r.Proto.API()), ""
 
-			if ip := pick(c, []netip.Addr{{}, r.ip, pick(c, c.hostIPs(f))}); ip.IsValid() {
+			if ip := pick(c, []netip.Addr{{}, r.IP, pick(c, c.hostIPs(f))}); ip.IsValid() {
 				pm.HostIP = ip.String()
 			}
 		}
 
 		if len(taken) > 0 && c.random.IntN(4) == 0 {
-			pm.HostPort, pm.Protocol = int32(taken[c.random.IntN(len(taken))].port), v1.ProtocolTCP
+			pm.HostPort, pm.Protocol = int32(taken[c.random.IntN(len(taken))].Port), v1.ProtocolTCP
 		}
 
 		mappings = append(mappings, pm)
@@ -547,7 +550,7 @@ func (c *chaos) obeyInTime(o order) (r reply) {
 
 // competes tells whether rows are about what some other command of the same time
 // is about.
-func (c *chaos) competes(rows []*row, orders []order) bool {
+func (c *chaos) competes(rows []*row.Row, orders []order) bool {
 	for _, o := range orders {
 		others := c.model[o.ID]
 
@@ -557,7 +560,7 @@ func (c *chaos) competes(rows []*row, orders []order) bool {
 		}
 
 		for _, r := range rows {
-			if slices.ContainsFunc(others, func(o *row) bool { return o.portKey == r.portKey && o.family() == r.family() }) {
+			if slices.ContainsFunc(others, func(o *row.Row) bool { return o.PortKey == r.PortKey && o.Family() == r.Family() }) {
 				return true
 			}
 		}
@@ -567,7 +570,7 @@ func (c *chaos) competes(rows []*row, orders []order) bool {
 }
 
 // outcome is what the error of an Add has to say, in the order in which Add looks.
-func (c *chaos) outcome(id string, rows []*row) string {
+func (c *chaos) outcome(id string, rows []*row.Row) string {
 	for _, r := range rows {
 		for other, theirs := range c.model {
 			if other != id && slices.ContainsFunc(theirs, competesWith(r)) {
@@ -577,8 +580,8 @@ func (c *chaos) outcome(id string, rows []*row) string {
 	}
 
 	for _, r := range rows {
-		stands := slices.ContainsFunc(c.model[id], func(o *row) bool { return o.endpoint == r.endpoint && o.family() == r.family() })
-		if c.taken[r.portKey] != nil && r.family() == IPv4 && !stands {
+		stands := slices.ContainsFunc(c.model[id], func(o *row.Row) bool { return o.Endpoint == r.Endpoint && o.Family() == r.Family() })
+		if c.taken[r.PortKey] != nil && r.Family() == IPv4 && !stands {
 			return "address already in use"
 		}
 	}
@@ -587,9 +590,9 @@ func (c *chaos) outcome(id string, rows []*row) string {
 }
 
 // competesWith reports whether a row is for packets that r is for.
-func competesWith(r *row) func(o *row) bool {
-	return func(o *row) bool {
-		return r.portKey == o.portKey && r.family() == o.family() && r.overlaps(o.endpoint)
+func competesWith(r *row.Row) func(o *row.Row) bool {
+	return func(o *row.Row) bool {
+		return r.PortKey == o.PortKey && r.Family() == o.Family() && r.Overlaps(o.Endpoint)
 	}
 }
 
@@ -606,7 +609,7 @@ func (c *chaos) apply(cmd order) {
 
 	moveTo(rows, c.model[cmd.ID])
 
-	rest := slices.DeleteFunc(slices.Clone(c.model[cmd.ID]), func(o *row) bool {
+	rest := slices.DeleteFunc(slices.Clone(c.model[cmd.ID]), func(o *row.Row) bool {
 		return slices.ContainsFunc(rows, sameAs(o))
 	})
 
@@ -614,16 +617,16 @@ func (c *chaos) apply(cmd order) {
 }
 
 // sameAs reports whether a row has the endpoint of r.
-func sameAs(r *row) func(o *row) bool {
-	return func(o *row) bool { return r.endpoint == o.endpoint && r.family() == o.family() }
+func sameAs(r *row.Row) func(o *row.Row) bool {
+	return func(o *row.Row) bool { return r.Endpoint == o.Endpoint && r.Family() == o.Family() }
 }
 
 // moveTo notes where rows led before.
-func moveTo(rows, before []*row) {
+func moveTo(rows, before []*row.Row) {
 	for _, r := range rows {
 		if i := slices.IndexFunc(before, sameAs(r)); i >= 0 {
-			r.former = append(slices.Clone(before[i].former), before[i].pod)
-			r.former = slices.DeleteFunc(r.former, func(pod netip.AddrPort) bool { return pod == r.pod })
+			r.Former = append(slices.Clone(before[i].Former), before[i].Pod)
+			r.Former = slices.DeleteFunc(r.Former, func(pod netip.AddrPort) bool { return pod == r.Pod })
 		}
 	}
 }
@@ -634,13 +637,13 @@ func (c *chaos) desired() map[string][]*PodPortMapping {
 
 	for id, rows := range c.model {
 		for _, r := range rows {
-			pm := &PortMapping{HostPort: int32(r.port), ContainerPort: int32(r.pod.Port()), Protocol: v1.Protocol(r.proto.api())}
-			if r.ip.IsValid() {
-				pm.HostIP = r.ip.String()
+			pm := &PortMapping{HostPort: int32(r.Port), ContainerPort: int32(r.Pod.Port()), Protocol: v1.Protocol(r.Proto.API())}
+			if r.IP.IsValid() {
+				pm.HostIP = r.IP.String()
 			}
 
 			pods[id] = append(pods[id], &PodPortMapping{
-				Namespace: r.owner.namespace, Name: r.owner.name, IP: r.pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm},
+				Namespace: r.Owner.Namespace, Name: r.Owner.Name, IP: r.Pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm},
 			})
 		}
 	}
@@ -706,7 +709,7 @@ func (c *chaos) killed(during func()) {
 	known := slices.Concat(c.allRows(IPv4), c.allRows(IPv6))
 	gone, _ := rowsOf(add.ID, add.Pod)
 	gone = append(gone, c.model[remove.ID]...)
-	gone = slices.DeleteFunc(gone, func(r *row) bool {
+	gone = slices.DeleteFunc(gone, func(r *row.Row) bool {
 		return slices.ContainsFunc(c.runtime.begun, func(m Mapping) bool { return strings.HasSuffix(m.text(), " "+r.String()) })
 	})
 
@@ -733,7 +736,7 @@ func (c *chaos) hintAgain() {
 	}
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
-		tool := command(f) + "-" + string(c.variant)
+		tool := iptables.Command(f) + "-" + string(c.variant)
 		if !strings.Contains(c.command(tool+"-save", "-t", "mangle"), "KUBE-IPTABLES-HINT") {
 			c.command(tool, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 		}
@@ -759,56 +762,56 @@ func (c *chaos) allFaults() map[string]func() {
 		},
 	}
 
-	if c.variant == viaNFTables || c.variant == variantNFT {
+	if c.variant == viaNFTables || c.variant == iptables.NFT {
 		faults["nft flush ruleset"] = c.flushRuleset
 		faults["full netlink buffer"] = func() { c.storms(c.flushRuleset) }
 	}
 
 	if c.variant == viaNFTables {
-		table := newNFTLayout(f).table
+		table := nftables.NewLayout(f).Table
 		faults["table deleted"] = func() { c.tryCommit(table.Delete()) }
 		faults["chain flushed"] = func() {
-			c.tryCommit(table.FlushChain([]string{nftHostPorts, nftNATPrerouting, nftMasquerade}[c.random.IntN(3)]))
+			c.tryCommit(table.FlushChain([]string{nftables.HostPorts, nftables.NATPrerouting, nftables.Masquerading}[c.random.IntN(3)]))
 		}
 		faults["CRI-O's rule"] = func() {
-			c.tryCommit(table.AppendRule([]string{nftPrerouting, nftOutput}[c.random.IntN(2)],
-				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+			c.tryCommit(table.AppendRule([]string{nftables.Prerouting, nftables.Output}[c.random.IntN(2)],
+				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftables.HostPorts)))
 		}
 		faults["element deleted"] = func() {
 			if r := c.anyRow(f); r != nil {
-				e := rowElement(r)
-				c.tryCommit(table.DeleteElement(e.set, e.element()))
+				e := nftables.RowElement(r)
+				c.tryCommit(table.DeleteElement(e.Set, e.Element()))
 			}
 		}
 		faults["element replaced"] = func() {
 			if r := c.anyRow(f); r != nil {
-				e := rowElement(r)
-				other := e.element()
+				e := nftables.RowElement(r)
+				other := e.Element()
 				other.Data = slices.Clone(other.Data)
 				other.Data[len(other.Data)-3] = foreignPodPort
-				c.tryCommit(table.DeleteElement(e.set, e.element()), table.AddElement(e.set, other))
+				c.tryCommit(table.DeleteElement(e.Set, e.Element()), table.AddElement(e.Set, other))
 			}
 		}
 
 		return faults
 	}
 
-	tool := command(f) + "-" + string(c.variant)
+	tool := iptables.Command(f) + "-" + string(c.variant)
 	try := func(args ...string) { c.do(func() { _, _ = execute(c.t, "", tool, args...) }) } // it may not be there
 
-	faults["iptables -F"] = func() { try("-w", "-t", natTable, "-F") }
+	faults["iptables -F"] = func() { try("-w", "-t", iptables.NATTable, "-F") }
 	faults["iptables -F -X"] = func() {
-		try("-w", "-t", natTable, "-F")
-		try("-w", "-t", natTable, "-X")
+		try("-w", "-t", iptables.NATTable, "-F")
+		try("-w", "-t", iptables.NATTable, "-X")
 	}
-	faults["raw flushed"] = func() { try("-w", "-t", rawTable, "-F") }
+	faults["raw flushed"] = func() { try("-w", "-t", iptables.RawTable, "-F") }
 	faults["chain flushed"] = func() {
 		if r := c.anyRow(f); r != nil {
-			try("-w", "-t", natTable, "-F", dnatChain(r))
+			try("-w", "-t", iptables.NATTable, "-F", iptables.DNATChain(r))
 		}
 	}
 
-	if c.variant == variantLegacy {
+	if c.variant == iptables.Legacy {
 		faults["lock held"] = func() { c.holdLock() }
 	}
 
@@ -819,7 +822,7 @@ func (c *chaos) tryCommit(msgs ...netlink.Message) {
 	_ = c.reader().Commit(c.t.Context(), 0, msgs) // it may not be there
 }
 
-func (c *chaos) anyRow(f ipFamily) *row {
+func (c *chaos) anyRow(f ipFamily) *row.Row {
 	rows := c.allRows(f)
 	if len(rows) == 0 {
 		return nil
@@ -871,7 +874,7 @@ func TestKills(t *testing.T) {
 
 // What a runtime has started ends with it.
 func TestKilledWithChild(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	started := filepath.Join(t.TempDir(), "pid")
 	shim(t, "iptables-legacy-restore", "echo $$ >"+started+"; exec sleep 1000")
 
@@ -952,7 +955,7 @@ func TestThousandRows(t *testing.T) {
 		all := rowsOfAll(t, IPv4, pods)
 		reload := map[string]func(){"all flushed": n.wipeAll}
 
-		if n.variant != variantLegacy {
+		if n.variant != iptables.Legacy {
 			reload["nft flush ruleset"] = func() { n.command("nft", "flush", "ruleset") }
 		}
 
@@ -990,13 +993,13 @@ func (c *chaos) take() {
 	}
 
 	for range 4 * c.random.IntN(3) {
-		k := portKey{tcp, uint16(firstPort + c.random.IntN(somePorts))}
+		k := row.PortKey{Proto: row.TCP, Port: uint16(firstPort + c.random.IntN(somePorts))}
 		if c.taken[k] != nil || c.mapped(k) {
 			continue
 		}
 
 		c.do(func() {
-			l, err := net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", k.port))
+			l, err := net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", k.Port))
 			require.NoError(c.t, err)
 
 			c.taken[k] = l
@@ -1005,9 +1008,9 @@ func (c *chaos) take() {
 	}
 }
 
-func (c *chaos) mapped(k portKey) bool {
+func (c *chaos) mapped(k row.PortKey) bool {
 	for _, rows := range c.model {
-		if slices.ContainsFunc(rows, func(r *row) bool { return r.portKey == k }) {
+		if slices.ContainsFunc(rows, func(r *row.Row) bool { return r.PortKey == k }) {
 			return true
 		}
 	}
@@ -1042,7 +1045,7 @@ func (c *chaos) storms(breakIt func()) {
 
 	msgs := []netlink.Message{table.Create(), table.CreateSet(set)}
 	for port := range 2000 {
-		msgs = append(msgs, table.AddElement(set.Name, nfnetlink.Element{Key: appendPort(nil, uint16(port)), Comment: strings.Repeat("x", 100)}))
+		msgs = append(msgs, table.AddElement(set.Name, nfnetlink.Element{Key: nftables.AppendPort(nil, uint16(port)), Comment: strings.Repeat("x", 100)}))
 	}
 
 	require.NoError(c.t, c.runtime.cmd.Process.Signal(syscall.SIGSTOP))
@@ -1088,7 +1091,7 @@ func (c *chaos) holdLock() {
 // check compares everything with the model. What others have broken is repaired
 // within a while.
 func (c *chaos) check(what string) {
-	rows := map[ipFamily][]*row{IPv4: c.allRows(IPv4), IPv6: c.allRows(IPv6)}
+	rows := map[ipFamily][]*row.Row{IPv4: c.allRows(IPv4), IPv6: c.allRows(IPv6)}
 
 	deadline := time.After(testbed.Stretch(15 * time.Second)) // with a lock that is held, and a repair that has failed once
 
@@ -1127,14 +1130,14 @@ func (c *chaos) rulesNow(f ipFamily) string {
 	var out string
 
 	c.do(func() {
-		out, _ = execute(c.t, "", "nft", "--stateless", "--terse", "list", "table", nftFamily(f), nftTable)
+		out, _ = execute(c.t, "", "nft", "--stateless", "--terse", "list", "table", nftFamily(f), nftables.TableName)
 	})
 
 	return out
 }
 
 // changedLayout tells if our table of nftables has other rules than at first.
-func (c *chaos) changedLayout(f ipFamily, rows []*row) []string {
+func (c *chaos) changedLayout(f ipFamily, rows []*row.Row) []string {
 	if c.variant != viaNFTables || len(rows) == 0 || c.layout[f] == c.rulesNow(f) {
 		return nil
 	}
@@ -1150,11 +1153,11 @@ func nftFamily(f ipFamily) string {
 	return "ip"
 }
 
-func (c *chaos) checkTable(what string, rows map[ipFamily][]*row) {
+func (c *chaos) checkTable(what string, rows map[ipFamily][]*row.Row) {
 	want, have := map[string]bool{}, map[string]bool{}
 
 	for _, r := range slices.Concat(rows[IPv4], rows[IPv6]) {
-		want[r.owner.id+" "+r.String()] = true
+		want[r.Owner.ID+" "+r.String()] = true
 	}
 
 	for _, mapping := range c.runtime.obey(order{Op: "mappings"})[0].Mappings {
@@ -1174,27 +1177,27 @@ func (m Mapping) text() string {
 }
 
 // checkSockets tries to bind every port, as any other process would.
-func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row) {
+func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row.Row) {
 	c.do(func() {
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			for port := firstPort; port < firstPort+somePorts; port++ {
-				addr := net.JoinHostPort(f.anyAddr().String(), strconv.Itoa(port))
-				is := func(p protocol) bool {
-					k := portKey{p, uint16(port)}
-					mine := func(r *row) bool { return r.portKey == k }
+				addr := net.JoinHostPort(f.AnyAddr().String(), strconv.Itoa(port))
+				is := func(p row.Protocol) bool {
+					k := row.PortKey{Proto: p, Port: uint16(port)}
+					mine := func(r *row.Row) bool { return r.PortKey == k }
 
 					return slices.ContainsFunc(rows[f], mine) || f == IPv4 && c.taken[k] != nil
 				}
 
 				l, err := net.Listen("tcp"+string(f), addr)
-				assert.Equal(c.t, is(tcp), errors.Is(err, syscall.EADDRINUSE), "%s: tcp %s: %v", what, addr, err)
+				assert.Equal(c.t, is(row.TCP), errors.Is(err, syscall.EADDRINUSE), "%s: tcp %s: %v", what, addr, err)
 
 				if err == nil {
 					_ = l.Close()
 				}
 
 				p, err := net.ListenPacket("udp"+string(f), addr)
-				assert.Equal(c.t, is(udp), errors.Is(err, syscall.EADDRINUSE), "%s: udp %s: %v", what, addr, err)
+				assert.Equal(c.t, is(row.UDP), errors.Is(err, syscall.EADDRINUSE), "%s: udp %s: %v", what, addr, err)
 
 				if err == nil {
 					_ = p.Close()
@@ -1208,10 +1211,10 @@ func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row) {
 func (c *chaos) checkTraffic(what string) {
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		for range 2 {
-			to := endpoint{portKey{tcp, uint16(firstPort + c.random.IntN(somePorts))}, pick(c, c.hostIPs(f))}
+			to := row.Endpoint{PortKey: row.PortKey{Proto: row.TCP, Port: uint16(firstPort + c.random.IntN(somePorts))}, IP: pick(c, c.hostIPs(f))}
 
-			if r := c.anyRow(f); r != nil && r.proto != sctp && c.random.IntN(2) == 0 {
-				to.portKey = r.portKey
+			if r := c.anyRow(f); r != nil && r.Proto != row.SCTP && c.random.IntN(2) == 0 {
+				to.PortKey = r.PortKey
 			}
 
 			c.askAt(to)
@@ -1223,20 +1226,20 @@ func (c *chaos) checkTraffic(what string) {
 	}
 }
 
-func (c *chaos) askAt(to endpoint) {
-	at := netip.AddrPortFrom(to.ip, to.port)
+func (c *chaos) askAt(to row.Endpoint) {
+	at := netip.AddrPortFrom(to.IP, to.Port)
 
 	by, _ := c.rowsAt(to)
-	if !c.leads(to.ip) {
+	if !c.leads(to.IP) {
 		by = nil
 	}
 
 	switch {
 	case by != nil:
-		if pod := c.podOf(by.pod.Addr()); !c.silent[pod] {
-			c.answers(c.Client, string(to.proto), at, c.Pods[pod].Name)
+		if pod := c.podOf(by.Pod.Addr()); !c.silent[pod] {
+			c.answers(c.Client, string(to.Proto), at, c.Pods[pod].Name)
 		}
-	case c.taken[to.portKey] == nil && to.proto == tcp:
+	case c.taken[to.PortKey] == nil && to.Proto == row.TCP:
 		c.refused(c.Client, "tcp", at)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	v1 "k8s.io/api/core/v1"
 
+	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -289,7 +290,7 @@ func TestNodeDoesNotForward(t *testing.T) {
 
 		for _, off := range []bool{false, true} {
 			if off {
-				n.sysctl(strings.TrimPrefix(forwarding(f), "/proc/sys/"), "0")
+				n.sysctl(strings.TrimPrefix(localhost.Forwarding(f), "/proc/sys/"), "0")
 			}
 
 			log, logged := logs(n.t)

@@ -16,7 +16,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/flows"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // sender sends from one UDP port to another and never pauses.
@@ -219,8 +222,8 @@ func TestOthersFlowsStay(t *testing.T) {
 		n.answers(n.Client, "udp", other, "other")
 
 		conn := n.nfnetlink()
-		flows := func() []string {
-			list, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_UDP, 5353)
+		some := func() []string {
+			list, err := conn.Flows(t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_UDP, 5353)
 			require.NoError(t, err)
 
 			var lines []string
@@ -232,7 +235,7 @@ func TestOthersFlowsStay(t *testing.T) {
 
 			return slices.Sorted(slices.Values(lines))
 		}
-		before := flows()
+		before := some()
 		require.Len(t, before, 3)
 
 		for _, pm := range []*PortMapping{
@@ -241,14 +244,14 @@ func TestOthersFlowsStay(t *testing.T) {
 		} {
 			n.refused(n.Client, "udp", netip.AddrPortFrom(n.nodeIP(f), 5353)) // which leaves a stale flow
 			require.NoError(t, n.add(m, "id", n.pod(0, f, pm)))
-			assert.Equal(t, before, flows())
+			assert.Equal(t, before, some())
 			require.NoError(t, n.remove(m, "id", nil))
-			assert.Equal(t, before, flows())
+			assert.Equal(t, before, some())
 		}
 
 		// For one address and for any: each has its own.
 		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 5353, ContainerPort: 54, Protocol: "UDP"})))
-		assert.Equal(t, before, flows())
+		assert.Equal(t, before, some())
 	})
 }
 
@@ -272,8 +275,8 @@ func TestFlowInPlaceOfAnother(t *testing.T) {
 		}))
 		t.Cleanup(func() { assert.NoError(t, client.Close()) })
 
-		conn, family := n.nfnetlink(), newNFTLayout(f).table.Family
-		flows := func() []nfnetlink.Flow {
+		conn, family := n.nfnetlink(), nftables.NewLayout(f).Table.Family
+		some := func() []nfnetlink.Flow {
 			list, err := conn.Flows(t.Context(), family, unix.IPPROTO_UDP, to.Port())
 			require.NoError(t, err)
 
@@ -286,7 +289,7 @@ func TestFlowInPlaceOfAnother(t *testing.T) {
 			_, err = client.Read(make([]byte, 100))
 			require.NoError(t, err)
 
-			list := flows()
+			list := some()
 			require.Len(t, list, 1)
 
 			return list[0]
@@ -307,9 +310,9 @@ func TestFlowInPlaceOfAnother(t *testing.T) {
 		}
 
 		require.NoError(t, conn.DeleteFlows(t.Context(), family, []nfnetlink.Flow{first}), "has ended")
-		assert.Equal(t, []nfnetlink.Flow{second}, flows())
+		assert.Equal(t, []nfnetlink.Flow{second}, some())
 		require.NoError(t, conn.DeleteFlows(t.Context(), family, []nfnetlink.Flow{second}))
-		assert.Empty(t, flows())
+		assert.Empty(t, some())
 	})
 }
 
@@ -321,7 +324,7 @@ func TestNoFlowsOfTCP(t *testing.T) {
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	require.NoError(t, n.add(m, "stays", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 	require.NoError(t, n.remove(m, "id", nil))
-	require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(IPv4))))
+	require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(IPv4))))
 	n.do(func() {
 		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
 	})
@@ -341,7 +344,7 @@ func TestFlushFails(t *testing.T) {
 	conn := n.nfnetlink()
 	require.NoError(t, conn.Close())
 
-	n.flowsBy(m.families[0], func() (flowConn, error) { return conn, nil })
+	n.flowsBy(m.families[0], func() (flows.Conn, error) { return conn, nil })
 
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
 	require.NoError(t, n.add(m, "id", pod))

@@ -8,6 +8,8 @@ import (
 	"slices"
 
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/outcome"
 )
 
 // ErrInvalidMapping is in the chain of every error that Add, Sync or Check returns for
@@ -31,7 +33,7 @@ func holdsNothing(err error) bool {
 	causes := noBackendError{err}
 	_ = errors.As(err, &causes)
 
-	return !slices.ContainsFunc(causes, func(cause error) bool { return !errors.Is(cause, errUnavailable) })
+	return !slices.ContainsFunc(causes, func(cause error) bool { return !errors.Is(cause, outcome.ErrUnavailable) })
 }
 
 // ConflictError says that Add was refused because another live pod has the

@@ -54,5 +54,5 @@ func (e *lineError) Line() int     { return e.line }
 // crio-b, written by hand from its layout: rows stand straight in the dispatch
 // chains, and a row for one host address has it in the DNAT rule alone.
 //
-//go:embed testdata/crio-iptables-save
+//go:embed internal/iptables/testdata/crio-iptables-save
 var crioSave string

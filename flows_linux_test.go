@@ -22,8 +22,11 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/flows"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -40,7 +43,7 @@ func vip(f ipFamily) netip.Addr {
 func eachVIP(t *testing.T, n *node, f ipFamily, test func(t *testing.T, n *node, come, goes func() error)) {
 	t.Helper()
 
-	prefix := hostPrefix(vip(f))
+	prefix := row.HostPrefix(vip(f))
 
 	t.Run("of an interface", func(t *testing.T) {
 		test(t, n.within(t),
@@ -83,7 +86,7 @@ func (n *node) tracks(f ipFamily, protocol uint8, port uint16) {
 	conn := n.nfnetlink()
 
 	eventually(n.t, func() bool {
-		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, protocol, port)
+		list, err := conn.Flows(n.t.Context(), nftables.NewLayout(f).Table.Family, protocol, port)
 		require.NoError(n.t, err)
 
 		return len(list) > 0
@@ -172,12 +175,12 @@ func TestFlowsOfBriefAddresses(t *testing.T) {
 }
 
 // flowsBy has a family end flows by what dial returns.
-func (n *node) flowsBy(fm *hostportManager, dial func() (flowConn, error)) {
+func (n *node) flowsBy(fm *hostportManager, dial func() (flows.Conn, error)) {
 	n.t.Helper()
 
-	fm.flows.stop()
-	require.NoError(n.t, fm.flows.close(fm.view()))
-	fm.flows = newFlows(fm.family, testLogger(n.t), fm.withView, dial)
+	fm.flows.Stop()
+	require.NoError(n.t, fm.flows.Close(fm.view()))
+	fm.flows = flows.New(fm.family, testLogger(n.t), fm.withView, dial)
 }
 
 // noneLate keeps a family from ending connections until it is called again: there is one
@@ -187,12 +190,12 @@ func (n *node) noneLate(fm *hostportManager) (again func()) {
 
 	var dials, allowed atomic.Int64
 
-	n.flowsBy(fm, func() (flowConn, error) {
+	n.flowsBy(fm, func() (flows.Conn, error) {
 		if dials.Add(1) > 1 && allowed.Load() == 0 {
 			return nil, errInjected
 		}
 
-		return dialFlows()
+		return flows.Dial()
 	})
 
 	return func() { allowed.Store(1) }
@@ -208,13 +211,13 @@ func TestConnectionsToBriefAddress(t *testing.T) {
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
 		for _, ip := range []netip.Addr{vip(f).Next(), vip(f)} {
-			require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(ip)))
+			require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(ip)))
 			n.look(m, f)
 		}
 
 		c := n.connect(t, netip.AddrPortFrom(vip(f), 8080))
 		require.Equal(t, "web", c.asks())
-		require.NoError(t, n.Host.RemoveAddress("eth1", hostPrefix(vip(f))))
+		require.NoError(t, n.Host.RemoveAddress("eth1", row.HostPrefix(vip(f))))
 		n.look(m, f)
 
 		again()
@@ -230,7 +233,7 @@ func (n *node) noConnections(f ipFamily, to netip.AddrPort) {
 	conn := n.nfnetlink()
 
 	eventually(n.t, func() bool {
-		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, to.Port())
+		list, err := conn.Flows(n.t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_TCP, to.Port())
 		require.NoError(n.t, err)
 
 		return !slices.ContainsFunc(list, func(flow nfnetlink.Flow) bool { return flow.Destination == to })
@@ -245,8 +248,8 @@ func TestAnswerUnderWay(t *testing.T) {
 		const f = IPv6
 
 		n.serve(0, "udp", f, 53)
-		require.NoError(t, n.Peer.AddAddress("eth0", hostPrefix(vip(f))))
-		require.NoError(t, n.Host.AddRoute(hostPrefix(vip(f)), n.PeerIP(f == IPv6)))
+		require.NoError(t, n.Peer.AddAddress("eth0", row.HostPrefix(vip(f))))
+		require.NoError(t, n.Host.AddRoute(row.HostPrefix(vip(f)), n.PeerIP(f == IPv6)))
 
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
@@ -276,7 +279,7 @@ func TestAnswerUnderWay(t *testing.T) {
 		}
 
 		pass(client, peer)
-		require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(f))))
+		require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(f))))
 		n.look(m, f)
 		pass(peer, client)
 
@@ -308,13 +311,13 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 		s := n.send(netip.AddrPortFrom(vip(f), 5353))
 		s.reaches(t, "web")
 
-		flows := func() []nfnetlink.Flow {
-			list, err := n.nfnetlink().Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_UDP, 5353)
+		some := func() []nfnetlink.Flow {
+			list, err := n.nfnetlink().Flows(t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_UDP, 5353)
 			require.NoError(t, err)
 
 			return list
 		}
-		before := flows()
+		before := some()
 
 		n.look(m, f)
 
@@ -324,18 +327,18 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 			s.reaches(t, "host")
 
 			// CRI-O's rule knows nothing of Services.
-			n.commit(newNFTLayout(f).table.AppendRule(nftPrerouting,
-				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+			n.commit(nftables.NewLayout(f).Table.AppendRule(nftables.Prerouting,
+				nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftables.HostPorts)))
 
 			misled := n.send(netip.AddrPortFrom(vip(f), 5353))
 			misled.reaches(t, "web")
 			n.look(m, f)
 			misled.reaches(t, "host")
 		} else {
-			assert.Equal(t, before, flows())
+			assert.Equal(t, before, some())
 		}
 
-		require.NoError(t, n.Host.RemoveAddress(nodeaddr.ServiceDevice, hostPrefix(vip(f))))
+		require.NoError(t, n.Host.RemoveAddress(nodeaddr.ServiceDevice, row.HostPrefix(vip(f))))
 		n.look(m, f)
 		s.reaches(t, "peer")
 	})
@@ -344,8 +347,8 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 // peerHas has the peer answer at vip while the node does not have it.
 func (n *node) peerHas(f ipFamily, port uint16) {
 	n.t.Helper()
-	require.NoError(n.t, n.Peer.AddAddress("eth0", hostPrefix(vip(f))))
-	require.NoError(n.t, n.Host.AddRoute(hostPrefix(vip(f)), n.PeerIP(f == IPv6)))
+	require.NoError(n.t, n.Peer.AddAddress("eth0", row.HostPrefix(vip(f))))
+	require.NoError(n.t, n.Host.AddRoute(row.HostPrefix(vip(f)), n.PeerIP(f == IPv6)))
 
 	_, err := n.Peer.Serve("udp", netip.AddrPortFrom(vip(f), port))
 	require.NoError(n.t, err)
@@ -494,7 +497,7 @@ func TestConnectionsOfWiderRow(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 80)
-		require.NoError(t, n.Host.AddAddress("eth1", hostPrefix(vip(f))))
+		require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(f))))
 
 		m := n.manager()
 		port := func(ip netip.Addr) *PortMapping {
@@ -525,7 +528,7 @@ func TestConnectionsOfWiderRow(t *testing.T) {
 			assert.Equal(t, "web", c.asks())
 		}
 
-		require.NoError(t, n.Host.RemoveAddress("eth1", hostPrefix(vip(f))))
+		require.NoError(t, n.Host.RemoveAddress("eth1", row.HostPrefix(vip(f))))
 		n.look(m, f)
 		n.noConnections(f, netip.AddrPortFrom(vip(f), 8080))
 
@@ -620,7 +623,7 @@ func (n *node) dials(f ipFamily, port uint16, count int) {
 	conn := n.nfnetlink()
 
 	eventually(n.t, func() bool {
-		list, err := conn.Flows(n.t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_TCP, port)
+		list, err := conn.Flows(n.t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_TCP, port)
 		require.NoError(n.t, err)
 
 		translated := 0
@@ -705,9 +708,9 @@ func TestSCTPFlowsFollowAddresses(t *testing.T) {
 			require.NoError(t, goes())
 			n.look(m, f)
 
-			flows, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, unix.IPPROTO_SCTP, 5060)
+			list, err := conn.Flows(t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_SCTP, 5060)
 			require.NoError(t, err)
-			assert.False(t, slices.ContainsFunc(flows, func(f nfnetlink.Flow) bool { return f.Translated }))
+			assert.False(t, slices.ContainsFunc(list, func(f nfnetlink.Flow) bool { return f.Translated }))
 		})
 	})
 }
@@ -789,7 +792,7 @@ func (n *node) sendSCTP(dst netip.AddrPort) {
 	n.t.Helper()
 
 	packet := sctpInit(40_000, dst.Port())
-	fd := rawSCTP(n.t, n.Client, familyOf(dst.Addr()))
+	fd := rawSCTP(n.t, n.Client, row.FamilyOf(dst.Addr()))
 	to := sockaddrOf(dst.Addr(), 0)
 	done := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
@@ -849,9 +852,9 @@ func TestTranslatedFlowsOfOthers(t *testing.T) {
 		assert.Equal(t, "other", theirs.asks())
 		n.send(to).reaches(t, "other")
 
-		flows := func() (list []nfnetlink.Flow) {
+		flowsOf := func() (list []nfnetlink.Flow) {
 			for _, protocol := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
-				some, err := conn.Flows(t.Context(), newNFTLayout(f).table.Family, protocol, 8080)
+				some, err := conn.Flows(t.Context(), nftables.NewLayout(f).Table.Family, protocol, 8080)
 				require.NoError(t, err)
 
 				list = append(list, some...)
@@ -859,14 +862,14 @@ func TestTranslatedFlowsOfOthers(t *testing.T) {
 
 			return list
 		}
-		before := flows()
+		before := flowsOf()
 		require.Len(t, before, 2)
 
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
 		require.NoError(t, n.add(m, "id", pod))
-		assert.Equal(t, before, flows())
+		assert.Equal(t, before, flowsOf())
 		require.NoError(t, n.add(m, "id", pod))
-		assert.Equal(t, before, flows())
+		assert.Equal(t, before, flowsOf())
 		require.NoError(t, n.remove(m, "id", nil))
 
 		// Nor do they end because the same pod loses that port at another address.
@@ -876,7 +879,7 @@ func TestTranslatedFlowsOfOthers(t *testing.T) {
 		require.NoError(t, n.remove(m, "same", nil))
 
 		require.NoError(t, m.Close())
-		assert.Equal(t, before, flows())
+		assert.Equal(t, before, flowsOf())
 		assert.Equal(t, "other", theirs.asks())
 	})
 }
@@ -904,7 +907,7 @@ func TestConnectionsBeforeRow(t *testing.T) {
 
 // countedFlows counts the lists that are asked for: of TCP and of others.
 type countedFlows struct {
-	flowConn
+	flows.Conn
 
 	tcp, others *atomic.Int64
 }
@@ -916,7 +919,7 @@ func (c countedFlows) Flows(ctx context.Context, family, protocol uint8, port ui
 		c.others.Add(1)
 	}
 
-	return c.flowConn.Flows(ctx, family, protocol, port)
+	return c.Conn.Flows(ctx, family, protocol, port)
 }
 
 // countFlows counts a family's from now on.
@@ -925,8 +928,8 @@ func (n *node) countFlows(fm *hostportManager) countedFlows {
 
 	c := countedFlows{tcp: &atomic.Int64{}, others: &atomic.Int64{}}
 
-	n.flowsBy(fm, func() (flowConn, error) {
-		conn, err := dialFlows()
+	n.flowsBy(fm, func() (flows.Conn, error) {
+		conn, err := flows.Dial()
 
 		return countedFlows{conn, c.tcp, c.others}, err
 	})

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -23,7 +24,7 @@ func TestRemoveFails(t *testing.T) {
 
 		log, logged := logs(t)
 		m := n.manager(WithTimeout(testbed.Stretch(500*time.Millisecond)), log)
-		fm := m.familyOf([]*row{{pod: netip.AddrPortFrom(n.nodeIP(f), 80)}})
+		fm := m.familyOf([]*row.Row{{Pod: netip.AddrPortFrom(n.nodeIP(f), 80)}})
 		at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
 		port := func(port int32) *PortMapping { return &PortMapping{HostPort: port, ContainerPort: 80} }
 		add := func(id string, pod int, ports ...*PortMapping) {
@@ -128,6 +129,6 @@ func TestRemoveBeforeReady(t *testing.T) {
 // refusingBackend changes nothing.
 type refusingBackend struct{ backend }
 
-func (refusingBackend) reconcile(context.Context, target) ([]string, error) {
+func (refusingBackend) Reconcile(context.Context, row.Target) ([]string, error) {
 	return nil, syscall.EPERM
 }

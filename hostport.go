@@ -8,9 +8,11 @@ import (
 	"strings"
 
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/row"
 )
 
-type ipFamily = family
+type ipFamily = row.Family
 
 // The IP families.
 const (
@@ -73,11 +75,11 @@ type Mapping struct {
 	Held bool
 }
 
-func parseProtocol(p v1.Protocol) (protocol, bool) {
-	switch l := protocol(strings.ToLower(string(p))); l {
+func parseProtocol(p v1.Protocol) (row.Protocol, bool) {
+	switch l := row.Protocol(strings.ToLower(string(p))); l {
 	case "":
-		return tcp, true
-	case tcp, udp, sctp:
+		return row.TCP, true
+	case row.TCP, row.UDP, row.SCTP:
 		return l, true
 	default:
 		return "", false
@@ -86,18 +88,18 @@ func parseProtocol(p v1.Protocol) (protocol, bool) {
 
 // rowsOf validates all of pod and returns its rows in the family of its IP,
 // each once.
-func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
+func rowsOf(id string, pod *PodPortMapping) ([]*row.Row, error) {
 	if pod == nil || pod.HostNetwork {
 		return nil, nil
 	}
 
-	o := owner{id: id, namespace: pod.Namespace, name: pod.Name}
+	o := row.Owner{ID: id, Namespace: pod.Namespace, Name: pod.Name}
 	podIP, badIP := parsePodIP(pod.IP)
 
 	var (
-		rows      []*row
+		rows      []*row.Row
 		ownerHash string // of a pod that has rows; most have none
-		seen      = map[endpoint]*row{}
+		seen      = map[row.Endpoint]*row.Row{}
 	)
 
 	for i, pm := range pod.PortMappings {
@@ -118,29 +120,29 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 			return nil, invalid(err)
 		}
 
-		if f != "" && f != familyOf(podIP) {
+		if f != "" && f != row.FamilyOf(podIP) {
 			continue
 		}
 
 		if ownerHash == "" {
-			ownerHash = shortHash(id)
+			ownerHash = row.ShortHash(id)
 		}
 
-		r := &row{
-			endpoint:  e,
-			pod:       netip.AddrPortFrom(podIP, portOf(pm.ContainerPort)),
-			owner:     o,
-			ownerHash: ownerHash,
-			hash:      rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
-			label:     ruleLabel(o, e.port),
+		r := &row.Row{
+			Endpoint:  e,
+			Pod:       netip.AddrPortFrom(podIP, portOf(pm.ContainerPort)),
+			Owner:     o,
+			OwnerHash: ownerHash,
+			Hash:      row.HashOf(id, pm.HostPort, string(pm.Protocol), pm.HostIP),
+			Label:     row.LabelOf(o, e.Port),
 		}
 
 		if first, twice := seen[e]; !twice {
 			seen[e] = r
 			rows = append(rows, r)
-		} else if first.pod != r.pod {
+		} else if first.Pod != r.Pod {
 			return nil, invalid(fmt.Errorf("containerPort %d: want %d, as in an earlier row of the same host port",
-				pm.ContainerPort, first.pod.Port()))
+				pm.ContainerPort, first.Pod.Port()))
 		}
 	}
 
@@ -149,8 +151,8 @@ func rowsOf(id string, pod *PodPortMapping) ([]*row, error) {
 
 // refusal says what keeps a mapping with an endpoint from being a row of a pod, and
 // what would not. badIP is what is wrong with podIP, if anything.
-func refusal(id string, podIP net.IP, badIP string, pm *PortMapping, e endpoint) error {
-	switch kind := noMachine(e.ip); {
+func refusal(id string, podIP net.IP, badIP string, pm *PortMapping, e row.Endpoint) error {
+	switch kind := noMachine(e.IP); {
 	case kind != "":
 		return fmt.Errorf("hostIP %q (%s): %s", pm.HostIP, kind, wantHostIP)
 	case portOf(pm.ContainerPort) == 0:
@@ -165,17 +167,17 @@ func refusal(id string, podIP net.IP, badIP string, pm *PortMapping, e endpoint)
 }
 
 // rowsOfPod is rowsOf for all IPs of a pod, by family.
-func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row, owner, error) {
-	o := owner{id: id}
-	rows := map[ipFamily][]*row{}
-	seen := map[ipFamily]map[endpoint]netip.AddrPort{IPv4: {}, IPv6: {}}
+func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row.Row, row.Owner, error) {
+	o := row.Owner{ID: id}
+	rows := map[ipFamily][]*row.Row{}
+	seen := map[ipFamily]map[row.Endpoint]netip.AddrPort{IPv4: {}, IPv6: {}}
 
 	for _, pod := range mappings {
 		if pod == nil {
 			continue
 		}
 
-		o.namespace, o.name = pod.Namespace, pod.Name
+		o.Namespace, o.Name = pod.Namespace, pod.Name
 
 		some, err := rowsOf(id, pod)
 		if err != nil {
@@ -183,12 +185,12 @@ func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row, owne
 		}
 
 		for _, r := range some {
-			f := r.family()
+			f := r.Family()
 
-			if other, twice := seen[f][r.endpoint]; !twice {
-				seen[f][r.endpoint] = r.pod
+			if other, twice := seen[f][r.Endpoint]; !twice {
+				seen[f][r.Endpoint] = r.Pod
 				rows[f] = append(rows[f], r)
-			} else if other != r.pod {
+			} else if other != r.Pod {
 				return nil, o, fmt.Errorf("pod %s: %w: row %s: want %s, as in an earlier mapping of the pod",
 					o, ErrInvalidMapping, r, other)
 			}
@@ -200,7 +202,7 @@ func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row, owne
 
 // claim is a row as Remove names it: without the pod's side.
 type claim struct {
-	endpoint
+	row.Endpoint
 
 	hash string
 }
@@ -216,7 +218,7 @@ func claimsOf(id string, pod *PodPortMapping, f ipFamily) []claim {
 		}
 
 		if e, ef, bad := endpointOf(pm); bad == nil && (ef == "" || ef == f) {
-			claims = append(claims, claim{e, rowHash(id, pm.HostPort, string(pm.Protocol), pm.HostIP)})
+			claims = append(claims, claim{e, row.HashOf(id, pm.HostPort, string(pm.Protocol), pm.HostIP)})
 		}
 	}
 
@@ -234,15 +236,15 @@ const (
 // endpointOf returns the host side of a mapping and the family that its host
 // IP confines it to, "" where that is left to the pod IP. Its error names the
 // field.
-func endpointOf(pm *PortMapping) (endpoint, ipFamily, error) {
+func endpointOf(pm *PortMapping) (row.Endpoint, ipFamily, error) {
 	proto, ok := parseProtocol(pm.Protocol)
 	if !ok {
-		return endpoint{}, "", fmt.Errorf("protocol %q: %s", pm.Protocol, wantProtocol)
+		return row.Endpoint{}, "", fmt.Errorf("protocol %q: %s", pm.Protocol, wantProtocol)
 	}
 
-	e := endpoint{portKey: portKey{proto: proto, port: portOf(pm.HostPort)}}
-	if e.port == 0 {
-		return endpoint{}, "", fmt.Errorf("hostPort %d: %s", pm.HostPort, wantPort)
+	e := row.Endpoint{PortKey: row.PortKey{Proto: proto, Port: portOf(pm.HostPort)}}
+	if e.Port == 0 {
+		return row.Endpoint{}, "", fmt.Errorf("hostPort %d: %s", pm.HostPort, wantPort)
 	}
 
 	if pm.HostIP == "" {
@@ -251,14 +253,14 @@ func endpointOf(pm *PortMapping) (endpoint, ipFamily, error) {
 
 	ip, err := netip.ParseAddr(pm.HostIP)
 	if err != nil || ip.Zone() != "" {
-		return endpoint{}, "", fmt.Errorf("hostIP %q: %s", pm.HostIP, wantHostIP)
+		return row.Endpoint{}, "", fmt.Errorf("hostIP %q: %s", pm.HostIP, wantHostIP)
 	}
 
 	if ip = ip.Unmap(); !ip.IsUnspecified() {
-		e.ip = ip
+		e.IP = ip
 	}
 
-	return e, familyOf(ip), nil
+	return e, row.FamilyOf(ip), nil
 }
 
 // portOf is p as a port number, and 0 if it is none.

@@ -14,7 +14,13 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 
+	"github.com/cri-o/hostport/internal/flows"
+	"github.com/cri-o/hostport/internal/links"
+	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
+	"github.com/cri-o/hostport/internal/sockets"
 )
 
 // HostPortManager maps host ports to pods. It is safe for concurrent use.
@@ -78,11 +84,11 @@ type hostportManager struct {
 	// turn is held by sending to it. Whoever holds it commits what has queued
 	// up, and only that one touches the fields below.
 	turn    chan struct{}
-	backend backend            // nil until open has succeeded
-	rows    map[portKey][]*row // the table; slices are replaced, never changed
-	names   map[string]*row    // the table by what names a row in the kernel, where that may collide
-	sockets sockets
-	flows   *flows
+	backend backend                    // nil until open has succeeded
+	rows    map[row.PortKey][]*row.Row // the table; slices are replaced, never changed
+	names   map[string]*row.Row        // the table by what names a row in the kernel, where that may collide
+	sockets sockets.Set
+	flows   *flows.Ender
 	closed  bool
 	node    *nodeaddr.Addresses // as the family has last seen them
 	// nodeBefore are the node's addresses as they were when flows were last compared
@@ -91,12 +97,12 @@ type hostportManager struct {
 	flushAt    time.Time // not before this are they compared again: it has failed
 	// lost are rows of operations that failed when nobody knew whether the kernel had
 	// them: once it has not, their flows end.
-	lost      []*row
+	lost      []*row.Row
 	exemptDue bool   // the backend has yet to make true what exempt was told, or may have
 	nodeErr   string // why they could not be looked at last
 
-	localhost localhost
-	links     links
+	localhost localhost.Opener
+	links     links.Finder
 	// bridges are those that lead to pods, and whether pods there answer their neighbours
 	// past the node. relocation is set if rows may have been made for something else.
 	bridges    map[string]bool
@@ -131,15 +137,15 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		addrs:   nodeaddr.New(f == IPv6),
 		locks:   []*nodeLock{newNodeLock(cfg, f)},
 		turn:    make(chan struct{}, 1),
-		rows:    map[portKey][]*row{},
-		names:   map[string]*row{},
-		sockets: newSockets(f, cfg.sockets),
+		rows:    map[row.PortKey][]*row.Row{},
+		names:   map[string]*row.Row{},
+		sockets: sockets.New(f, cfg.sockets),
 
-		localhost: newLocalhost(cfg.log),
-		links:     newLinks(f),
+		localhost: localhost.New(cfg.log),
+		links:     links.New(f),
 		bridges:   map[string]bool{},
 	}
-	m.flows = newFlows(f, cfg.log.WithValues("family", f), m.withView, dialFlows)
+	m.flows = flows.New(f, cfg.log.WithValues("family", f), m.withView, flows.Dial)
 
 	return m
 }
@@ -151,7 +157,7 @@ func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, natInte
 		return err
 	}
 
-	if len(rows) == 0 || rows[0].family() != m.family {
+	if len(rows) == 0 || rows[0].Family() != m.family {
 		return nil
 	}
 
@@ -160,10 +166,10 @@ func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, natInte
 
 // add puts in the rows of one pod, of which there is at least one. device is the
 // interface to the pod, if known.
-func (m *hostportManager) add(rows []*row, device string) error {
+func (m *hostportManager) add(rows []*row.Row, device string) error {
 	return m.do(&operation{
 		name:  "add",
-		owner: rows[0].owner,
+		owner: rows[0].Owner,
 		rows:  rows,
 		plan: func(c *change) error {
 			m.locate(rows, device)
@@ -185,7 +191,7 @@ func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) erro
 }
 
 func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allowed func() error) error {
-	op := &operation{name: "remove", owner: owner{id: id}, remove: true}
+	op := &operation{name: "remove", owner: row.Owner{ID: id}, remove: true}
 
 	if podPortMapping == nil {
 		op.plan = func(c *change) error {
@@ -206,11 +212,11 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 		return nil
 	}
 
-	op.owner.namespace, op.owner.name = podPortMapping.Namespace, podPortMapping.Name
+	op.owner.Namespace, op.owner.Name = podPortMapping.Namespace, podPortMapping.Name
 	op.plan = func(c *change) error {
 		for _, claim := range op.claims {
-			for _, r := range m.rows[claim.portKey] {
-				if r.endpoint == claim.endpoint && m.claim(op.owner, claim.hash, r) {
+			for _, r := range m.rows[claim.PortKey] {
+				if r.Endpoint == claim.Endpoint && m.claim(op.owner, claim.hash, r) {
 					c.del(r)
 				}
 			}
@@ -225,38 +231,38 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 // place puts w into the table and out of it what w replaces: the pod's own
 // row of the endpoint, if that leads elsewhere, and whatever overlaps it and
 // is nobody's.
-func (m *hostportManager) place(c *change, w *row) error {
+func (m *hostportManager) place(c *change, w *row.Row) error {
 	kept := false
 
-	for _, r := range m.rows[w.portKey] {
+	for _, r := range m.rows[w.PortKey] {
 		switch {
-		case !r.overlaps(w.endpoint):
-		case m.claim(w.owner, w.hash, r):
+		case !r.Overlaps(w.Endpoint):
+		case m.claim(w.Owner, w.Hash, r):
 			switch {
-			case r.standsFor(w) && !kept:
-				r.label, kept = w.label, true // of a row from before it may be lost
-				r.device = cmp.Or(w.device, r.device)
+			case r.StandsFor(w) && !kept:
+				r.Label, kept = w.Label, true // of a row from before it may be lost
+				r.Device = cmp.Or(w.Device, r.Device)
 				c.keep(r)
-			case r.endpoint == w.endpoint:
-				w.movedFrom(r)
+			case r.Endpoint == w.Endpoint:
+				w.MovedFrom(r)
 				c.del(r)
-			case r.astray: // beside w, on any address or on one: both stand, in order
+			case r.Astray: // beside w, on any address or on one: both stand, in order
 				again := *r
-				again.astray = false
+				again.Astray = false
 
 				c.del(r)
 				c.add(&again)
 			}
-		case r.owner.known():
+		case r.Owner.Known():
 			return &ConflictError{
-				Pod: w.owner.String(), OtherPod: r.owner.String(),
-				ID: w.owner.id, OtherID: r.owner.id,
-				Protocol: v1.Protocol(w.proto.api()), HostPort: int32(w.port),
-				HostIP: w.hostIP(m.family).String(), OtherHostIP: r.hostIP(m.family).String(),
+				Pod: w.Owner.String(), OtherPod: r.Owner.String(),
+				ID: w.Owner.ID, OtherID: r.Owner.ID,
+				Protocol: v1.Protocol(w.Proto.API()), HostPort: int32(w.Port),
+				HostIP: w.HostIP(m.family).String(), OtherHostIP: r.HostIP(m.family).String(),
 			}
 		default:
 			m.cfg.log.Info("Replacing a host port whose owner is unknown",
-				"row", r, "podIDHash", r.ownerMark(), "label", r.label, "pod", w.owner)
+				"row", r, "podIDHash", r.OwnerMark(), "label", r.Label, "pod", w.Owner)
 			c.del(r)
 		}
 	}
@@ -267,9 +273,9 @@ func (m *hostportManager) place(c *change, w *row) error {
 
 	// CRI-O's way to make names has these two in one hash: ids of different
 	// length, or 8 and 0::1 beside 80 and ::1.
-	if name := m.backend.name(w); m.names[name] != nil && m.names[name].endpoint != w.endpoint {
-		return &rowError{w, fmt.Errorf("%w: its name in the kernel, %s, is taken by row %s of pod %s: "+
-			"want another sandbox id, hostPort or hostIP", ErrInvalidMapping, name, m.names[name], m.names[name].owner)}
+	if name := m.backend.Name(w); m.names[name] != nil && m.names[name].Endpoint != w.Endpoint {
+		return &outcome.RowError{Row: w, Err: fmt.Errorf("%w: its name in the kernel, %s, is taken by row %s of pod %s: "+
+			"want another sandbox id, hostPort or hostIP", ErrInvalidMapping, name, m.names[name], m.names[name].Owner)}
 	}
 
 	c.add(w)
@@ -278,19 +284,19 @@ func (m *hostportManager) place(c *change, w *row) error {
 }
 
 // ownedBy reports whether r is o's; hash is the one that o would give it, if known.
-func (m *hostportManager) ownedBy(o owner, hash string, r *row) bool {
-	if r.owner.known() {
-		return r.owner.id == o.id
+func (m *hostportManager) ownedBy(o row.Owner, hash string, r *row.Row) bool {
+	if r.Owner.Known() {
+		return r.Owner.ID == o.ID
 	}
 
-	return o.known() && (hash != "" && r.hash == hash || m.backend.ownedBy(o.id, r))
+	return o.Known() && (hash != "" && r.Hash == hash || m.backend.OwnedBy(o.ID, r))
 }
 
 // claim is ownedBy, and makes o known as the owner.
-func (m *hostportManager) claim(o owner, hash string, r *row) bool {
+func (m *hostportManager) claim(o row.Owner, hash string, r *row.Row) bool {
 	owned := m.ownedBy(o, hash, r)
-	if owned && !r.owner.known() {
-		r.setOwner(o)
+	if owned && !r.Owner.Known() {
+		r.SetOwner(o)
 	}
 
 	return owned
@@ -300,21 +306,21 @@ func (m *hostportManager) claim(o owner, hash string, r *row) bool {
 // endpoint's socket, so a row that takes over from another takes the socket
 // over too.
 func (m *hostportManager) hold(c *change, since savepoint) error {
-	for _, r := range c.delta.add[since.add:] {
-		if err := m.sockets.acquire(r.endpoint); err != nil {
-			return &rowError{r, err}
+	for _, r := range c.delta.Add[since.add:] {
+		if err := m.sockets.Acquire(r.Endpoint); err != nil {
+			return &outcome.RowError{Row: r, Err: err}
 		}
 
-		c.undos = append(c.undos, func() { m.sockets.release(r.endpoint) })
+		c.undos = append(c.undos, func() { m.sockets.Release(r.Endpoint) })
 	}
 
-	for _, r := range c.delta.keep[since.keep:] {
-		if err := m.sockets.ensure(r.endpoint); err != nil {
-			return &rowError{r, err}
+	for _, r := range c.delta.Keep[since.keep:] {
+		if err := m.sockets.Ensure(r.Endpoint); err != nil {
+			return &outcome.RowError{Row: r, Err: err}
 		}
 	}
 
-	m.sockets.retry()
+	m.sockets.Retry()
 
 	return nil
 }
@@ -351,7 +357,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		return err
 	}
 
-	rows, intact, err := b.list(ctx)
+	rows, intact, err := b.List(ctx)
 	if err != nil && !isUnseen(err) {
 		return err
 	}
@@ -360,15 +366,15 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		m.cfg.log.Error(err, "Cannot look for all host ports from before", "family", m.family)
 	}
 
-	m.flows.open()
+	m.flows.Open()
 
 	m.backend = b
 	m.health.looked(err)
 	m.adopt(rows)
 
-	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.kind(nil), "rows", len(rows))
+	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.Kind(nil), "rows", len(rows))
 
-	due := b.exempt(m.node.Services())
+	due := b.Exempt(m.node.Services())
 
 	// The rules may be of an earlier version, or nobody may have watched.
 	if (!intact || due) && m.needsRules() {
@@ -380,7 +386,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 }
 
 // adopt takes over rows that stand, whether or not their ports can be held now.
-func (m *hostportManager) adopt(rows []*row) {
+func (m *hostportManager) adopt(rows []*row.Row) {
 	var (
 		what  []string
 		first error
@@ -389,10 +395,10 @@ func (m *hostportManager) adopt(rows []*row) {
 	m.relocation = m.relocation || len(rows) > 0
 
 	for _, r := range rows {
-		m.setRows(r.portKey, append(m.rows[r.portKey], r))
+		m.setRows(r.PortKey, append(m.rows[r.PortKey], r))
 
-		if err := m.sockets.adopt(r.endpoint); err != nil {
-			what = append(what, fmt.Sprintf("%s (%s)", r, cmp.Or(r.label, r.ownerMark())))
+		if err := m.sockets.Adopt(r.Endpoint); err != nil {
+			what = append(what, fmt.Sprintf("%s (%s)", r, cmp.Or(r.Label, r.OwnerMark())))
 			first = cmp.Or(first, err)
 		}
 	}
@@ -422,7 +428,7 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 		return m.health.unseen
 	}
 
-	rows, intact, err := m.backend.list(ctx)
+	rows, intact, err := m.backend.List(ctx)
 	m.health.looked(err)
 	m.adopt(rows)
 
@@ -456,18 +462,18 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 }
 
 // isReplaced reports whether an Add has taken the place of a row that was not known then.
-func (m *hostportManager) isReplaced(r *row) bool {
-	return slices.ContainsFunc(m.rows[r.portKey], func(o *row) bool {
-		beside := o.endpoint != r.endpoint && m.ownedBy(o.owner, "", r)
+func (m *hostportManager) isReplaced(r *row.Row) bool {
+	return slices.ContainsFunc(m.rows[r.PortKey], func(o *row.Row) bool {
+		beside := o.Endpoint != r.Endpoint && m.ownedBy(o.Owner, "", r)
 
-		return o != r && o.owner.known() && o.overlaps(r.endpoint) && !beside
+		return o != r && o.Owner.Known() && o.Overlaps(r.Endpoint) && !beside
 	})
 }
 
 // needsRules reports whether something of ours is to stand in the kernel: rows, or the
 // guard because of a sysctl that somebody has set, a manager before perhaps.
 func (m *hostportManager) needsRules() bool {
-	return len(m.rows) > 0 || m.family == IPv4 && localnetRouted()
+	return len(m.rows) > 0 || m.family == IPv4 && localhost.Routed()
 }
 
 // start is the constructors' attempt at ready, which does not wait for another manager.
@@ -490,13 +496,13 @@ func (m *hostportManager) start() error {
 	return m.ready(ctx)
 }
 
-func (m *hostportManager) setRows(k portKey, rows []*row) {
+func (m *hostportManager) setRows(k row.PortKey, rows []*row.Row) {
 	for _, r := range m.rows[k] {
-		delete(m.names, m.backend.name(r))
+		delete(m.names, m.backend.Name(r))
 	}
 
 	for _, r := range rows {
-		if name := m.backend.name(r); name != "" {
+		if name := m.backend.Name(r); name != "" {
 			m.names[name] = r
 		}
 	}
@@ -509,9 +515,9 @@ func (m *hostportManager) setRows(k portKey, rows []*row) {
 }
 
 // hasRows reports whether there are rows of a protocol.
-func (m *hostportManager) hasRows(p protocol) bool {
+func (m *hostportManager) hasRows(p row.Protocol) bool {
 	for k := range m.rows {
-		if k.proto == p {
+		if k.Proto == p {
 			return true
 		}
 	}
@@ -520,11 +526,11 @@ func (m *hostportManager) hasRows(p protocol) bool {
 }
 
 // rowFor returns the row for packets to a port on an address of the node's.
-func (m *hostportManager) rowFor(k portKey, ip netip.Addr) *row {
-	var found *row
+func (m *hostportManager) rowFor(k row.PortKey, ip netip.Addr) *row.Row {
+	var found *row.Row
 
 	for _, r := range m.rows[k] {
-		if r.ip == ip || !r.ip.IsValid() && found == nil {
+		if r.IP == ip || !r.IP.IsValid() && found == nil {
 			found = r
 		}
 	}
@@ -533,8 +539,8 @@ func (m *hostportManager) rowFor(k portKey, ip netip.Addr) *row {
 }
 
 // table yields every row.
-func (m *hostportManager) table() iter.Seq[*row] {
-	return func(yield func(*row) bool) {
+func (m *hostportManager) table() iter.Seq[*row.Row] {
+	return func(yield func(*row.Row) bool) {
 		for _, rows := range m.rows {
 			for _, r := range rows {
 				if !yield(r) {
@@ -556,13 +562,13 @@ func (m *hostportManager) mappings() []Mapping {
 
 	for r := range m.table() {
 		list = append(list, Mapping{
-			PodID: r.owner.id, Namespace: r.owner.namespace, Name: r.owner.name,
-			PodIDHash: r.ownerMark(),
-			Protocol:  v1.Protocol(r.proto.api()),
-			HostIP:    r.hostIP(m.family).String(), HostPort: int32(r.port),
-			PodIP: r.pod.Addr().AsSlice(), ContainerPort: int32(r.pod.Port()),
-			Backend: Backend(m.backend.kind(r)),
-			Held:    m.sockets.holds(r.endpoint),
+			PodID: r.Owner.ID, Namespace: r.Owner.Namespace, Name: r.Owner.Name,
+			PodIDHash: r.OwnerMark(),
+			Protocol:  v1.Protocol(r.Proto.API()),
+			HostIP:    r.HostIP(m.family).String(), HostPort: int32(r.Port),
+			PodIP: r.Pod.Addr().AsSlice(), ContainerPort: int32(r.Pod.Port()),
+			Backend: Backend(m.backend.Kind(r)),
+			Held:    m.sockets.Holds(r.Endpoint),
 		})
 	}
 
@@ -576,14 +582,14 @@ func (m *hostportManager) mappings() []Mapping {
 // Operations that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *hostportManager) Close() error {
-	m.flows.stop()
+	m.flows.Stop()
 
 	m.turn <- struct{}{}
 	defer func() { <-m.turn }()
 
 	m.closed = true
-	m.sockets.close()
-	m.links.close()
+	m.sockets.Close()
+	m.links.Close()
 
-	return errors.Join(m.flows.close(m.view()), m.addrs.Close(), m.locks[len(m.locks)-1].close())
+	return errors.Join(m.flows.Close(m.view()), m.addrs.Close(), m.locks[len(m.locks)-1].close())
 }

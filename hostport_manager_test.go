@@ -18,6 +18,9 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -33,7 +36,7 @@ func TestConflicts(t *testing.T) {
 			}{
 				{"same", &PortMapping{}, &PortMapping{}, true},
 				{"any and one", &PortMapping{}, &PortMapping{HostIP: ip}, true},
-				{"one and any", &PortMapping{HostIP: ip}, &PortMapping{HostIP: f.anyAddr().String()}, true},
+				{"one and any", &PortMapping{HostIP: ip}, &PortMapping{HostIP: f.AnyAddr().String()}, true},
 				{"one address", &PortMapping{HostIP: ip}, &PortMapping{HostIP: ip}, true},
 				{"two addresses", &PortMapping{HostIP: ip}, &PortMapping{HostIP: n.otherNodeIP(f).String()}, false},
 				{"two protocols", &PortMapping{}, &PortMapping{Protocol: "UDP"}, false},
@@ -187,7 +190,7 @@ func TestInvalidChangesNothing(t *testing.T) {
 func TestNamesCannotInject(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		for _, f := range []ipFamily{IPv4, IPv6} {
-			before := n.command(command(f)+"-"+string(n.variant), "-t", "filter", "-S")
+			before := n.command(iptables.Command(f)+"-"+string(n.variant), "-t", "filter", "-S")
 			m := n.manager()
 
 			for i, name := range []string{
@@ -200,7 +203,7 @@ func TestNamesCannotInject(t *testing.T) {
 			}
 
 			assert.Len(t, m.Mappings(), 8)
-			assert.Equal(t, before, n.command(command(f)+"-"+string(n.variant), "-t", "filter", "-S"))
+			assert.Equal(t, before, n.command(iptables.Command(f)+"-"+string(n.variant), "-t", "filter", "-S"))
 
 			require.NoError(t, m.Close())
 			m = n.manager()
@@ -234,7 +237,7 @@ func TestFailedStepIsUndone(t *testing.T) {
 			}},
 			{"remove", func(m HostPortManager) error { return n.remove(m, "id", nil) }},
 		} {
-			const all = 1 + 1 + maxOvertaken
+			const all = 1 + 1 + outcome.MaxOvertaken
 
 			// The restores that fail, and whether the listing does that a
 			// repair begins with.
@@ -246,7 +249,7 @@ func TestFailedStepIsUndone(t *testing.T) {
 			}{
 				{"commit and repairs", all, func(string) error { return errInjected }, false},
 				{"commit and listing", 1, func(string) error { return errInjected }, true},
-				{"refused", all, func(input string) error { return &lineError{lineOf(input, "-A "+dnatPrefix)} }, false},
+				{"refused", all, func(input string) error { return &lineError{lineOf(input, "-A "+iptables.DNATPrefix)} }, false},
 				{"base", all, func(string) error { return &lineError{2} }, false},
 			} {
 				t.Run(op.name+"/"+fail.name, func(t *testing.T) {
@@ -323,7 +326,7 @@ func heldPorts(m *hostportManager) []string {
 		}
 	}
 
-	for range m.sockets.held {
+	for range m.sockets.Held {
 		held = append(held, "socket")
 	}
 
@@ -399,23 +402,23 @@ func TestGroupCommit(t *testing.T) {
 		mappings := m.mappings()
 		assert.Len(t, mappings, pods-1)
 		assert.Len(t, parsedRows(t, n), pods-1)
-		assert.Len(t, m.sockets.held, pods-1)
+		assert.Len(t, m.sockets.Held, pods-1)
 	})
 }
 
-func parsedRows(t *testing.T, n *node) []*row {
+func parsedRows(t *testing.T, n *node) []*row.Row {
 	t.Helper()
 
-	table, err := parseSave([]byte(n.iptablesSave(IPv4)), natTable)
+	table, err := iptables.ParseSave([]byte(n.iptablesSave(IPv4)), iptables.NATTable)
 	require.NoError(t, err)
 
-	return table.rows(IPv4)
+	return table.Rows(IPv4)
 }
 
 func (n *node) iptablesSave(f ipFamily) string {
 	n.t.Helper()
 
-	return n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)
+	return n.command(iptables.Command(f)+"-"+string(n.variant)+"-save", "-t", iptables.NATTable)
 }
 
 // together runs operations so that all but the first are committed together:
@@ -470,7 +473,7 @@ func together(n *node, fake *fakeIPTables, m *hostportManager, restore func(inpu
 
 // A failure that cannot be laid at anybody's door is tried alone by each.
 func TestGroupCommitWithoutBlame(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	fake := &fakeIPTables{IPTables: n.realIPTables()}
 	m := n.oneFamily(fake)
 
@@ -504,7 +507,7 @@ func TestGroupCommitWithoutBlame(t *testing.T) {
 // What one operation found because of another that was then undone is no
 // outcome.
 func TestGroupCommitForgetsUndone(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	fake := &fakeIPTables{IPTables: n.realIPTables()}
 	m := n.oneFamily(fake)
 
@@ -571,7 +574,7 @@ func TestRefusedWhenPutBack(t *testing.T) {
 
 // Of several that build on each other and fail together nothing stays.
 func TestGroupCommitUndoesAll(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	fake := &fakeIPTables{IPTables: n.realIPTables()}
 	m := n.oneFamily(fake)
 
@@ -615,7 +618,7 @@ func TestGroupCommitUndoesAll(t *testing.T) {
 // Several that fail together may have taken effect, also where in the end none of them
 // comes to the kernel again: Remove of one takes that back.
 func TestGroupCommitTakesEffect(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	n.serve(0, "tcp", IPv4, 80)
 
 	ipt := n.realIPTables()
@@ -673,7 +676,7 @@ func TestGroupCommitTakesEffect(t *testing.T) {
 // Ids of unequal length can give rows one name in the kernel, as CRI-O makes
 // names. The second is refused, or it would take the first one's traffic.
 func TestNamesCollide(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	m := n.manager()
 	require.NoError(t, n.add(m, "pod1", n.pod(0, IPv4, &PortMapping{HostPort: 1080, ContainerPort: 80})))
 	before := n.dump(m)
@@ -699,7 +702,7 @@ func TestNamesCollide(t *testing.T) {
 // An operation ends in time when its turn does not come, or when its process
 // hangs; what a killed process may have left is gone with the next one.
 func TestTimeout(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	hold := make(chan struct{})
 	held := make(chan struct{})
 	fake := &fakeIPTables{IPTables: n.realIPTables(), restore: func(input []byte) ([]byte, error) {

@@ -10,6 +10,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // podAt is a pod with host ports, for tests.
@@ -247,7 +249,7 @@ func TestClaimsOf(t *testing.T) {
 	} {
 		var got []string
 		for _, c := range claimsOf("id", pod, f) {
-			got = append(got, netip.AddrPortFrom(c.hostIP(f), c.port).String())
+			got = append(got, netip.AddrPortFrom(c.HostIP(f), c.Port).String())
 		}
 
 		assert.Equal(t, want, got)
@@ -267,8 +269,8 @@ func TestHashedBy(t *testing.T) {
 		require.NoError(t, err)
 		require.Len(t, rows, 1)
 
-		assert.True(t, rows[0].hashedBy("id"), rows[0])
-		assert.False(t, rows[0].hashedBy("other"), rows[0])
+		assert.True(t, rows[0].HashedBy("id"), rows[0])
+		assert.False(t, rows[0].HashedBy("other"), rows[0])
 	}
 }
 
@@ -303,23 +305,23 @@ func FuzzRowsOf(f *testing.F) {
 			return
 		}
 
-		claims := map[endpoint]bool{}
+		claims := map[row.Endpoint]bool{}
 
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			for _, c := range claimsOf(id, pod, f) {
-				claims[c.endpoint] = true
+				claims[c.Endpoint] = true
 			}
 		}
 
 		for _, r := range rows {
-			assert.True(t, claims[r.endpoint], "Remove does not find what Add made of %s", r)
-			assert.LessOrEqual(t, len(r.label), maxLabel)
-			assert.Empty(t, strings.Trim(r.label, " ._-abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"))
-			assert.True(t, utf8.ValidString(r.label))
-			assert.Regexp(t, "^[A-Z2-7]{16}$", r.hash)
+			assert.True(t, claims[r.Endpoint], "Remove does not find what Add made of %s", r)
+			assert.LessOrEqual(t, len(r.Label), row.MaxLabel)
+			assert.Empty(t, strings.Trim(r.Label, " ._-abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"))
+			assert.True(t, utf8.ValidString(r.Label))
+			assert.Regexp(t, "^[A-Z2-7]{16}$", r.Hash)
 
-			if r.ip.IsValid() {
-				assert.Equal(t, r.family(), familyOf(r.ip))
+			if r.IP.IsValid() {
+				assert.Equal(t, r.Family(), row.FamilyOf(r.IP))
 			}
 		}
 	})

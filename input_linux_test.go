@@ -9,6 +9,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // nowhere lists addresses of a family that lead no packet to a pod, as a host IP
@@ -42,8 +44,8 @@ func TestAddressesThatLeadNowhere(t *testing.T) {
 
 		hostIPs, podIPs := nowhere(f)
 		for _, ip := range hostIPs {
-			for _, protocol := range []protocol{tcp, udp, sctp} {
-				bad := &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip, Protocol: v1.Protocol(protocol.api())}
+			for _, protocol := range []row.Protocol{row.TCP, row.UDP, row.SCTP} {
+				bad := &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: ip, Protocol: v1.Protocol(protocol.API())}
 				refused(n.pod(0, f, good, bad))
 				require.NoError(t, n.remove(m, "id", n.pod(0, f, bad)))
 				assert.Equal(t, before, n.dump(m))
@@ -70,25 +72,25 @@ func TestAddressesFromBefore(t *testing.T) {
 			t.Helper()
 
 			gone := n.manager(WithoutSockets())
-			fm := gone.familyOf([]*row{{pod: netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 80)}})
+			fm := gone.familyOf([]*row.Row{{Pod: netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 80)}})
 			pods = nil
 
 			for i, ip := range append(slices.Clone(hostIPs), podIPs...) {
-				pm := &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: v1.Protocol([]protocol{tcp, udp, sctp}[i%3])}
+				pm := &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: v1.Protocol([]row.Protocol{row.TCP, row.UDP, row.SCTP}[i%3])}
 				rows, err := rowsOf("id", n.pod(0, f, pm))
 				require.NoError(t, err)
 
 				if i < len(hostIPs) {
 					pm.HostIP = ip
-					rows[0].ip = netip.MustParseAddr(ip)
-					rows[0].hash = rowHash("id", pm.HostPort, string(pm.Protocol), ip)
+					rows[0].IP = netip.MustParseAddr(ip)
+					rows[0].Hash = row.HashOf("id", pm.HostPort, string(pm.Protocol), ip)
 				} else {
-					rows[0].pod = netip.AddrPortFrom(netip.MustParseAddr(ip), 80)
+					rows[0].Pod = netip.AddrPortFrom(netip.MustParseAddr(ip), 80)
 				}
 
 				n.do(func() { require.NoError(t, fm.add(rows, "")) })
 
-				pods = append(pods, &PodPortMapping{IP: rows[0].pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm}})
+				pods = append(pods, &PodPortMapping{IP: rows[0].Pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm}})
 			}
 
 			require.NoError(t, gone.Close())

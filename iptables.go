@@ -1,6 +1,10 @@
 package hostport
 
-import "context"
+import (
+	"context"
+
+	"github.com/cri-o/hostport/internal/iptables"
+)
 
 // IPTables is the part of iptables(8) that this package drives for one family. A
 // manager makes one call at a time.
@@ -21,9 +25,9 @@ type IPTables interface {
 
 // through returns the family of a caller's iptables, and what opens the backend over it.
 func through(ipt IPTables, cfg config) (ipFamily, func(context.Context) (backend, error)) {
-	f := familyOfIPTables(ipt)
+	f := iptables.FamilyOf(ipt)
 
 	return f, func(context.Context) (backend, error) {
-		return newIPTablesBackend(ipt, cfg.localhostIn(f), cfg.guardIn(f)), nil
+		return iptables.New(ipt, cfg.localhostIn(f), cfg.guardIn(f)), nil
 	}
 }

@@ -13,6 +13,9 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // media is a pod with many ports, as of a server of RTP.
@@ -43,7 +46,7 @@ func rowsIn(lines []string) int {
 
 	for _, line := range lines {
 		for word := range strings.FieldsSeq(strings.TrimLeft(line, ":")) {
-			hash := strings.TrimPrefix(strings.TrimPrefix(word, dnatPrefix), masqPrefix)
+			hash := strings.TrimPrefix(strings.TrimPrefix(word, iptables.DNATPrefix), iptables.MasqPrefix)
 			if hash != word && !strings.Contains(hash, "-") { // else it is a range chain
 				rows[hash] = true
 			}
@@ -63,7 +66,7 @@ func TestLargePod(t *testing.T) {
 
 		var sizes []int
 
-		m, _, fake := n.inParts(f, rowsAtOnce, WithoutSockets())
+		m, _, fake := n.inParts(f, iptables.RowsAtOnce, WithoutSockets())
 		fake.restore = func(input []byte) ([]byte, error) {
 			for lines := range transactions(input) {
 				sizes = append(sizes, rowsIn(lines))
@@ -95,7 +98,7 @@ func TestLargePod(t *testing.T) {
 			require.NoError(t, step.do(), step.name)
 			assert.LessOrEqual(t, fake.restores.Load()-processes, step.processes, step.name)
 			assert.Greater(t, len(sizes), 2, step.name)
-			assert.LessOrEqual(t, slices.Max(sizes), rowsAtOnce, step.name)
+			assert.LessOrEqual(t, slices.Max(sizes), iptables.RowsAtOnce, step.name)
 			assert.Len(t, m.mappings(), step.rows, step.name)
 
 			if step.rows == 0 {
@@ -121,7 +124,7 @@ func (n *node) syncFamily(m *hostportManager, pods []*PodPortMapping, ids ...str
 		rows, err := rowsOf(id, pods[i])
 		require.NoError(n.t, err)
 
-		wanted[i] = podRows{owner: rows[0].owner, rows: rows}
+		wanted[i] = podRows{owner: rows[0].Owner, rows: rows}
 	}
 
 	var err error
@@ -132,7 +135,7 @@ func (n *node) syncFamily(m *hostportManager, pods []*PodPortMapping, ids ...str
 }
 
 // inParts is a manager of one family whose transactions change so many rows each.
-func (n *node) inParts(f ipFamily, most int, opts ...Option) (*hostportManager, *iptablesBackend, *fakeIPTables) {
+func (n *node) inParts(f ipFamily, most int, opts ...Option) (*hostportManager, *iptables.Backend, *fakeIPTables) {
 	n.t.Helper()
 
 	m := n.manager(opts...).families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
@@ -140,11 +143,11 @@ func (n *node) inParts(f ipFamily, most int, opts ...Option) (*hostportManager, 
 	l, ok := m.backend.(*layers)
 	require.True(n.t, ok)
 
-	b, ok := l.backend.(*iptablesBackend)
+	b, ok := l.backend.(*iptables.Backend)
 	require.True(n.t, ok)
 
-	fake := &fakeIPTables{IPTables: b.ipt}
-	b.ipt, b.most = fake, most
+	fake := &fakeIPTables{IPTables: b.Ipt}
+	b.Ipt, b.Most = fake, most
 
 	return m, b, fake
 }
@@ -159,7 +162,7 @@ func TestSeveralTransactionsFail(t *testing.T) {
 		stays := n.pod(1, f, &PortMapping{HostPort: 8080, ContainerPort: 20_000})
 		pod := n.media(0, f, 7, v1.ProtocolTCP)
 		moved := n.media(1, f, 7, v1.ProtocolTCP)
-		chain := dnatPrefix + rowHash("id", 20_006, "TCP", "")
+		chain := iptables.DNATPrefix + row.HashOf("id", 20_006, "TCP", "")
 		syncTo := func(pod *PodPortMapping) error {
 			return n.syncFamily(m, []*PodPortMapping{pod, stays}, "id", "stays")
 		}
@@ -195,11 +198,11 @@ func TestSeveralTransactionsFail(t *testing.T) {
 				lines := strings.SplitAfter(string(input), "\n")
 
 				i := slices.IndexFunc(lines, func(line string) bool { return strings.Contains(line, tc.fails) })
-				if i < 0 || strings.Contains(tc.fails, cmdDelChain) && strings.Contains(string(input), ":"+chain) {
+				if i < 0 || strings.Contains(tc.fails, iptables.CmdDelChain) && strings.Contains(string(input), ":"+chain) {
 					return input, nil
 				}
 
-				lines[i] = "-A " + preRouting + " -j NOWHERE\n" + cmdCommit + "\n"
+				lines[i] = "-A " + iptables.PreRouting + " -j NOWHERE\n" + iptables.CmdCommit + "\n"
 				broke++
 
 				return []byte(strings.Join(lines, "")), nil
@@ -236,7 +239,7 @@ func TestSeveralTransactionsFailForGood(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		m, _, fake := n.inParts(IPv4, 2)
 
-		chain := dnatPrefix + rowHash("id", 20_006, "TCP", "")
+		chain := iptables.DNATPrefix + row.HashOf("id", 20_006, "TCP", "")
 
 		for _, line := range []string{"-A " + chain, ":" + chain} { // of which the first is for what the rule says
 			fails := false
@@ -267,12 +270,12 @@ func TestTooLargeToBeSent(t *testing.T) {
 	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		n.serve(0, "tcp", f, 20_000)
 
-		m, b, fake := n.inParts(f, rowsAtOnce)
+		m, b, fake := n.inParts(f, iptables.RowsAtOnce)
 		limit := func(lines int) {
 			fake.restore = func(input []byte) ([]byte, error) {
 				for block := range transactions(input) {
 					if len(block) > lines {
-						return nil, &commandError{name: "iptables-restore", err: errInjected, stderr: "sendmsg() failed: Message too long"}
+						return nil, &iptables.CommandError{Name: "iptables-restore", Err: errInjected, Stderr: "sendmsg() failed: Message too long"}
 					}
 				}
 
@@ -283,8 +286,8 @@ func TestTooLargeToBeSent(t *testing.T) {
 
 		limit(300)
 		require.NoError(t, n.add(m, "id", pod))
-		assert.Less(t, b.most, 50)
-		assert.Greater(t, b.most, 10)
+		assert.Less(t, b.Most, 50)
+		assert.Greater(t, b.Most, 10)
 
 		limit(100)
 		n.wipe(f)
@@ -293,19 +296,19 @@ func TestTooLargeToBeSent(t *testing.T) {
 		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 20_000), "web")
 		assert.Len(t, m.mappings(), 101)
 
-		b.most = rowsAtOnce
+		b.Most = iptables.RowsAtOnce
 
 		require.NoError(t, n.remove(m, "id", nil))
 		require.NoError(t, n.add(m, "id", pod))
 
-		b.most = rowsAtOnce
+		b.Most = iptables.RowsAtOnce
 
 		require.NoError(t, n.syncFamily(m, nil))
 		assert.Empty(t, n.leftOver(f))
 
 		limit(0)
 		require.ErrorIs(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})), syscall.EMSGSIZE)
-		assert.Equal(t, 1, b.most)
+		assert.Equal(t, 1, b.Most)
 	})
 }
 
@@ -348,12 +351,12 @@ func TestSeveralTransactionsAreNotNoticed(t *testing.T) {
 
 // Our own transactions are known by their generations, however many an operation has.
 func TestSeveralTransactionsAreOurs(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	worked := n.countWork()
 	log, logged := logs(t)
 	m := n.manager(log)
 
-	b, ok := m.families[0].backend.(*layers).backend.(*iptablesBackend)
+	b, ok := m.families[0].backend.(*layers).backend.(*iptables.Backend)
 	require.True(t, ok)
 
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
@@ -361,7 +364,7 @@ func TestSeveralTransactionsAreOurs(t *testing.T) {
 
 	m.families[0].turn <- struct{}{}
 
-	b.most = 2
+	b.Most = 2
 	<-m.families[0].turn
 	untilIdle(t, m, worked)
 	require.NoError(t, n.add(m, "media", n.media(0, IPv4, 7, v1.ProtocolUDP)))

@@ -18,6 +18,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -67,11 +69,11 @@ func TestRowsOnAllLevels(t *testing.T) {
 
 		levels := map[int]int{}
 		for r := range m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)].table() {
-			levels[r.depth]++
+			levels[r.Depth]++
 		}
 
 		assert.Equal(t, map[int]int{
-			ownRows: fewRows - 1, ownRows + 1: 2*fewRows - 1, ownRows + 2: 1 + len(even) + len(odd) - 3*fewRows + 2,
+			iptables.OwnRows: iptables.FewRows - 1, iptables.OwnRows + 1: 2*iptables.FewRows - 1, iptables.OwnRows + 2: 1 + len(even) + len(odd) - 3*iptables.FewRows + 2,
 		}, levels)
 		require.NoError(t, m.Close())
 
@@ -99,7 +101,7 @@ func TestRowsOnAllLevels(t *testing.T) {
 // loadCRIO puts what CRI-O has made into the kernel.
 func loadCRIO(n *node) {
 	n.t.Helper()
-	n.commandWith(crioSave, command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush")
+	n.commandWith(crioSave, iptables.Command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush")
 }
 
 // CRI-O's rows are listed, held, and removed for their owners alone.
@@ -182,8 +184,8 @@ func crioRemoves(n *node, hash string) {
 
 	for _, line := range n.rules(IPv4) {
 		name := strings.TrimLeft(line, ":")
-		bears := strings.HasPrefix(name, dnatPrefix) || strings.HasPrefix(name, masqPrefix) ||
-			name == dnatDispatch || name == masqDispatch
+		bears := strings.HasPrefix(name, iptables.DNATPrefix) || strings.HasPrefix(name, iptables.MasqPrefix) ||
+			name == iptables.DNATDispatch || name == iptables.MasqDispatch
 		word := strings.Fields(line)
 
 		switch {
@@ -191,17 +193,17 @@ func crioRemoves(n *node, hash string) {
 			chains = append(chains, line+" - [0:0]")
 
 			if strings.HasSuffix(line, hash) {
-				removed = append(removed, cmdDelChain+name)
+				removed = append(removed, iptables.CmdDelChain+name)
 			}
 		case strings.HasPrefix(line, ":") || strings.Contains(line, hash):
-		case strings.HasPrefix(word[1], dnatPrefix), strings.HasPrefix(word[1], masqPrefix),
-			word[1] == dnatDispatch, word[1] == masqDispatch:
+		case strings.HasPrefix(word[1], iptables.DNATPrefix), strings.HasPrefix(word[1], iptables.MasqPrefix),
+			word[1] == iptables.DNATDispatch, word[1] == iptables.MasqDispatch:
 			rules = append(rules, line)
 		}
 	}
 
 	input := append(append(append([]string{"*nat"}, chains...), append(rules, removed...)...), "COMMIT", "")
-	n.commandWith(strings.Join(input, "\n"), command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush", "--counters")
+	n.commandWith(strings.Join(input, "\n"), iptables.Command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush", "--counters")
 }
 
 // CRI-O can remove what was made here, and leaves the rest working.
@@ -214,7 +216,7 @@ func TestCRIORemovesOurs(t *testing.T) {
 		require.NoError(t, n.add(m, "b", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80, Protocol: "TCP"})))
 		require.NoError(t, m.Close())
 
-		crioRemoves(n, rowHash("b", 9000, "TCP", ""))
+		crioRemoves(n, row.HashOf("b", 9000, "TCP", ""))
 		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 9000))
 
@@ -245,15 +247,15 @@ func TestAddAgainRepairs(t *testing.T) {
 		require.NoError(t, n.add(m, "far", n.pod(1, f, &PortMapping{HostPort: 60000, ContainerPort: 80})))
 
 		before := n.ours(f)
-		far := rowHash("far", 60000, "", "")
+		far := row.HashOf("far", 60000, "", "")
 
 		for _, line := range before {
 			if strings.HasPrefix(line, ":") || ofPort60000.MatchString(line) || strings.Contains(line, far) {
 				continue
 			}
 
-			n.commandWith("*nat\n"+strings.Replace(line, cmdAppend, cmdDelete, 1)+"\nCOMMIT\n",
-				command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+			n.commandWith("*nat\n"+strings.Replace(line, iptables.CmdAppend, iptables.CmdDelete, 1)+"\nCOMMIT\n",
+				iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 			require.NoError(t, n.add(m, "id", pod), line)
 			require.Equal(t, sorted(before), sorted(n.ours(f)), line)
 		}
@@ -284,14 +286,14 @@ func TestLateMasqueradeJump(t *testing.T) {
 		n.addForeign(f)
 
 		theirs := n.theirs(f)
-		n.commandWith(fmt.Sprintf("*nat\n-N %s\n-A %s\nCOMMIT\n", masqDispatch, natRules(f, true)[2]),
-			command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+		n.commandWith(fmt.Sprintf("*nat\n-N %s\n-A %s\nCOMMIT\n", iptables.MasqDispatch, iptables.NATRules(f, true)[2]),
+			iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		n.answers(n.Pods[0].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 		assert.Equal(t, theirs, n.theirs(f))
-		assert.Equal(t, 1, strings.Count(strings.Join(n.ours(f), "\n"), "-j "+masqDispatch+"\n"))
+		assert.Equal(t, 1, strings.Count(strings.Join(n.ours(f), "\n"), "-j "+iptables.MasqDispatch+"\n"))
 	})
 }
 
@@ -302,7 +304,7 @@ func TestBehindCalico(t *testing.T) {
 		pods := map[string][]*PodPortMapping{"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 		require.NoError(t, n.sync(m, pods))
 		n.iptables(f, "-N", "cali-POSTROUTING")
-		n.iptables(f, "-I", postRouting, "-j", "cali-POSTROUTING")
+		n.iptables(f, "-I", iptables.PostRouting, "-j", "cali-POSTROUTING")
 
 		before := n.rules(f)
 		require.NoError(t, n.sync(m, pods))
@@ -313,7 +315,7 @@ func TestBehindCalico(t *testing.T) {
 // The kubelet's hint decides, and rows in the variant used before are listed,
 // moved over by Add and removed by Remove.
 func TestVariantChanges(t *testing.T) {
-	for _, tc := range []struct{ from, to variant }{{variantNFT, variantLegacy}, {variantLegacy, variantNFT}} {
+	for _, tc := range []struct{ from, to iptables.Variant }{{iptables.NFT, iptables.Legacy}, {iptables.Legacy, iptables.NFT}} {
 		t.Run(string(tc.from)+" to "+string(tc.to), func(t *testing.T) {
 			n := newNode(t, tc.from)
 			n.serve(0, "tcp", IPv4, 80)
@@ -326,7 +328,7 @@ func TestVariantChanges(t *testing.T) {
 			require.NoError(t, old.Close())
 
 			for _, f := range []ipFamily{IPv4, IPv6} {
-				n.command(command(f)+"-"+string(tc.from), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
+				n.command(iptables.Command(f)+"-"+string(tc.from), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
 			}
 
 			n.hint(tc.to)
@@ -353,7 +355,7 @@ func TestVariantChanges(t *testing.T) {
 
 // Where the old variant's row cannot be removed, the move is taken back.
 func TestVariantChangeFails(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	m := n.oneFamily(n.realIPTables())
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.NoError(t, n.add(m, "id", pod))
@@ -371,7 +373,7 @@ func TestVariantChangeFails(t *testing.T) {
 		return input, nil
 	}}
 
-	n.variant = variantLegacy
+	n.variant = iptables.Legacy
 	inUse := n.realIPTables()
 	m = newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t))}), func(context.Context) (backend, error) {
 		return ofTwo(t, inUse, old), nil
@@ -384,7 +386,7 @@ func TestVariantChangeFails(t *testing.T) {
 	n.onlyBase(IPv4)
 
 	// Whatever others do to what has been put there.
-	wipes = func() { n.iptables(IPv4, "-F", dnatDispatch) }
+	wipes = func() { n.iptables(IPv4, "-F", iptables.DNATDispatch) }
 
 	require.ErrorIs(t, n.add(m, "id", pod), errInjected)
 	n.onlyBase(IPv4)
@@ -398,14 +400,14 @@ func TestVariantChangeFails(t *testing.T) {
 	require.NoError(t, n.remove(m, "id", nil))
 	assert.Empty(t, parsedRows(t, n))
 
-	n.variant = variantNFT
+	n.variant = iptables.NFT
 	assert.Empty(t, parsedRows(t, n))
 }
 
 // Rows that stand in the variant that was used before are put right by New, also where
 // nothing is amiss in the one in use.
 func TestVariantDamagedBefore(t *testing.T) {
-	for _, tc := range []struct{ from, to variant }{{variantNFT, variantLegacy}, {variantLegacy, variantNFT}} {
+	for _, tc := range []struct{ from, to iptables.Variant }{{iptables.NFT, iptables.Legacy}, {iptables.Legacy, iptables.NFT}} {
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			t.Run(fmt.Sprintf("%s to %s/IPv%s", tc.from, tc.to, f), func(t *testing.T) {
 				n := newNode(t, tc.from)
@@ -415,7 +417,7 @@ func TestVariantDamagedBefore(t *testing.T) {
 				old := *n
 				n.change(tc.to)
 				n.leftBehind("other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80}))
-				old.iptables(f, "-F", dnatDispatch)
+				old.iptables(f, "-F", iptables.DNATDispatch)
 				n.manager()
 				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 			})
@@ -427,8 +429,8 @@ func TestVariantDamagedBefore(t *testing.T) {
 func ofTwo(t *testing.T, inUse, before IPTables) *layers {
 	t.Helper()
 
-	return newLayers(newIPTablesBackend(inUse, true, true), func(context.Context, bool) (backend, error) {
-		return newIPTablesBackend(before, true, true), nil
+	return newLayers(iptables.New(inUse, true, true), func(context.Context, bool) (backend, error) {
+		return iptables.New(before, true, true), nil
 	})
 }
 
@@ -449,7 +451,7 @@ func pathWith(t *testing.T, programs ...string) string {
 
 // Without ip6tables IPv4 works, and IPv6 says what is missing.
 func TestNoIP6Tables(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	path := os.Getenv("PATH")
 	t.Setenv("PATH", pathWith(t, "iptables-nft", "iptables-nft-save", "iptables-nft-restore"))
 
@@ -489,7 +491,7 @@ func TestNoIPTables(t *testing.T) {
 
 // A process that hangs is killed, with its children, when time is up.
 func TestHangingProcess(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
 
 	dir := t.TempDir()
@@ -501,14 +503,14 @@ func TestHangingProcess(t *testing.T) {
 	backend, ok := m.families[0].backend.(*layers)
 	require.True(t, ok)
 
-	inUse, ok := backend.backend.(*iptablesBackend)
+	inUse, ok := backend.backend.(*iptables.Backend)
 	require.True(t, ok)
 
-	ipt, ok := inUse.ipt.(*ipTables)
+	ipt, ok := inUse.Ipt.(*iptables.Installed)
 	require.True(t, ok)
 
-	restore := ipt.restore
-	ipt.restore = hang
+	restore := ipt.RestorePath
+	ipt.RestorePath = hang
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 
 	start := time.Now()
@@ -524,7 +526,7 @@ func TestHangingProcess(t *testing.T) {
 		require.Eventually(t, func() bool { return !running(pid) }, patience, time.Millisecond, "process %s", pid)
 	}
 
-	ipt.restore = restore
+	ipt.RestorePath = restore
 	m.families[0].cfg.timeout = defaultTimeout
 
 	require.NoError(t, n.add(m, "id", pod))
@@ -541,7 +543,7 @@ func running(pid string) bool {
 // The xtables lock of iptables-legacy can be held by others for long. Nothing has
 // changed then, and no process waits for it any more.
 func TestXtablesLock(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	stays, comes := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}), n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})
 	m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
 	require.NoError(t, n.add(m, "stays", stays))
@@ -633,7 +635,7 @@ func TestDoubtTwice(t *testing.T) {
 // Where the other variant does not answer in time, what was put into the one
 // in use does not stay.
 func TestVariantChangeTimesOut(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	first := n.oneFamily(n.realIPTables())
 	require.NoError(t, n.add(first, "a", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	require.NoError(t, first.Close())
@@ -641,7 +643,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 	hang := true
 	old := &slowIPTables{IPTables: n.realIPTables(), hang: &hang}
 
-	n.variant = variantLegacy
+	n.variant = iptables.Legacy
 	inUse := n.realIPTables()
 	m := newHostportManager(IPv4, newConfig([]Option{WithLogger(testLogger(t)), WithTimeout(testbed.Stretch(300 * time.Millisecond))}),
 		func(context.Context) (backend, error) {
@@ -659,7 +661,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 
 	require.NoError(t, n.add(m, "c", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 82})))
 	require.Len(t, parsedRows(t, n), 1)
-	assert.Equal(t, uint16(82), parsedRows(t, n)[0].pod.Port())
+	assert.Equal(t, uint16(82), parsedRows(t, n)[0].Pod.Port())
 }
 
 // slowIPTables restores nothing until its time is up, while it hangs.
@@ -684,7 +686,7 @@ func (s *slowIPTables) Restore(ctx context.Context, input []byte) error {
 func TestAdoptedCommentIsHarmless(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
 		n.commandWith(strings.ReplaceAll(crioSave, "k8s_a_default_uid_0_", `k8s_\" -j ACCEPT \\_`),
-			command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush")
+			iptables.Command(IPv4)+"-"+string(n.variant)+"-restore", "--noflush")
 
 		m := n.manager()
 		n.iptables(IPv4, "-F")
@@ -700,7 +702,7 @@ func TestAdoptedCommentIsHarmless(t *testing.T) {
 func TestTableThatCannotBeShown(t *testing.T) {
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		t.Run("IPv"+string(f), func(t *testing.T) {
-			n := newNode(t, variantNFT)
+			n := newNode(t, iptables.NFT)
 			n.serve(0, "tcp", f, 80)
 
 			m := n.manager()
@@ -759,11 +761,11 @@ func TestHalfARowAtStart(t *testing.T) {
 		n.leftBehind("id", pod)
 
 		before := sorted(n.ours(IPv4))
-		row := parsedRows(t, n)[0]
+		mapping := parsedRows(t, n)[0]
 
-		n.iptables(IPv4, append([]string{"-D"}, strings.Fields(masqSide(row).jump.String())...)...)
-		n.iptables(IPv4, "-F", masqChain(row))
-		n.iptables(IPv4, "-X", masqChain(row))
+		n.iptables(IPv4, append([]string{"-D"}, strings.Fields(iptables.MasqSide(mapping).Jump.String())...)...)
+		n.iptables(IPv4, "-F", iptables.MasqChain(mapping))
+		n.iptables(IPv4, "-X", iptables.MasqChain(mapping))
 
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", pod))
@@ -791,13 +793,13 @@ func TestSpecificAddressBesideCRIO(t *testing.T) {
 
 // The hint is seen also while somebody holds the xtables lock.
 func TestHintUnderLock(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 
 	defer lockXtables(t)()
 
 	n.do(func() {
-		ipt, err := findIPTables(t.Context(), IPv4)
+		ipt, err := iptables.Find(t.Context(), IPv4)
 		require.NoError(t, err)
-		assert.Equal(t, variantLegacy, ipt.variant)
+		assert.Equal(t, iptables.Legacy, ipt.Variant)
 	})
 }

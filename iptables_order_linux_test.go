@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
@@ -23,7 +24,7 @@ func ends() [][]string {
 func (n *node) foreignChains(f ipFamily, table string) {
 	n.t.Helper()
 	n.commandWith("*"+table+"\n:FOREIGN - [0:0]\n:EMPTY - [0:0]\n-A FOREIGN -j ACCEPT\nCOMMIT\n",
-		command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+		iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 }
 
 // Rules of others that come before ours, and end the walk, are noticed, named and put
@@ -47,7 +48,7 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 		holes := []struct {
 			table, chain, comment string
 			closed                func() bool
-		}{{natTable, postRouting, masqComment, func() bool { return n.asks(0, to) }}}
+		}{{iptables.NATTable, iptables.PostRouting, iptables.MasqComment, func() bool { return n.asks(0, to) }}}
 
 		if f == IPv4 {
 			n.hostService("tcp", "127.0.0.1:9000")
@@ -56,7 +57,7 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 			require.NoError(t, n.Pods[0].SendLoopback())
 
 			holes = append(holes, holes[0])
-			holes[1].table, holes[1].chain, holes[1].comment = rawTable, preRouting, guardComment
+			holes[1].table, holes[1].chain, holes[1].comment = iptables.RawTable, iptables.PreRouting, iptables.GuardComment
 			holes[1].closed = func() bool { return !n.asks(0, netip.MustParseAddrPort("127.0.0.1:9000")) }
 		}
 
@@ -64,7 +65,7 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 			n.foreignChains(f, hole.table)
 
 			open := func(end []string) {
-				n.command(command(f)+"-"+string(n.variant), append([]string{"-t", hole.table, "-I", hole.chain, "-s", podNetwork(n, f).String()}, end...)...)
+				n.command(iptables.Command(f)+"-"+string(n.variant), append([]string{"-t", hole.table, "-I", hole.chain, "-s", podNetwork(n, f).String()}, end...)...)
 				assert.False(t, hole.closed(), end)
 				require.ErrorContains(t, check(), hole.comment, end)
 			}
@@ -92,13 +93,13 @@ func TestForeignRulesBeforeOurs(t *testing.T) {
 
 		for _, hole := range holes {
 			for _, end := range ends() {
-				n.command(command(f)+"-"+string(n.variant), append([]string{"-t", hole.table, "-I", hole.chain}, end...)...)
+				n.command(iptables.Command(f)+"-"+string(n.variant), append([]string{"-t", hole.table, "-I", hole.chain}, end...)...)
 				n.soon(func() bool { return check() == nil })
 				assert.True(t, hole.closed(), end)
 			}
 
-			if n.variant == variantNFT { // and put behind one that is before ours
-				n.command(command(f)+"-nft", "-t", hole.table, "-I", hole.chain, "-j", "MARK", "--set-mark", "1")
+			if n.variant == iptables.NFT { // and put behind one that is before ours
+				n.command(iptables.Command(f)+"-nft", "-t", hole.table, "-I", hole.chain, "-j", "MARK", "--set-mark", "1")
 				untilLooked(t, m)
 				n.command("nft", "add", "rule", nftFamily(f), hole.table, hole.chain,
 					"index", "0", "counter", "accept")
@@ -132,20 +133,20 @@ func TestForeignRulesThatGoOn(t *testing.T) {
 
 		tool := "iptables-" + string(n.variant)
 		dump := func() []string {
-			raw := strings.Split(n.command(tool+"-save", "-t", rawTable), "\n")
+			raw := strings.Split(n.command(tool+"-save", "-t", iptables.RawTable), "\n")
 
-			return append(slices.DeleteFunc(raw, func(line string) bool { return !strings.HasPrefix(line, cmdAppend) }), n.rules(IPv4)...)
+			return append(slices.DeleteFunc(raw, func(line string) bool { return !strings.HasPrefix(line, iptables.CmdAppend) }), n.rules(IPv4)...)
 		}
 
-		for table, chain := range map[string]string{natTable: postRouting, rawTable: preRouting} {
+		for table, chain := range map[string]string{iptables.NATTable: iptables.PostRouting, iptables.RawTable: iptables.PreRouting} {
 			for _, name := range []string{"cali-x", "KUBE-x"} {
 				n.command(tool, "-t", table, "-N", name)
 				n.command(tool, "-t", table, "-I", chain, "-j", name)
 			}
 
 			rules := [][]string{{"-s", "10.0.0.0/8"}, {"-j", "MARK", "--set-mark", "1"}, {"-j", "LOG", "--log-prefix", "-j ACCEPT"}}
-			if table == rawTable {
-				rules = append(rules, []string{"-j", "CT", "--notrack"}, []string{"-s", "192.0.2.99", "-j", dropTarget})
+			if table == iptables.RawTable {
+				rules = append(rules, []string{"-j", "CT", "--notrack"}, []string{"-s", "192.0.2.99", "-j", iptables.DropTarget})
 			}
 
 			for _, rule := range rules {
@@ -173,9 +174,9 @@ func TestForeignRulesBehindOurs(t *testing.T) {
 		n.runs(m, logged)
 		untilIdle(t, m, worked)
 
-		if n.variant == variantNFT {
-			n.iptables(IPv4, "-A", postRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
-			n.iptables(IPv4, "-I", preRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
+		if n.variant == iptables.NFT {
+			n.iptables(IPv4, "-A", iptables.PostRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
+			n.iptables(IPv4, "-I", iptables.PreRouting, "-s", "10.88.0.9", "-j", "ACCEPT")
 			untilLooked(t, m)
 
 			if ours := worked() - 2; nfnetlink.KernelAtLeast(5, 15) {

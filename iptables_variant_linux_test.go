@@ -11,11 +11,13 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/iptables"
 )
 
 // broken is what the programs of a variant do.
 type broken struct {
-	variant variant
+	variant iptables.Variant
 	script  string
 }
 
@@ -25,22 +27,22 @@ func withoutKernel() map[string]broken {
 	const version = `case "$*" in --version) exec "$real" "$@";; esac; `
 
 	return map[string]broken{
-		"no nf_tables": {variantNFT, version + `echo "v1.8.9 (nf_tables): Could not fetch rule set generation id: Invalid argument" >&2; exit 4`},
-		"no nfnetlink": {variantNFT, `echo "1.8.9 (nf_tables) Failed to initialize nft: Protocol not supported" >&2; exit 1`},
-		"no ip_tables": {variantLegacy, version + `echo "v1.8.9 (legacy): unable to initialize table 'nat'" >&2; exit 2`},
-		"killed":       {variantNFT, version + `kill -9 $$`},
+		"no nf_tables": {iptables.NFT, version + `echo "v1.8.9 (nf_tables): Could not fetch rule set generation id: Invalid argument" >&2; exit 4`},
+		"no nfnetlink": {iptables.NFT, `echo "1.8.9 (nf_tables) Failed to initialize nft: Protocol not supported" >&2; exit 1`},
+		"no ip_tables": {iptables.Legacy, version + `echo "v1.8.9 (legacy): unable to initialize table 'nat'" >&2; exit 2`},
+		"killed":       {iptables.NFT, version + `kill -9 $$`},
 	}
 }
 
 // installed makes a PATH where iptables is of one variant, and all programs of a
 // variant run a script.
-func installed(t *testing.T, plain variant, broken broken) {
+func installed(t *testing.T, plain iptables.Variant, broken broken) {
 	t.Helper()
 
 	dir := t.TempDir()
 
 	for _, command := range []string{"iptables", "ip6tables"} {
-		for name, v := range map[string]variant{"": plain, "-nft": variantNFT, "-legacy": variantLegacy} {
+		for name, v := range map[string]iptables.Variant{"": plain, "-nft": iptables.NFT, "-legacy": iptables.Legacy} {
 			for _, suffix := range []string{"", "-save", "-restore"} {
 				path, err := exec.LookPath(command + "-" + string(v) + suffix)
 				require.NoError(t, err)
@@ -70,10 +72,10 @@ func TestVariantThatWorks(t *testing.T) {
 			n.serve(0, "tcp", IPv4, 80)
 			n.serve(0, "tcp", IPv6, 80)
 
-			works := map[variant]variant{variantNFT: variantLegacy, variantLegacy: variantNFT}[tc.variant]
+			works := map[iptables.Variant]iptables.Variant{iptables.NFT: iptables.Legacy, iptables.Legacy: iptables.NFT}[tc.variant]
 			path := os.Getenv("PATH")
 
-			for _, plain := range []variant{tc.variant, works} {
+			for _, plain := range []iptables.Variant{tc.variant, works} {
 				installed(t, plain, tc)
 
 				log, logged := logs(t)
@@ -100,7 +102,7 @@ func TestNoVariantWorks(t *testing.T) {
 	n := newNode(t, viaNFTables)
 	path := os.Getenv("PATH")
 
-	installed(t, variantNFT, withoutKernel()["no nf_tables"])
+	installed(t, iptables.NFT, withoutKernel()["no nf_tables"])
 	shim(t, "iptables-legacy-restore", withoutKernel()["no ip_tables"].script)
 	n.do(func() {
 		_, err := NewIPTables(IPv4)
@@ -110,7 +112,7 @@ func TestNoVariantWorks(t *testing.T) {
 
 	t.Setenv("PATH", path)
 	for _, script := range []string{withoutKernel()["killed"].script, "kill -9 $$"} {
-		installed(t, variantNFT, broken{variantNFT, script})
+		installed(t, iptables.NFT, broken{iptables.NFT, script})
 		n.do(func() {
 			_, err := NewIPTables(IPv4)
 			require.ErrorContains(t, err, "killed", script)
@@ -166,13 +168,13 @@ func TestOldIPTables(t *testing.T) {
 // The xtables lock says nothing about the kernel.
 func TestVariantUnderLock(t *testing.T) {
 	n := newNode(t, viaNFTables)
-	installed(t, variantLegacy, broken{})
+	installed(t, iptables.Legacy, broken{})
 
 	defer lockXtables(t)()
 
 	n.do(func() {
-		ipt, err := findIPTables(t.Context(), IPv4)
+		ipt, err := iptables.Find(t.Context(), IPv4)
 		require.NoError(t, err)
-		assert.Equal(t, variantLegacy, ipt.variant)
+		assert.Equal(t, iptables.Legacy, ipt.Variant)
 	})
 }

@@ -17,7 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2/ktesting"
 
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/links"
+	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -187,9 +191,9 @@ func TestInterfaceNameIsNoPath(t *testing.T) {
 
 		// What somebody else has set for all of them counts, for the guard.
 		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
-		n.do(func() { assert.False(t, localnetRouted()) })
+		n.do(func() { assert.False(t, localhost.Routed()) })
 		n.sysctl("net/ipv4/conf/all/route_localnet", "1")
-		n.do(func() { assert.True(t, localnetRouted()) })
+		n.do(func() { assert.True(t, localhost.Routed()) })
 	})
 }
 
@@ -199,8 +203,8 @@ func TestInterfaceNames(t *testing.T) {
 	m := n.manager()
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 
-	l := newLinks(IPv4)
-	defer l.close()
+	l := links.New(IPv4)
+	defer l.Close()
 
 	n.do(func() {
 		h, err := rtnetlink.NewHandle(unix.NETLINK_ROUTE)
@@ -217,13 +221,13 @@ func TestInterfaceNames(t *testing.T) {
 			attrs.Name = name
 			err := h.LinkAdd(&rtnetlink.Bridge{LinkAttrs: attrs})
 			assert.Equal(t, valid, err == nil, "the kernel and %q: %v", name, err)
-			found, err := l.to(name, n.Pods[0].IPv4)
+			found, err := l.To(name, n.Pods[0].IPv4)
 			require.NoError(t, err)
 			assert.Equal(t, valid, found == name, "%q", name)
 
 			if valid {
 				require.NoError(t, m.Add("id", pod, name))
-				set, err := isSet(routeLocalnetOf(name))
+				set, err := localhost.IsSet(routeLocalnetOf(name))
 				require.NoError(t, err)
 				assert.True(t, set, "%q", name)
 			}
@@ -235,7 +239,7 @@ func TestInterfaceNames(t *testing.T) {
 			attrs.Name = name
 			require.Error(t, h.LinkAdd(&rtnetlink.Bridge{LinkAttrs: attrs}))
 			assert.FileExists(t, routeLocalnetOf(name))
-			found, err := l.to(name, n.Pods[0].IPv4)
+			found, err := l.To(name, n.Pods[0].IPv4)
 			require.NoError(t, err)
 			assert.NotEqual(t, name, found)
 		}
@@ -379,17 +383,17 @@ func TestLoopbackFromOutsideIsNotTranslated(t *testing.T) {
 		n.serve(0, "tcp", IPv4, 80)
 
 		if n.variant != viaNFTables {
-			n.iptables(IPv4, "-N", dnatDispatch)
-			n.iptables(IPv4, "-A", preRouting, "-m", "comment", "--comment", dnatComment, "-m", "addrtype", "--dst-type", "LOCAL", "-j", dnatDispatch)
+			n.iptables(IPv4, "-N", iptables.DNATDispatch)
+			n.iptables(IPv4, "-A", iptables.PreRouting, "-m", "comment", "--comment", iptables.DNATComment, "-m", "addrtype", "--dst-type", "LOCAL", "-j", iptables.DNATDispatch)
 		}
 
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: "127.0.0.1"})))
 
 		if n.variant == viaNFTables {
-			n.commit(newNFTLayout(IPv4).table.FlushChain(nftGuard))
+			n.commit(nftables.NewLayout(IPv4).Table.FlushChain(nftables.GuardChain))
 		} else {
-			n.command("iptables-"+string(n.variant), "-t", rawTable, "-F")
+			n.command("iptables-"+string(n.variant), "-t", iptables.RawTable, "-F")
 		}
 
 		to := netip.MustParseAddrPort("127.0.0.1:8080")
@@ -405,7 +409,7 @@ func (n *node) guarded() {
 	n.t.Helper()
 
 	if n.variant == viaNFTables {
-		rules, err := n.nfnetlink().Dump(n.t.Context(), newNFTLayout(IPv4).table.Rules())
+		rules, err := n.nfnetlink().Dump(n.t.Context(), nftables.NewLayout(IPv4).Table.Rules())
 		require.NoError(n.t, err)
 
 		guards := 0
@@ -414,7 +418,7 @@ func (n *node) guarded() {
 			rule, err := nfnetlink.ParseRule(m)
 			require.NoError(n.t, err)
 
-			if rule.Chain == nftGuard {
+			if rule.Chain == nftables.GuardChain {
 				guards++
 			}
 		}
@@ -424,9 +428,9 @@ func (n *node) guarded() {
 		return
 	}
 
-	save := n.command("iptables-"+string(n.variant)+"-save", "-t", rawTable)
-	for _, rule := range guardRules(IPv4) {
-		assert.Equal(n.t, 1, strings.Count(save, cmdAppend+rule.String()), save)
+	save := n.command("iptables-"+string(n.variant)+"-save", "-t", iptables.RawTable)
+	for _, rule := range iptables.GuardRules(IPv4) {
+		assert.Equal(n.t, 1, strings.Count(save, iptables.CmdAppend+rule.String()), save)
 	}
 }
 
@@ -436,13 +440,13 @@ func (n *node) wipeAll() {
 	n.t.Helper()
 
 	if n.variant == viaNFTables {
-		n.commit(newNFTLayout(IPv4).table.Delete())
+		n.commit(nftables.NewLayout(IPv4).Table.Delete())
 
 		return
 	}
 
 	// Between -F and -X Run may put back what leads to a chain.
-	n.commandWith("*nat\nCOMMIT\n", command(IPv4)+"-"+string(n.variant)+"-restore")
+	n.commandWith("*nat\nCOMMIT\n", iptables.Command(IPv4)+"-"+string(n.variant)+"-restore")
 }
 
 // The sysctl outlives a ruleset, its rows and its manager, so the guard does too.
@@ -463,7 +467,7 @@ func TestGuardStays(t *testing.T) {
 		n.guarded()
 
 		if n.variant != viaNFTables { // where it stands in a table of its own
-			n.command("iptables-"+string(n.variant), "-t", rawTable, "-F")
+			n.command("iptables-"+string(n.variant), "-t", iptables.RawTable, "-F")
 			require.NoError(t, n.add(m, "id", pod))
 			n.guarded()
 		}
@@ -555,7 +559,7 @@ func TestLoopbackSourcesRefused(t *testing.T) {
 		n.serve(0, "tcp", f, 80)
 
 		m := n.manager(WithoutLocalhost())
-		loopback := f.loopback().Addr()
+		loopback := f.Loopback().Addr()
 
 		if f == IPv4 {
 			loopback = loopback.Next()

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // Manager maps host ports for both IP families. It implements HostPortManager. Its
@@ -180,11 +181,11 @@ func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortM
 
 	missing, err := m.familyOf(rows).check(ctx, rows)
 	if err != nil {
-		return fmt.Errorf("check host ports of pod %s: %w", rows[0].owner, err)
+		return fmt.Errorf("check host ports of pod %s: %w", rows[0].Owner, err)
 	}
 
 	if len(missing) > 0 {
-		return fmt.Errorf("host ports of pod %s: missing: %s", rows[0].owner, strings.Join(missing, "; "))
+		return fmt.Errorf("host ports of pod %s: missing: %s", rows[0].Owner, strings.Join(missing, "; "))
 	}
 
 	return nil
@@ -254,7 +255,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 
 		for _, fm := range m.families {
-			err := fm.runOnce(ctx, func(b backend) bool { return b.disturbed(heard) || !begun })
+			err := fm.runOnce(ctx, func(b backend) bool { return b.Disturbed(heard) || !begun })
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -269,8 +270,8 @@ func (m *Manager) Run(ctx context.Context) error {
 }
 
 // familyOf is the manager of rows, of which there is at least one.
-func (m *Manager) familyOf(rows []*row) *hostportManager {
-	i := slices.IndexFunc(m.families, func(fm *hostportManager) bool { return fm.family == rows[0].family() })
+func (m *Manager) familyOf(rows []*row.Row) *hostportManager {
+	i := slices.IndexFunc(m.families, func(fm *hostportManager) bool { return fm.family == rows[0].Family() })
 
 	return m.families[i]
 }

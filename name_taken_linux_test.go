@@ -14,7 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // misfit is something by one of our names that is not as we would make it.
@@ -30,7 +32,7 @@ func misfits(f ipFamily, pod netip.Addr) map[string]misfit {
 		return fmt.Sprintf("flush chain FAM TABLE %[1]s; delete chain FAM TABLE %[1]s; add chain FAM TABLE %[1]s { %[2]s }", name, is)
 	}
 	anew := func(objects string) string { return "delete table FAM TABLE; add table FAM TABLE; " + objects }
-	element := fmt.Sprintf("; add element FAM TABLE hostports { tcp . 8080 comment %q : %s . 80 }", shortHash("id"), pod)
+	element := fmt.Sprintf("; add element FAM TABLE hostports { tcp . 8080 comment %q : %s . 80 }", row.ShortHash("id"), pod)
 
 	all := map[string]misfit{
 		"table dormant": {script: "add table FAM TABLE { flags dormant; }", says: "TABLE is dormant"},
@@ -69,7 +71,7 @@ func misfits(f ipFamily, pod netip.Addr) map[string]misfit {
 	}
 
 	for name, m := range all {
-		words := strings.NewReplacer("FAM", nftFamily(f), "ADDR", "ipv"+string(f)+"_addr", "TABLE", nftTable)
+		words := strings.NewReplacer("FAM", nftFamily(f), "ADDR", "ipv"+string(f)+"_addr", "TABLE", nftables.TableName)
 		m.script, m.says = words.Replace(m.script), words.Replace(m.says)
 		all[name] = m
 	}
@@ -158,12 +160,12 @@ func (n *node) testMisfit(f ipFamily, misfit misfit) {
 func TestMadeAsWanted(t *testing.T) {
 	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		b := nftOver(t, n.nfnetlink(), f)
-		n.commit(b.objects()...)
+		n.commit(b.Objects()...)
 
-		there, err := b.observe(t.Context())
+		there, err := b.Observe(t.Context())
 		require.NoError(t, err)
 
-		misfits, recreate, err := b.misfits(there)
+		misfits, recreate, err := b.Misfits(there)
 		require.NoError(t, err)
 		assert.Empty(t, misfits)
 		assert.False(t, recreate)
@@ -193,7 +195,7 @@ func TestNewChangesNothing(t *testing.T) {
 		worked := n.countWork()
 		before := strings.Join(n.elements(f), "\n")
 
-		for _, set := range []string{nftHostPorts, nftHostIPPorts, nftHairpins, nftNeighbours, nftServices} {
+		for _, set := range []string{nftables.HostPorts, nftables.HostIPPorts, nftables.Hairpins, nftables.Neighbours, nftables.Services} {
 			require.Contains(t, before, " element "+set+" ")
 		}
 
@@ -225,30 +227,30 @@ func TestChangedExpressionIsSeen(t *testing.T) {
 		n.serve(0, "tcp", f, 80)
 		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 
-		l := newNFTLayout(f)
-		h := l.header()
-		port := nfnetlink.LoadTransportHeader(2, 2, piece(1))
+		l := nftables.NewLayout(f)
+		h := l.Header()
+		port := nfnetlink.LoadTransportHeader(2, 2, nftables.Piece(1))
 		rule := func(port, lookUp nfnetlink.Expr, more ...nfnetlink.Expr) []nfnetlink.Expr {
-			return append([]nfnetlink.Expr{nfnetlink.LoadProtocol(reg1), port}, append(more, lookUp, nfnetlink.DNAT(l.table.Family, reg1, h.behind))...)
+			return append([]nfnetlink.Expr{nfnetlink.LoadProtocol(nftables.Reg1), port}, append(more, lookUp, nfnetlink.DNAT(l.Table.Family, nftables.Reg1, h.Behind))...)
 		}
-		lookUp := nfnetlink.LookUp(nftHostPorts, reg1, reg1)
+		lookUp := nfnetlink.LookUp(nftables.HostPorts, nftables.Reg1, nftables.Reg1)
 
-		rules := l.rules()
+		rules := l.Rules()
 		changed := func(exprs []nfnetlink.Expr) []netlink.Message {
-			return []netlink.Message{rules[0], l.table.AppendRule(nftHostPorts, exprs...)}
+			return []netlink.Message{rules[0], l.Table.AppendRule(nftables.HostPorts, exprs...)}
 		}
 
 		for name, msgs := range map[string][]netlink.Message{
 			"one alone":   rules[1:2],
 			"order":       {rules[1], rules[0]},
 			"twice":       {rules[0], rules[1], rules[1]},
-			"port masked": changed(rule(port, lookUp, nfnetlink.Mask(piece(1), []byte{0xff, 0xfe}))),
-			"offset":      changed(rule(nfnetlink.LoadTransportHeader(0, 2, piece(1)), lookUp)),
-			"more":        changed(rule(port, lookUp, nfnetlink.LoadProtocol(reg2+1))),
+			"port masked": changed(rule(port, lookUp, nfnetlink.Mask(nftables.Piece(1), []byte{0xff, 0xfe}))),
+			"offset":      changed(rule(nfnetlink.LoadTransportHeader(0, 2, nftables.Piece(1)), lookUp)),
+			"more":        changed(rule(port, lookUp, nfnetlink.LoadProtocol(nftables.Reg2+1))),
 		} {
 			t.Run(name, func(t *testing.T) {
 				n := n.within(t)
-				n.commit(append([]netlink.Message{l.table.FlushChain(nftHostPorts)}, msgs...)...)
+				n.commit(append([]netlink.Message{l.Table.FlushChain(nftables.HostPorts)}, msgs...)...)
 
 				worked := n.countWork()
 				m := n.manager()
@@ -265,11 +267,11 @@ func TestChangedExpressionIsSeen(t *testing.T) {
 
 // otherKernel is a connection to a kernel that shows rules in another way than they were
 // made.
-type otherKernel struct{ nftConn }
+type otherKernel struct{ nftables.Conn }
 
 func (k otherKernel) Dump(ctx context.Context, request netlink.Message) ([]netlink.Message, error) {
-	msgs, err := k.nftConn.Dump(ctx, request)
-	if request.Header.Type == newNFTLayout(IPv4).table.Rules().Header.Type {
+	msgs, err := k.Conn.Dump(ctx, request)
+	if request.Header.Type == nftables.NewLayout(IPv4).Table.Rules().Header.Type {
 		for i := range msgs {
 			msgs[i].Data = bytes.ReplaceAll(msgs[i].Data, []byte("lookup\x00"), []byte("lookUp\x00"))
 		}
@@ -283,7 +285,7 @@ func (k otherKernel) Dump(ctx context.Context, request netlink.Message) ([]netli
 func TestRulesShownInAnotherWay(t *testing.T) {
 	n := newNode(t, viaNFTables)
 	m, fake := n.viaFake()
-	fake.nftConn = otherKernel{fake.nftConn}
+	fake.Conn = otherKernel{fake.Conn}
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	pods := map[string][]*PodPortMapping{"id": {pod}}
 	others := nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "others"}
@@ -320,8 +322,8 @@ func TestNodeAddressExempted(t *testing.T) {
 
 			return err
 		}
-		e := serviceElement(n.nodeIP(f))
-		add := func() { n.commit(newNFTLayout(f).table.AddElement(e.set, e.element())) }
+		e := nftables.ServiceElement(n.nodeIP(f))
+		add := func() { n.commit(nftables.NewLayout(f).Table.AddElement(e.Set, e.Element())) }
 		exempt := func() {
 			add()
 			require.ErrorContains(t, check(), "unknown address of a Service "+n.nodeIP(f).String())
@@ -341,7 +343,7 @@ func TestNodeAddressExempted(t *testing.T) {
 		require.NoError(t, check())
 		n.run(m)
 		add()
-		n.soon(func() bool { return !strings.Contains(strings.Join(n.elements(f), "\n"), nftServices) })
+		n.soon(func() bool { return !strings.Contains(strings.Join(n.elements(f), "\n"), nftables.Services) })
 		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 	})
 }

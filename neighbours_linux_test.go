@@ -10,6 +10,9 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
+
+	"github.com/cri-o/hostport/internal/links"
+	"github.com/cri-o/hostport/internal/nftables"
 )
 
 // bridgeCalls sets whether the node's bridges call iptables.
@@ -26,7 +29,7 @@ func (n *node) masqueradesNeighbours(f ipFamily) bool {
 	n.t.Helper()
 
 	return slices.ContainsFunc(n.leftOver(f), func(line string) bool {
-		return strings.Contains(line, " element "+nftNeighbours) || strings.Contains(line, " -i cni0")
+		return strings.Contains(line, " element "+nftables.Neighbours) || strings.Contains(line, " -i cni0")
 	})
 }
 
@@ -193,13 +196,13 @@ func TestCloseAgain(t *testing.T) {
 func TestLinksLookAgain(t *testing.T) {
 	n := anyNode(t)
 
-	l := newLinks(IPv4)
-	defer l.close()
+	l := links.New(IPv4)
+	defer l.Close()
 
 	n.bridgeCalls(IPv4, false)
 	require.NoError(t, n.Host.AddDevice("d0", true))
 	n.do(func() {
-		bypassed, err := l.bypassed("d0")
+		bypassed, err := l.Bypassed("d0")
 		require.NoError(t, err)
 		assert.True(t, bypassed)
 
@@ -210,9 +213,9 @@ func TestLinksLookAgain(t *testing.T) {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = "d0"
 		require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "d1"}))
-		l.forget()
+		l.Forget()
 
-		bypassed, err = l.bypassed("d0")
+		bypassed, err = l.Bypassed("d0")
 		require.NoError(t, err)
 		assert.False(t, bypassed, "it leads to one pod")
 	})

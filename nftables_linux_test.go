@@ -21,7 +21,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // register is the first of 16 bytes (NFT_REG_1, linux/netfilter/nf_tables.h).
@@ -68,7 +71,7 @@ func (n *node) nftRules(f ipFamily) []string {
 	n.t.Helper()
 
 	conn := n.nfnetlink()
-	family := newNFTLayout(f).table.Family
+	family := nftables.NewLayout(f).Table.Family
 
 	var lines []string
 
@@ -135,14 +138,14 @@ func stringAttr(n *node, attrs []byte, kind uint16) (value string) {
 func (n *node) addForeignNFT(f ipFamily) {
 	n.t.Helper()
 
-	t := nfnetlink.Table{Family: newNFTLayout(f).table.Family, Name: "cni"}
-	set := nfnetlink.Set{Name: "pods", Key: []nfnetlink.DataType{newNFTLayout(f).addr}, Comment: "of others"}
+	t := nfnetlink.Table{Family: nftables.NewLayout(f).Table.Family, Name: "cni"}
+	set := nfnetlink.Set{Name: "pods", Key: []nfnetlink.DataType{nftables.NewLayout(f).Addr}, Comment: "of others"}
 	n.commit(
 		t.Create(),
 		t.CreateSet(set),
 		t.AddElement(set.Name, nfnetlink.Element{Key: n.Pods[0].IP(f == IPv6).AsSlice(), Comment: "of others"}),
-		t.CreateChain(nfnetlink.Chain{Name: "services", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: priorityDNAT}),
-		t.CreateChain(nfnetlink.Chain{Name: "masquerade", Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: prioritySNAT}),
+		t.CreateChain(nfnetlink.Chain{Name: "services", Type: "nat", Hook: unix.NF_INET_PRE_ROUTING, Priority: nftables.PriorityDNAT}),
+		t.CreateChain(nfnetlink.Chain{Name: "masquerade", Type: "nat", Hook: unix.NF_INET_POST_ROUTING, Priority: nftables.PrioritySNAT}),
 		t.AppendRule("services", nfnetlink.LoadProtocol(register), nfnetlink.EqualTo(register, 0)),
 	)
 }
@@ -153,29 +156,29 @@ func (n *node) wipe(f ipFamily) {
 
 	if n.variant != viaNFTables {
 		n.iptables(f, "-F")
-		n.command(command(f)+"-"+string(n.variant), "-t", rawTable, "-F")
+		n.command(iptables.Command(f)+"-"+string(n.variant), "-t", iptables.RawTable, "-F")
 
 		return
 	}
 
-	t := newNFTLayout(f).table
-	n.commit(t.FlushChain(nftHostPorts), t.FlushChain(nftNATPrerouting), t.FlushChain(nftNATOutput), t.FlushChain(nftMasquerade))
+	t := nftables.NewLayout(f).Table
+	n.commit(t.FlushChain(nftables.HostPorts), t.FlushChain(nftables.NATPrerouting), t.FlushChain(nftables.NATOutput), t.FlushChain(nftables.Masquerading))
 
 	if f == IPv4 {
-		n.commit(t.FlushChain(nftGuard))
+		n.commit(t.FlushChain(nftables.GuardChain))
 	}
 }
 
 // eachNFTFamily runs f on a fresh node with nftables for each IP family.
 func eachNFTFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
-	eachFamilyOf(t, []variant{viaNFTables}, f)
+	eachFamilyOf(t, []iptables.Variant{viaNFTables}, f)
 }
 
 // fakeNFT is a connection, a real one underneath, that fails when told to, and
 // counts.
 type fakeNFT struct {
-	nftConn
+	nftables.Conn
 
 	generation func() error
 	commit     func(msgs []netlink.Message) ([]netlink.Message, error) // may change what is committed
@@ -191,7 +194,7 @@ func (f *fakeNFT) Generation(ctx context.Context) (uint32, error) {
 		return 0, err
 	}
 
-	return f.nftConn.Generation(ctx)
+	return f.Conn.Generation(ctx)
 }
 
 func (f *fakeNFT) Commit(ctx context.Context, gen uint32, msgs []netlink.Message) error {
@@ -204,7 +207,7 @@ func (f *fakeNFT) Commit(ctx context.Context, gen uint32, msgs []netlink.Message
 		}
 	}
 
-	return f.nftConn.Commit(ctx, gen, msgs)
+	return f.Conn.Commit(ctx, gen, msgs)
 }
 
 func (f *fakeNFT) Get(ctx context.Context, requests ...netlink.Message) ([]*netlink.Message, error) {
@@ -214,7 +217,7 @@ func (f *fakeNFT) Get(ctx context.Context, requests ...netlink.Message) ([]*netl
 		return nil, err
 	}
 
-	return f.nftConn.Get(ctx, requests...)
+	return f.Conn.Get(ctx, requests...)
 }
 
 func (f *fakeNFT) Dump(ctx context.Context, request netlink.Message) ([]netlink.Message, error) {
@@ -224,7 +227,7 @@ func (f *fakeNFT) Dump(ctx context.Context, request netlink.Message) ([]netlink.
 		return nil, err
 	}
 
-	return f.nftConn.Dump(ctx, request)
+	return f.Conn.Dump(ctx, request)
 }
 
 func called(f func() error) error {
@@ -236,23 +239,23 @@ func called(f func() error) error {
 }
 
 // nftOver returns a backend over a connection.
-func nftOver(t testing.TB, conn nftConn, f ipFamily) *nftBackend {
+func nftOver(t testing.TB, conn nftables.Conn, f ipFamily) *nftables.Backend {
 	t.Helper()
 
-	ruleset := newNFTRuleset(func() (nftConn, error) { return conn, nil })
-	require.NoError(t, ruleset.open())
+	ruleset := nftables.NewRuleset(func() (nftables.Conn, error) { return conn, nil })
+	require.NoError(t, ruleset.Open())
 
-	return newNFTBackend(ruleset, f, testLogger(t), f == IPv4, f == IPv4)
+	return nftables.New(ruleset, f, testLogger(t), f == IPv4, f == IPv4)
 }
 
 // viaFake returns a Manager whose families share a fake connection.
 func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 	n.t.Helper()
 
-	fake := &fakeNFT{nftConn: n.nfnetlink()}
+	fake := &fakeNFT{Conn: n.nfnetlink()}
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
 	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
-	m.opener.ruleset = newNFTRuleset(func() (nftConn, error) { return fake, nil })
+	m.opener.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return fake, nil })
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
@@ -322,19 +325,19 @@ func TestTableIsRepaired(t *testing.T) {
 		require.NoError(t, n.add(m, "stays", stays))
 
 		elements := n.elements(f)
-		l := newNFTLayout(f)
-		crio := append(slices.Clone(l.objects()), // CRI-O makes its rules anew with each Add
-			l.table.FlushChain(nftMasquerade))
+		l := nftables.NewLayout(f)
+		crio := append(slices.Clone(l.Objects()), // CRI-O makes its rules anew with each Add
+			l.Table.FlushChain(nftables.Masquerading))
 
 		for name, breakIt := range map[string][]netlink.Message{
-			"flush table":         {l.table.FlushChain(nftHostPorts), l.table.FlushChain(nftNATPrerouting), l.table.FlushChain(nftNATOutput), l.table.FlushChain(nftMasquerade)},
-			"flush one chain":     {l.table.FlushChain(nftMasquerade)},
-			"delete chain":        {l.table.FlushChain(nftNATOutput), l.table.DeleteChain(nftNATOutput)},
-			"delete table":        {l.table.Delete()},
-			"delete and make":     append([]netlink.Message{l.table.Delete()}, l.objects()...),
-			"delete and make all": append([]netlink.Message{l.table.Delete()}, crio...),
+			"flush table":         {l.Table.FlushChain(nftables.HostPorts), l.Table.FlushChain(nftables.NATPrerouting), l.Table.FlushChain(nftables.NATOutput), l.Table.FlushChain(nftables.Masquerading)},
+			"flush one chain":     {l.Table.FlushChain(nftables.Masquerading)},
+			"delete chain":        {l.Table.FlushChain(nftables.NATOutput), l.Table.DeleteChain(nftables.NATOutput)},
+			"delete table":        {l.Table.Delete()},
+			"delete and make":     append([]netlink.Message{l.Table.Delete()}, l.Objects()...),
+			"delete and make all": append([]netlink.Message{l.Table.Delete()}, crio...),
 			"rules of others":     crio,
-			"nothing of ours":     {nfnetlink.Table{Family: l.table.Family, Name: "others"}.Create()},
+			"nothing of ours":     {nfnetlink.Table{Family: l.Table.Family, Name: "others"}.Create()},
 		} {
 			t.Run(name, func(t *testing.T) {
 				n := n.within(t)
@@ -365,32 +368,32 @@ func TestElementsOfStrangers(t *testing.T) {
 		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		require.NoError(t, n.add(m, "id", n.pod(0, f, port)))
 
-		table := newNFTLayout(f).table
+		table := nftables.NewLayout(f).Table
 		rows, err := rowsOf("stranger", n.pod(1, f, port))
 		require.NoError(t, err)
 
-		theirs := rowElement(rows[0])
-		n.commit(table.DeleteElement(theirs.set, theirs.element()), table.AddElement(theirs.set, theirs.element()))
+		theirs := nftables.RowElement(rows[0])
+		n.commit(table.DeleteElement(theirs.Set, theirs.Element()), table.AddElement(theirs.Set, theirs.Element()))
 
 		// What a stranger has put in the place of ours is not ours to remove.
 		require.NoError(t, n.remove(m, "id", nil))
 		assert.Len(t, n.elements(f), 1)
-		assert.Contains(t, n.elements(f)[0], shortHash("stranger"))
+		assert.Contains(t, n.elements(f)[0], row.ShortHash("stranger"))
 
 		// But a new pod's Add wins over it.
 		require.NoError(t, n.add(m, "new", n.pod(0, f, port)))
 		assert.Len(t, n.elements(f), 2)
-		assert.NotContains(t, strings.Join(n.elements(f), "\n"), shortHash("stranger"))
+		assert.NotContains(t, strings.Join(n.elements(f), "\n"), row.ShortHash("stranger"))
 
 		// As does Add again, for an element that has gone or is another's.
 		before := n.elements(f)
 
-		n.commit(table.DeleteElement(theirs.set, theirs.element()), table.AddElement(theirs.set, theirs.element()))
+		n.commit(table.DeleteElement(theirs.Set, theirs.Element()), table.AddElement(theirs.Set, theirs.Element()))
 		require.NoError(t, n.add(m, "new", n.pod(0, f, port)))
 		assert.Equal(t, before, n.elements(f))
 
-		hairpin := hairpinElement(n.Pods[0].IP(f == IPv6), "")
-		n.commit(table.DeleteElement(theirs.set, theirs.element()), table.DeleteElement(hairpin.set, hairpin.element()))
+		hairpin := nftables.HairpinElement(n.Pods[0].IP(f == IPv6), "")
+		n.commit(table.DeleteElement(theirs.Set, theirs.Element()), table.DeleteElement(hairpin.Set, hairpin.Element()))
 		require.NoError(t, n.add(m, "new", n.pod(0, f, port)))
 		assert.Equal(t, before, n.elements(f))
 	})
@@ -404,8 +407,8 @@ func TestHairpinOfTwo(t *testing.T) {
 
 	m := n.manager()
 	require.NoError(t, n.add(m, "new", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
-	assert.Equal(t, 1, strings.Count(strings.Join(n.elements(IPv4), "\n"), nftHairpins))
-	assert.Equal(t, 2, strings.Count(strings.Join(n.elements(IPv4), "\n"), shortHash("new")))
+	assert.Equal(t, 1, strings.Count(strings.Join(n.elements(IPv4), "\n"), nftables.Hairpins))
+	assert.Equal(t, 2, strings.Count(strings.Join(n.elements(IPv4), "\n"), row.ShortHash("new")))
 
 	require.NoError(t, n.remove(m, "new", nil))
 	assert.Len(t, n.elements(IPv4), 2)
@@ -521,27 +524,27 @@ func TestListIsOfOneMoment(t *testing.T) {
 		require.NoError(t, err)
 
 		dumps := 0
-		fake := &fakeNFT{nftConn: n.nfnetlink(), dump: func() error {
+		fake := &fakeNFT{Conn: n.nfnetlink(), dump: func() error {
 			dumps++
 			if dumps == 2 {
-				e := rowElement(rows[0])
-				n.commit(newNFTLayout(f).table.DeleteElement(e.set, e.element()))
+				e := nftables.RowElement(rows[0])
+				n.commit(nftables.NewLayout(f).Table.DeleteElement(e.Set, e.Element()))
 			}
 
 			return nil
 		}}
 		b := nftOver(t, fake, f)
 
-		list, _, err := b.list(t.Context())
+		list, _, err := b.List(t.Context())
 		require.NoError(t, err)
 		require.Len(t, list, 1)
-		assert.Equal(t, uint16(8081), list[0].port)
+		assert.Equal(t, uint16(8081), list[0].Port)
 
 		// And it comes to an end where they commit all the time.
 		another, calm := n.storm()
 
 		for range 50 {
-			list, _, err := b.list(t.Context())
+			list, _, err := b.List(t.Context())
 			require.NoError(t, err)
 			require.Len(t, list, 1)
 		}
@@ -673,7 +676,7 @@ func TestManyRows(t *testing.T) {
 		again := n.manager(WithoutSockets())
 		assert.Len(t, again.Mappings(), many)
 
-		n.commit(newNFTLayout(f).table.Delete())
+		n.commit(nftables.NewLayout(f).Table.Delete())
 		require.NoError(t, n.add(again, "other", n.pod(1, f, &PortMapping{HostPort: 80, ContainerPort: 80})), "a repair of all of them")
 		assert.Len(t, n.elements(f), many+3)
 		require.NoError(t, n.remove(again, "id", nil))
@@ -696,7 +699,7 @@ func TestGroupTransactions(t *testing.T) {
 	rows, err := rowsOf("id", n.pod(0, IPv4, &PortMapping{HostPort: 8000 + bad, ContainerPort: 80}))
 	require.NoError(t, err)
 
-	key := []byte(rowElement(rows[0]).key)
+	key := []byte(nftables.RowElement(rows[0]).Key)
 	fake.commit = refusing(IPv4, key)
 
 	fake.commits.Store(0)
@@ -728,7 +731,7 @@ func refusing(f ipFamily, key []byte) func([]netlink.Message) ([]netlink.Message
 		msgs = slices.Clone(msgs)
 		for i, m := range msgs {
 			if m.Header.Type&0xff == unix.NFT_MSG_NEWSETELEM && bytes.Contains(m.Data, key) {
-				msgs[i] = newNFTLayout(f).table.AddElement("no-such-set", nfnetlink.Element{Key: key})
+				msgs[i] = nftables.NewLayout(f).Table.AddElement("no-such-set", nfnetlink.Element{Key: key})
 			}
 		}
 
@@ -744,9 +747,9 @@ func TestAnothersRowIsRefused(t *testing.T) {
 		stays := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		comes := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})
 		require.NoError(t, n.add(m, "stays", stays))
-		n.commit(newNFTLayout(f).table.Delete())
+		n.commit(nftables.NewLayout(f).Table.Delete())
 
-		key := []byte(rowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{"stays": {stays}})[0]).key)
+		key := []byte(nftables.RowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{"stays": {stays}})[0]).Key)
 		fake.commit = refusing(f, key)
 
 		require.ErrorIs(t, n.add(m, "comes", comes), unix.ENOENT)
@@ -873,28 +876,28 @@ func TestRandomBatches(t *testing.T) {
 		case 1:
 			n.wipe(IPv4)
 		case 2:
-			n.commit(newNFTLayout(IPv4).table.Create(), newNFTLayout(IPv4).table.Delete())
+			n.commit(nftables.NewLayout(IPv4).Table.Create(), nftables.NewLayout(IPv4).Table.Delete())
 		}
 
 		<-fm.turn
 		wg.Wait()
 		require.NoError(t, n.add(fm, "last", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80})), "which repairs, if nothing else did")
 
-		should := map[nftKey]string{}
+		should := map[nftables.ElementKey]string{}
 
 		for r := range fm.table() {
-			e := rowElement(r)
-			should[e.nftKey] = e.data + e.comment
-			should[hairpinElement(r.pod.Addr(), "").nftKey] = ""
+			e := nftables.RowElement(r)
+			should[e.ElementKey] = e.Data + e.Comment
+			should[nftables.HairpinElement(r.Pod.Addr(), "").ElementKey] = ""
 		}
 
-		have := map[nftKey]string{}
+		have := map[nftables.ElementKey]string{}
 
-		elements, err := nftOver(t, n.nfnetlink(), IPv4).dump(t.Context())
+		elements, err := nftOver(t, n.nfnetlink(), IPv4).Dump(t.Context())
 		require.NoError(t, err)
 
 		for key, e := range elements {
-			if have[key] = e.data + e.comment; key.set == nftHairpins {
+			if have[key] = e.Data + e.Comment; key.Set == nftables.Hairpins {
 				have[key] = "" // in the name of one of its pods
 			}
 		}
@@ -957,11 +960,11 @@ func TestLostAnswer(t *testing.T) {
 func TestLostToOthers(t *testing.T) {
 	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
-		element := func(id string, pod *PodPortMapping) nftElement {
-			return rowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{id: {pod}})[0])
+		element := func(id string, pod *PodPortMapping) nftables.Element {
+			return nftables.RowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{id: {pod}})[0])
 		}
 		ours, theirs := element("id", n.pod(0, f, port)), element("theirs", n.pod(1, f, port))
-		table := newNFTLayout(f).table
+		table := nftables.NewLayout(f).Table
 
 		for name, next := range map[string]func(n *node, m *Manager){
 			"another pod's Add": func(n *node, m *Manager) {
@@ -977,7 +980,7 @@ func TestLostToOthers(t *testing.T) {
 					fake.commit = nil
 
 					n.commit(msgs...)
-					n.commit(table.DeleteElement(ours.set, ours.element()), table.AddElement(theirs.set, theirs.element()))
+					n.commit(table.DeleteElement(ours.Set, ours.Element()), table.AddElement(theirs.Set, theirs.Element()))
 
 					return nil, errInjected
 				}
@@ -985,8 +988,8 @@ func TestLostToOthers(t *testing.T) {
 				next(n, m)
 
 				elements := func() string { return strings.Join(n.elements(f), "\n") }
-				n.soon(func() bool { return !strings.Contains(elements(), ours.comment) })
-				assert.Contains(t, elements(), theirs.comment)
+				n.soon(func() bool { return !strings.Contains(elements(), ours.Comment) })
+				assert.Contains(t, elements(), theirs.Comment)
 				require.NoError(t, n.sync(m, nil))
 			})
 		}
@@ -1001,20 +1004,20 @@ func TestAddAgainAfterOthers(t *testing.T) {
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
 
-		l := newNFTLayout(f)
+		l := nftables.NewLayout(f)
 		r := rowsOfAll(t, f, map[string][]*PodPortMapping{"id": {pod}})[0]
 
-		for _, e := range []nftElement{rowElement(r), hairpinElement(r.pod.Addr(), r.ownerHash)} {
-			n.commit(l.table.DeleteElement(e.set, e.element()))
+		for _, e := range []nftables.Element{nftables.RowElement(r), nftables.HairpinElement(r.Pod.Addr(), r.OwnerHash)} {
+			n.commit(l.Table.DeleteElement(e.Set, e.Element()))
 			require.NoError(t, n.add(m, "between", n.pod(1, f, &PortMapping{HostPort: 9000, ContainerPort: 80})))
 			require.NoError(t, n.remove(m, "between", nil))
 			require.NoError(t, n.add(m, "id", pod))
-			require.Empty(t, n.deviations(f, []*row{r}))
+			require.Empty(t, n.deviations(f, []*row.Row{r}))
 		}
 
 		// What the pod's rows share comes back with any of them.
-		hairpin := hairpinElement(r.pod.Addr(), r.ownerHash)
-		n.commit(l.table.DeleteElement(hairpin.set, hairpin.element()))
+		hairpin := nftables.HairpinElement(r.Pod.Addr(), r.OwnerHash)
+		n.commit(l.Table.DeleteElement(hairpin.Set, hairpin.Element()))
 		require.NoError(t, n.add(m, "between", n.pod(1, f, &PortMapping{HostPort: 9000, ContainerPort: 80})))
 
 		more := n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})
@@ -1028,8 +1031,8 @@ func TestAddAgainAfterOthers(t *testing.T) {
 // Rows that iptables carries from before are listed, held, removed there and
 // moved over, and the other way round.
 func TestBackendChanges(t *testing.T) {
-	for _, tc := range []struct{ from, to variant }{
-		{variantNFT, viaNFTables}, {variantLegacy, viaNFTables}, {viaNFTables, variantNFT}, {viaNFTables, variantLegacy},
+	for _, tc := range []struct{ from, to iptables.Variant }{
+		{iptables.NFT, viaNFTables}, {iptables.Legacy, viaNFTables}, {viaNFTables, iptables.NFT}, {viaNFTables, iptables.Legacy},
 	} {
 		t.Run(string(tc.from)+" to "+string(tc.to), func(t *testing.T) {
 			n := newNode(t, tc.from)
@@ -1089,8 +1092,8 @@ func TestBackendChanges(t *testing.T) {
 // Rows that move over because another row of their pod's does, and are not named, can be
 // told apart where they come to stand, and after one more restart.
 func TestBackendChangesUnnamed(t *testing.T) {
-	for _, tc := range []struct{ from, to variant }{
-		{viaNFTables, variantNFT}, {viaNFTables, variantLegacy}, {variantNFT, viaNFTables}, {variantLegacy, viaNFTables},
+	for _, tc := range []struct{ from, to iptables.Variant }{
+		{viaNFTables, iptables.NFT}, {viaNFTables, iptables.Legacy}, {iptables.NFT, viaNFTables}, {iptables.Legacy, viaNFTables},
 	} {
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			t.Run(fmt.Sprintf("%s to %s/IPv%s", tc.from, tc.to, f), func(t *testing.T) {
@@ -1142,7 +1145,7 @@ func TestBackendChangesUnnamed(t *testing.T) {
 
 // Where iptables carries nothing, none of its programs is started.
 func TestNoProcessWithNFTables(t *testing.T) {
-	n := newNode(t, variantNFT) // which has tables, and a hint in it
+	n := newNode(t, iptables.NFT) // which has tables, and a hint in it
 	n.command("iptables-legacy", "-t", "mangle", "-N", "OTHERS")
 
 	started := countProcesses(t)
@@ -1161,15 +1164,15 @@ func TestOddElements(t *testing.T) {
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
 
-		table := newNFTLayout(f).table
+		table := nftables.NewLayout(f).Table
 		ip := n.Pods[0].IP(f == IPv6).AsSlice()
 		n.commit(
-			table.AddElement(nftHostPorts, nfnetlink.Element{Key: []byte{unix.IPPROTO_DCCP, 0, 0, 0, 0, 80, 0, 0}, Data: append(slices.Clone(ip), 0, 80, 0, 0)}),
-			table.AddElement(nftHostPorts, nfnetlink.Element{Key: []byte{unix.IPPROTO_TCP, 0, 0, 0, 0, 0, 0, 0}, Data: append(slices.Clone(ip), 0, 80, 0, 0)}),
-			table.AddElement(nftHostIPPorts, nfnetlink.Element{
-				Key: append(newNFTLayout(f).family.anyAddr().AsSlice(), unix.IPPROTO_TCP, 0, 0, 0, 0, 80, 0, 0), Data: append(slices.Clone(ip), 0, 80, 0, 0),
+			table.AddElement(nftables.HostPorts, nfnetlink.Element{Key: []byte{unix.IPPROTO_DCCP, 0, 0, 0, 0, 80, 0, 0}, Data: append(slices.Clone(ip), 0, 80, 0, 0)}),
+			table.AddElement(nftables.HostPorts, nfnetlink.Element{Key: []byte{unix.IPPROTO_TCP, 0, 0, 0, 0, 0, 0, 0}, Data: append(slices.Clone(ip), 0, 80, 0, 0)}),
+			table.AddElement(nftables.HostIPPorts, nfnetlink.Element{
+				Key: append(nftables.NewLayout(f).Family.AnyAddr().AsSlice(), unix.IPPROTO_TCP, 0, 0, 0, 0, 80, 0, 0), Data: append(slices.Clone(ip), 0, 80, 0, 0),
 			}),
-			table.AddElement(nftHairpins, nfnetlink.Element{Key: append(slices.Clone(ip), n.nodeIP(f).AsSlice()...), Comment: "odd"}))
+			table.AddElement(nftables.Hairpins, nfnetlink.Element{Key: append(slices.Clone(ip), n.nodeIP(f).AsSlice()...), Comment: "odd"}))
 
 		require.NoError(t, m.Close())
 
@@ -1211,26 +1214,26 @@ func FuzzNFTElement(f *testing.F) {
 		require.NoError(f, err)
 
 		for _, r := range rows {
-			e := rowElement(r)
-			f.Add(e.set, []byte(e.key), []byte(e.data), e.comment)
+			e := nftables.RowElement(r)
+			f.Add(e.Set, []byte(e.Key), []byte(e.Data), e.Comment)
 		}
 
-		e := hairpinElement(rows[0].pod.Addr(), rows[0].ownerHash)
-		f.Add(e.set, []byte(e.key), []byte(e.data), e.comment)
+		e := nftables.HairpinElement(rows[0].Pod.Addr(), rows[0].OwnerHash)
+		f.Add(e.Set, []byte(e.Key), []byte(e.Data), e.Comment)
 	}
 
 	f.Fuzz(func(t *testing.T, set string, key, data []byte, comment string) {
 		for _, family := range []ipFamily{IPv4, IPv6} {
-			l := newNFTLayout(family)
-			e := elementOf(set, nfnetlink.Element{Key: key, Data: data, Comment: comment})
+			l := nftables.NewLayout(family)
+			e := nftables.ElementOf(set, nfnetlink.Element{Key: key, Data: data, Comment: comment})
 
-			if r, ok := l.row(e); ok {
-				assert.Equal(t, e, rowElement(r), "what is understood can be written again")
-				assert.Equal(t, family, r.family())
+			if r, ok := l.Row(e); ok {
+				assert.Equal(t, e, nftables.RowElement(r), "what is understood can be written again")
+				assert.Equal(t, family, r.Family())
 			}
 
-			if ip, ok := l.hairpinOf(e); ok {
-				assert.Equal(t, e, hairpinElement(ip, comment))
+			if ip, ok := l.HairpinOf(e); ok {
+				assert.Equal(t, e, nftables.HairpinElement(ip, comment))
 			}
 		}
 	})

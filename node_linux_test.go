@@ -23,7 +23,9 @@ import (
 	"k8s.io/klog/v2"
 	"k8s.io/klog/v2/ktesting"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -33,15 +35,17 @@ type node struct {
 	*testbed.Bed
 
 	t       testing.TB
-	variant variant
+	variant iptables.Variant
 	reads   *nfnetlink.Conn // see reader
 }
 
 // viaNFTables stands for no iptables at all, but nftables.
-const viaNFTables variant = "nftables"
+const viaNFTables iptables.Variant = "nftables"
 
 // backends are those that every behaviour is tested on.
-func backends() []variant { return []variant{viaNFTables, variantNFT, variantLegacy} }
+func backends() []iptables.Variant {
+	return []iptables.Variant{viaNFTables, iptables.NFT, iptables.Legacy}
+}
 
 // eachBackend runs f on a fresh node for each backend.
 func eachBackend(t *testing.T, f func(t *testing.T, n *node)) {
@@ -59,7 +63,7 @@ func eachFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 }
 
 // eachFamilyOf runs f on a fresh node for each of some backends and IP family.
-func eachFamilyOf(t *testing.T, some []variant, f func(t *testing.T, n *node, family ipFamily)) {
+func eachFamilyOf(t *testing.T, some []iptables.Variant, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
 
 	for _, v := range some {
@@ -73,7 +77,7 @@ func eachFamilyOf(t *testing.T, some []variant, f func(t *testing.T, n *node, fa
 func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 	t.Helper()
 
-	for _, v := range []variant{variantNFT, variantLegacy} {
+	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		t.Run(string(v), func(t *testing.T) { f(t, newNode(t, v)) })
 	}
 }
@@ -82,7 +86,7 @@ func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 // IP family.
 func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
 	t.Helper()
-	eachFamilyOf(t, []variant{variantNFT, variantLegacy}, f)
+	eachFamilyOf(t, []iptables.Variant{iptables.NFT, iptables.Legacy}, f)
 }
 
 // programsVariable is an environment variable with the PATH that tests have while the library
@@ -90,7 +94,7 @@ func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family ipF
 const programsVariable = "HOSTPORT_TEST_PATH"
 
 // newBehaviourNode is newNode, with no program for the library to start where it uses nftables.
-func newBehaviourNode(t *testing.T, v variant) *node {
+func newBehaviourNode(t *testing.T, v iptables.Variant) *node {
 	t.Helper()
 
 	if v == viaNFTables {
@@ -110,7 +114,7 @@ func anyNode(tb testing.TB) *node {
 
 // newNode makes a node with two pods, web and other. Its managers use nftables,
 // or the variant of iptables that the kubelet says the node uses.
-func newNode(tb testing.TB, v variant) *node {
+func newNode(tb testing.TB, v iptables.Variant) *node {
 	tb.Helper()
 
 	bed, err := testbed.New("web", "other")
@@ -125,9 +129,9 @@ func newNode(tb testing.TB, v variant) *node {
 	return n
 }
 
-func (n *node) hint(v variant) {
+func (n *node) hint(v iptables.Variant) {
 	for _, family := range []ipFamily{IPv4, IPv6} {
-		n.command(command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+		n.command(iptables.Command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 	}
 }
 
@@ -200,7 +204,7 @@ func execute(tb testing.TB, stdin, name string, args ...string) (string, error) 
 // iptables runs the node's iptables for the nat table.
 func (n *node) iptables(f ipFamily, args ...string) {
 	n.t.Helper()
-	n.command(command(f)+"-"+string(n.variant), append([]string{"-t", natTable}, args...)...)
+	n.command(iptables.Command(f)+"-"+string(n.variant), append([]string{"-t", iptables.NATTable}, args...)...)
 }
 
 // rules returns what there is of a family in nf_tables, or in the nat table, as
@@ -215,10 +219,10 @@ func (n *node) rules(f ipFamily) []string {
 
 	var rules []string
 
-	for line := range strings.Lines(n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)) {
+	for line := range strings.Lines(n.command(iptables.Command(f)+"-"+string(n.variant)+"-save", "-t", iptables.NATTable)) {
 		if line = strings.TrimSpace(line); strings.HasPrefix(line, ":") {
 			rules = append(rules, strings.Fields(line)[0])
-		} else if strings.HasPrefix(line, cmdAppend) {
+		} else if strings.HasPrefix(line, iptables.CmdAppend) {
 			rules = append(rules, line)
 		}
 	}
@@ -237,7 +241,7 @@ func (n *node) ours(f ipFamily) []string {
 func sorted(rules []string) []string { return slices.Sorted(slices.Values(rules)) }
 
 func isOurs(line string) bool {
-	return slices.ContainsFunc([]string{nftTable, dnatDispatch, dnatPrefix, masqDispatch, masqPrefix}, func(name string) bool {
+	return slices.ContainsFunc([]string{nftables.TableName, iptables.DNATDispatch, iptables.DNATPrefix, iptables.MasqDispatch, iptables.MasqPrefix}, func(name string) bool {
 		return strings.Contains(line, name)
 	})
 }
@@ -247,7 +251,7 @@ func (n *node) leftOver(f ipFamily) []string {
 	n.t.Helper()
 
 	return slices.DeleteFunc(n.ours(f), func(line string) bool {
-		return !strings.Contains(line, dnatPrefix) && !strings.Contains(line, masqPrefix) && !strings.Contains(line, " element ")
+		return !strings.Contains(line, iptables.DNATPrefix) && !strings.Contains(line, iptables.MasqPrefix) && !strings.Contains(line, " element ")
 	})
 }
 
@@ -257,7 +261,7 @@ func (n *node) onlyBase(f ipFamily) {
 	assert.Empty(n.t, n.leftOver(f))
 
 	chains := 2
-	assert.Len(n.t, n.ours(f), chains+len(natRules(f, f == IPv4)))
+	assert.Len(n.t, n.ours(f), chains+len(iptables.NATRules(f, f == IPv4)))
 }
 
 // manager returns a new Manager on the node.
@@ -310,7 +314,7 @@ func (n *node) oneFamily(ipt IPTables, opts ...Option) *hostportManager {
 func (n *node) realIPTables() IPTables {
 	n.t.Helper()
 
-	ipt, err := iptablesOf(n.t.Context(), IPv4, n.variant)
+	ipt, err := iptables.FindVariant(n.t.Context(), IPv4, n.variant)
 	require.NoError(n.t, err)
 
 	return ipt
@@ -519,10 +523,10 @@ type countingLooks struct {
 	looks *atomic.Int64
 }
 
-func (c countingLooks) disturbed(transactions []nfnetlink.Transaction) bool {
+func (c countingLooks) Disturbed(transactions []nfnetlink.Transaction) bool {
 	c.looks.Add(1)
 
-	return c.backend.disturbed(transactions)
+	return c.backend.Disturbed(transactions)
 }
 
 // untilLooked waits until Run has looked three times, of which one has begun before it could

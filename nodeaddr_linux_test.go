@@ -8,7 +8,10 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -28,8 +31,8 @@ func (n *node) addService(f ipFamily, ip netip.Addr) {
 	n.assignService(ip)
 
 	if n.variant != viaNFTables { // kube-proxy asks an ipset
-		n.iptables(f, "-I", preRouting, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
-		n.iptables(f, "-I", output, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
+		n.iptables(f, "-I", iptables.PreRouting, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
+		n.iptables(f, "-I", iptables.Output, "-d", ip.String(), "-p", "tcp", "--dport", "443", "-j", "ACCEPT")
 	}
 
 	_, err := n.Host.Serve("tcp", netip.AddrPortFrom(ip, 443))
@@ -39,7 +42,7 @@ func (n *node) addService(f ipFamily, ip netip.Addr) {
 // assignService puts the address of a Service on the node, and waits until it is local.
 func (n *node) assignService(ip netip.Addr) {
 	n.t.Helper()
-	require.NoError(n.t, n.Host.AssignAddress(nodeaddr.ServiceDevice, hostPrefix(ip)))
+	require.NoError(n.t, n.Host.AssignAddress(nodeaddr.ServiceDevice, row.HostPrefix(ip)))
 	eventually(n.t, func() bool { // no longer tentative
 		s, err := n.Host.Serve("udp", netip.AddrPortFrom(ip, 0))
 		if err != nil {
@@ -109,7 +112,7 @@ func TestServiceAddresses(t *testing.T) {
 		asked(t, 3)
 
 		// An address that the node gets for itself is its own.
-		require.NoError(t, n.Host.AddAddress("eth0", hostPrefix(serviceIP(f, 3))))
+		require.NoError(t, n.Host.AddAddress("eth0", row.HostPrefix(serviceIP(f, 3))))
 
 		if n.variant == viaNFTables {
 			eventually(t, func() bool {
@@ -124,7 +127,7 @@ func TestServiceAddresses(t *testing.T) {
 		require.NoError(t, n.add(m, "id", pod))
 
 		for _, line := range n.rules(f) {
-			assert.NotContains(t, line, nftTable+" element "+nftServices)
+			assert.NotContains(t, line, nftables.TableName+" element "+nftables.Services)
 		}
 	})
 }
@@ -142,7 +145,7 @@ func TestServiceAddressSeenBefore(t *testing.T) {
 	n.do(func() {
 		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
 	})
-	assert.Contains(t, n.command("nft", "list", "set", "ip", nftTable, nftServices), serviceIP(IPv4, 1).String())
+	assert.Contains(t, n.command("nft", "list", "set", "ip", nftables.TableName, nftables.Services), serviceIP(IPv4, 1).String())
 }
 
 // Where that makes a flushed table again, flows that have begun without it follow.

@@ -10,6 +10,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/nodelock"
+	"github.com/cri-o/hostport/internal/sockets"
 )
 
 // nodeLock keeps other managers from the node's host ports, in one family or, had before
@@ -47,7 +48,7 @@ func (l *nodeLock) take(ctx context.Context, wait bool) error {
 
 	switch {
 	case errors.As(err, &held):
-		return fmt.Errorf("another manager has the host ports: %s: %w", processWith(held.Inode), err)
+		return fmt.Errorf("another manager has the host ports: %s: %w", sockets.ProcessWith(held.Inode), err)
 	case errors.Is(err, nodelock.ErrNotPermitted):
 		return nil // which the backend tells, unless it is an IPTables of the caller's that can do without
 	case errors.Is(err, os.ErrClosed):

@@ -9,16 +9,21 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/cri-o/hostport/internal/flows"
+	"github.com/cri-o/hostport/internal/localhost"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // operation is one Add or Remove on its way through the queue.
 type operation struct {
 	name   string
-	owner  owner
+	owner  row.Owner
 	remove bool
-	rows   []*row  // of an Add
-	claims []claim // of a Remove; nil: all rows of the pod
-	told   bool    // the table knows that the Remove has failed
+	rows   []*row.Row // of an Add
+	claims []claim    // of a Remove; nil: all rows of the pod
+	told   bool       // the table knows that the Remove has failed
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
@@ -106,18 +111,18 @@ func (m *hostportManager) note(op *operation) {
 	m.queueMu.Lock()
 	defer m.queueMu.Unlock()
 
-	same := func(o *operation) bool { return o.owner.id == op.owner.id && slices.Equal(o.claims, op.claims) }
+	same := func(o *operation) bool { return o.owner.ID == op.owner.ID && slices.Equal(o.claims, op.claims) }
 	m.unfinished = append(slices.DeleteFunc(m.unfinished, same), op)
 }
 
 // disownRemoved disowns what Removes that have failed were to take out: of the table, once,
 // and of rows that have been found since.
-func (m *hostportManager) disownRemoved(found []*row) {
+func (m *hostportManager) disownRemoved(found []*row.Row) {
 	m.queueMu.Lock()
 	defer m.queueMu.Unlock()
 
 	for _, op := range m.unfinished {
-		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row) bool { return op.told && !slices.Contains(found, r) }))
+		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row.Row) bool { return op.told && !slices.Contains(found, r) }))
 		op.told = true
 	}
 
@@ -127,10 +132,10 @@ func (m *hostportManager) disownRemoved(found []*row) {
 }
 
 // removedBy are the rows that a Remove is to take out.
-func (m *hostportManager) removedBy(op *operation) []*row {
+func (m *hostportManager) removedBy(op *operation) []*row.Row {
 	c := &change{m: m}
 	_ = op.plan(c) // a Remove's does not fail
-	rows := slices.Clone(c.delta.del)
+	rows := slices.Clone(c.delta.Del)
 	c.undo()
 
 	return rows
@@ -139,9 +144,9 @@ func (m *hostportManager) removedBy(op *operation) []*row {
 // disown makes rows that could not be removed nobody's: their pods are gone, whatever the
 // kernel still holds. The next Add that wants their ports gets them, and Run takes the
 // others out.
-func (m *hostportManager) disown(rows []*row) {
+func (m *hostportManager) disown(rows []*row.Row) {
 	for _, r := range rows {
-		r.owner, r.gone = owner{}, true
+		r.Owner, r.Gone = row.Owner{}, true
 	}
 
 	if len(rows) > 0 {
@@ -159,10 +164,10 @@ func (m *hostportManager) wrap(op *operation, err error) error {
 }
 
 func (m *hostportManager) logDone(op *operation, took time.Duration) {
-	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.id, "family", m.family)
+	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.ID, "family", m.family)
 
 	c := op.change
-	if c == nil || c.delta.empty() {
+	if c == nil || c.delta.Empty() {
 		log.V(4).Info("No host ports to "+op.name, "took", took)
 
 		return
@@ -173,11 +178,11 @@ func (m *hostportManager) logDone(op *operation, took time.Duration) {
 		done = "Removed host ports"
 	}
 
-	log.Info(done, "podIDHash", shortHash(op.owner.id),
-		"added", len(c.delta.add), "removed", len(c.delta.del), "kept", len(c.delta.keep), "took", took)
+	log.Info(done, "podIDHash", row.ShortHash(op.owner.ID),
+		"added", len(c.delta.Add), "removed", len(c.delta.Del), "kept", len(c.delta.Keep), "took", took)
 
 	if v := log.V(4); v.Enabled() {
-		for i, rows := range [][]*row{c.delta.del, c.delta.add, c.delta.keep} {
+		for i, rows := range [][]*row.Row{c.delta.Del, c.delta.Add, c.delta.Keep} {
 			for _, r := range rows {
 				v.Info("Host port row", "row", r, "change", []string{"removed", "added", "kept"}[i])
 			}
@@ -226,7 +231,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 			return
 		}
 
-		repairs, err := m.backend.reconcile(ctx, target{deltas: deltas, rows: m.table(), base: true})
+		repairs, err := m.backend.Reconcile(ctx, row.Target{Deltas: deltas, Rows: m.table(), Base: true})
 		if err == nil {
 			m.finishAll(ctx, batch)
 		} else {
@@ -237,9 +242,9 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 			m.endMisled(ctx, nil)
 		}
 
-		refused := (*refusedError)(nil)
+		refused := (*outcome.RefusedError)(nil)
 
-		if err != nil && (!errors.As(err, &refused) || isPartly(err)) {
+		if err != nil && (!errors.As(err, &refused) || outcome.IsPartly(err)) {
 			m.doubt(deltas)
 		}
 
@@ -249,7 +254,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		case err == nil:
 			return
 		case refused != nil:
-			ops = fail(ops, batch[refused.delta:refused.delta+1], err)
+			ops = fail(ops, batch[refused.Delta:refused.Delta+1], err)
 		case len(batch) > 1 && ctx.Err() == nil: // nobody knows whose fault it is
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
@@ -263,11 +268,11 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 }
 
 // doubt notes that nobody knows whether the kernel has taken deltas.
-func (m *hostportManager) doubt(deltas []delta) {
+func (m *hostportManager) doubt(deltas []row.Delta) {
 	m.health.doubts()
 
 	for _, d := range deltas {
-		m.lost = append(m.lost, d.add...)
+		m.lost = append(m.lost, d.Add...)
 	}
 }
 
@@ -319,7 +324,7 @@ func (m *hostportManager) finishAll(ctx context.Context, batch []*operation) {
 	m.finish(ctx, changes...)
 
 	for _, op := range batch {
-		if i := slices.IndexFunc(op.rows, (*row).forLoopback); i >= 0 {
+		if i := slices.IndexFunc(op.rows, (*row.Row).ForLoopback); i >= 0 {
 			m.prepareNode(op.rows[i])
 		}
 	}
@@ -328,7 +333,7 @@ func (m *hostportManager) finishAll(ctx context.Context, batch []*operation) {
 // finish ends the flows that changes have made stale, and lets go of what they
 // no longer need.
 func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
-	deltas := make([]delta, len(changes))
+	deltas := make([]row.Delta, len(changes))
 	for i, c := range changes {
 		deltas[i] = c.delta
 	}
@@ -338,7 +343,7 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 	for _, c := range changes {
 		c.finish()
 
-		if len(c.delta.add)+len(c.delta.keep) > 0 {
+		if len(c.delta.Add)+len(c.delta.Keep) > 0 {
 			m.warnOfForwarding()
 		}
 	}
@@ -346,8 +351,8 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 
 // endStale ends the flows that deltas, or a change of the node's addresses, have made
 // stale.
-func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
-	ctx, cancel := withGrace(ctx)
+func (m *hostportManager) endStale(ctx context.Context, deltas []row.Delta) {
+	ctx, cancel := outcome.WithGrace(ctx)
 	defer cancel()
 
 	before := m.nodeBefore
@@ -355,9 +360,9 @@ func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
 		before = nil
 	}
 
-	err := m.flows.flush(ctx, deltas, before, m.view())
+	err := m.flows.Flush(ctx, deltas, before, m.view())
 	if err != nil {
-		m.flows.cannotEnd(err)
+		m.flows.CannotEnd(err)
 	}
 
 	switch {
@@ -370,16 +375,16 @@ func (m *hostportManager) endStale(ctx context.Context, deltas []delta) {
 }
 
 // view is what flows are compared with.
-func (m *hostportManager) view() nodeView {
-	return nodeView{
-		now: m.node, rowFor: m.rowFor, hasRows: m.hasRows, localhost: m.cfg.localhostIn(m.family),
-		services: m.backend != nil && m.backend.kind(nil) == string(BackendIPTables),
+func (m *hostportManager) view() flows.View {
+	return flows.View{
+		Now: m.node, RowFor: m.rowFor, HasRows: m.hasRows, Localhost: m.cfg.localhostIn(m.family),
+		Services: m.backend != nil && m.backend.Kind(nil) == string(BackendIPTables),
 	}
 }
 
 // withView calls look with the turn held. Close calls flows.stop first, so the manager
 // is open.
-func (m *hostportManager) withView(ctx context.Context, look func(nodeView)) error {
+func (m *hostportManager) withView(ctx context.Context, look func(flows.View)) error {
 	if err := m.takeTurn(ctx); err != nil {
 		return err
 	}
@@ -416,7 +421,7 @@ func (m *hostportManager) observeNode(ctx context.Context) {
 
 	m.node = now
 
-	m.exemptDue = m.backend.exempt(now.Services())
+	m.exemptDue = m.backend.Exempt(now.Services())
 }
 
 // watchNode sends to news when the node's addresses may have changed, until ctx ends. If
@@ -429,32 +434,32 @@ func (m *hostportManager) watchNode(ctx context.Context, news chan<- struct{}) {
 
 // endMisled ends the flows that have begun while rows of the table were missing, and
 // those of rows that turned out to be lost.
-func (m *hostportManager) endMisled(ctx context.Context, lost []*row) {
-	m.endStale(ctx, []delta{{del: lost, keep: slices.Collect(m.table())}})
+func (m *hostportManager) endMisled(ctx context.Context, lost []*row.Row) {
+	m.endStale(ctx, []row.Delta{{Del: lost, Keep: slices.Collect(m.table())}})
 }
 
 // prepareNode sees to what it takes besides rules for loopback addresses to lead
 // to a row's pod. What is missing is told in the log: the rows themselves work.
-func (m *hostportManager) prepareNode(r *row) {
-	if r.device == "" || !m.cfg.localhostIn(m.family) { // it has been told why
+func (m *hostportManager) prepareNode(r *row.Row) {
+	if r.Device == "" || !m.cfg.localhostIn(m.family) { // it has been told why
 		return
 	}
 
-	if err := m.localhost.open(r.device); err != nil {
-		m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", r.owner, "podIP", r.pod.Addr())
+	if err := m.localhost.Open(r.Device); err != nil {
+		m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", r.Owner, "podIP", r.Pod.Addr())
 	}
 }
 
 // locate finds the interface to the pod of rows, and whether its neighbours there have
 // to be masqueraded. named is what the caller takes for the interface. What cannot be
 // found out is told in the log, and looked at again by Run: the rows themselves work.
-func (m *hostportManager) locate(rows []*row, named string) {
-	pod := rows[0].pod.Addr()
+func (m *hostportManager) locate(rows []*row.Row, named string) {
+	pod := rows[0].Pod.Addr()
 
 	device, bypassed, err := m.find(named, pod)
 	if err != nil {
 		m.cfg.log.Error(err, "The interface to a pod is not known: its neighbours and 127.0.0.0/8 may not reach its host ports",
-			"pod", rows[0].owner, "podIP", pod)
+			"pod", rows[0].Owner, "podIP", pod)
 
 		m.relocation = true
 
@@ -462,14 +467,14 @@ func (m *hostportManager) locate(rows []*row, named string) {
 	}
 
 	for _, r := range rows {
-		r.setDevice(device, bypassed)
+		r.SetDevice(device, bypassed)
 	}
 }
 
 // find returns the interface to a pod, and whether the pod answers its neighbours there
 // past the node.
 func (m *hostportManager) find(named string, pod netip.Addr) (device string, bypassed bool, err error) {
-	if device, err = m.links.to(named, pod); err == nil {
+	if device, err = m.links.To(named, pod); err == nil {
 		bypassed, err = m.bypassedOn(device)
 	}
 
@@ -479,8 +484,8 @@ func (m *hostportManager) find(named string, pod netip.Addr) (device string, byp
 // bypassedOn reports whether pods on an interface answer their neighbours past the node.
 // If it is a bridge where that has changed, all rows are to be looked at.
 func (m *hostportManager) bypassedOn(device string) (bool, error) {
-	now, err := m.links.bypassed(device)
-	if err != nil || !m.links.isBridge(device) {
+	now, err := m.links.Bypassed(device)
+	if err != nil || !m.links.IsBridge(device) {
 		return now, err
 	}
 
@@ -495,7 +500,7 @@ func (m *hostportManager) bypassedOn(device string) (bool, error) {
 // relocate looks again at the interfaces to pods, and reports whether rows have changed
 // by that. It costs little as long as no bridge has.
 func (m *hostportManager) relocate() (changed bool) {
-	m.links.forget()
+	m.links.Forget()
 
 	for device := range m.bridges {
 		_, _ = m.bypassedOn(device) // there will be another time
@@ -516,20 +521,20 @@ func (m *hostportManager) relocate() (changed bool) {
 	found, at := map[netip.Addr]place{}, map[string]place{}
 
 	for r := range m.table() {
-		p, known := at[r.device]
-		if r.device == "" {
-			p, known = found[r.pod.Addr()]
+		p, known := at[r.Device]
+		if r.Device == "" {
+			p, known = found[r.Pod.Addr()]
 		}
 
 		switch {
 		case known:
-		case r.device == "":
-			p.device, p.bypassed, p.err = m.find("", r.pod.Addr())
-			found[r.pod.Addr()] = p
+		case r.Device == "":
+			p.device, p.bypassed, p.err = m.find("", r.Pod.Addr())
+			found[r.Pod.Addr()] = p
 		default:
-			p.device = r.device
-			p.bypassed, p.err = m.bypassedOn(r.device)
-			at[r.device] = p
+			p.device = r.Device
+			p.bypassed, p.err = m.bypassedOn(r.Device)
+			at[r.Device] = p
 		}
 
 		if p.err != nil {
@@ -538,9 +543,9 @@ func (m *hostportManager) relocate() (changed bool) {
 			continue
 		}
 
-		before := r.link
-		r.setDevice(p.device, p.bypassed)
-		changed = changed || r.link != before
+		before := r.Link
+		r.SetDevice(p.device, p.bypassed)
+		changed = changed || r.Link != before
 	}
 
 	return changed
@@ -552,7 +557,7 @@ func (m *hostportManager) warnOfForwarding() {
 		return
 	}
 
-	set, err := isSet(forwarding(m.family))
+	set, err := localhost.IsSet(localhost.Forwarding(m.family))
 	if err != nil { // there will be another time
 		return
 	}
@@ -561,16 +566,16 @@ func (m *hostportManager) warnOfForwarding() {
 
 	if !set {
 		m.cfg.log.Info("Host ports can only be reached from the node itself: it does not forward",
-			"family", m.family, "sysctl", forwarding(m.family))
+			"family", m.family, "sysctl", localhost.Forwarding(m.family))
 	}
 }
 
 // plan does ops to the table and the sockets, one after the other, and
 // returns those that have something for the kernel to do.
-func (m *hostportManager) plan(ops []*operation) ([]*operation, []delta) {
+func (m *hostportManager) plan(ops []*operation) ([]*operation, []row.Delta) {
 	var (
 		batch  []*operation
-		deltas []delta
+		deltas []row.Delta
 	)
 
 	for _, op := range ops {
@@ -578,7 +583,7 @@ func (m *hostportManager) plan(ops []*operation) ([]*operation, []delta) {
 
 		if op.err = op.plan(op.change); op.err != nil {
 			op.change.undo()
-		} else if !op.change.delta.empty() {
+		} else if !op.change.delta.Empty() {
 			batch = append(batch, op)
 			deltas = append(deltas, op.change.delta)
 		}
@@ -590,27 +595,27 @@ func (m *hostportManager) plan(ops []*operation) ([]*operation, []delta) {
 // change is what one operation has done so far, and how to take it back.
 type change struct {
 	m       *hostportManager
-	delta   delta
+	delta   row.Delta
 	undos   []func()
-	release []endpoint // sockets of rows that go, once the rules have gone
+	release []row.Endpoint // sockets of rows that go, once the rules have gone
 }
 
-func (c *change) add(r *row) {
-	c.delta.add = append(c.delta.add, r)
-	c.set(r.portKey, append(slices.Clip(c.m.rows[r.portKey]), r))
+func (c *change) add(r *row.Row) {
+	c.delta.Add = append(c.delta.Add, r)
+	c.set(r.PortKey, append(slices.Clip(c.m.rows[r.PortKey]), r))
 }
 
-func (c *change) del(r *row) {
-	c.delta.del = append(c.delta.del, r)
-	c.release = append(c.release, r.endpoint)
+func (c *change) del(r *row.Row) {
+	c.delta.Del = append(c.delta.Del, r)
+	c.release = append(c.release, r.Endpoint)
 
-	rest := slices.Clone(c.m.rows[r.portKey])
-	c.set(r.portKey, slices.DeleteFunc(rest, func(o *row) bool { return o == r }))
+	rest := slices.Clone(c.m.rows[r.PortKey])
+	c.set(r.PortKey, slices.DeleteFunc(rest, func(o *row.Row) bool { return o == r }))
 }
 
-func (c *change) keep(r *row) { c.delta.keep = append(c.delta.keep, r) }
+func (c *change) keep(r *row.Row) { c.delta.Keep = append(c.delta.Keep, r) }
 
-func (c *change) set(k portKey, rows []*row) {
+func (c *change) set(k row.PortKey, rows []*row.Row) {
 	before := c.m.rows[k]
 	c.undos = append(c.undos, func() { c.m.setRows(k, before) })
 	c.m.setRows(k, rows)
@@ -622,7 +627,7 @@ func (c *change) undo() { c.rollBack(savepoint{}) }
 type savepoint struct{ del, add, keep, undos, release int }
 
 func (c *change) savepoint() savepoint {
-	return savepoint{len(c.delta.del), len(c.delta.add), len(c.delta.keep), len(c.undos), len(c.release)}
+	return savepoint{len(c.delta.Del), len(c.delta.Add), len(c.delta.Keep), len(c.undos), len(c.release)}
 }
 
 // rollBack undoes what the change has done since.
@@ -631,13 +636,13 @@ func (c *change) rollBack(to savepoint) {
 		undo()
 	}
 
-	c.delta = delta{c.delta.del[:to.del], c.delta.add[:to.add], c.delta.keep[:to.keep]}
+	c.delta = row.Delta{Del: c.delta.Del[:to.del], Add: c.delta.Add[:to.add], Keep: c.delta.Keep[:to.keep]}
 	c.undos, c.release = c.undos[:to.undos], c.release[:to.release]
 }
 
 // finish lets go of what the operation no longer needs.
 func (c *change) finish() {
 	for _, e := range c.release {
-		c.m.sockets.release(e)
+		c.m.sockets.Release(e)
 	}
 }

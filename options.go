@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+
+	"github.com/cri-o/hostport/internal/localhost"
 )
 
 // Backend is a way to program the kernel.
@@ -42,7 +44,7 @@ type config struct {
 func (c config) localhostIn(f ipFamily) bool { return c.localhost && f == IPv4 }
 
 // guardIn tells whether a family needs the guard: the sysctl will be set, or is.
-func (c config) guardIn(f ipFamily) bool { return f == IPv4 && (c.localhost || localnetRouted()) }
+func (c config) guardIn(f ipFamily) bool { return f == IPv4 && (c.localhost || localhost.Routed()) }
 
 func newConfig(opts []Option) config {
 	cfg := config{

@@ -17,14 +17,16 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
 // Where what is from before cannot be taken out, the new rows stand all the same,
 // and Run takes out the rest when that can be.
 func TestSyncLeavesBehind(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	n.serve(1, "tcp", IPv4, 80)
 	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80}))
 
@@ -70,11 +72,11 @@ func TestSyncLeavesBehind(t *testing.T) {
 // What is left of a failed Add in the backend in use is taken out by Remove, and that is
 // success though another backend cannot be put right just now.
 func TestRemoveLeavesBehind(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80}))
 
 	old := *n
-	n.change(variantNFT)
+	n.change(iptables.NFT)
 
 	flag := filepath.Join(t.TempDir(), "now")
 	shim(t, "iptables-nft-restore", fmt.Sprintf(`"$real" "$@" && if [ -e %[1]s ]; then rm %[1]s; exec sleep 1000; fi`, flag))
@@ -84,19 +86,19 @@ func TestRemoveLeavesBehind(t *testing.T) {
 	require.ErrorIs(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})), context.DeadlineExceeded)
 	require.Len(t, parsedRows(t, n), 1, "it did commit")
 
-	old.iptables(IPv4, "-F", dnatDispatch)
+	old.iptables(IPv4, "-F", iptables.DNATDispatch)
 
 	defer lockXtables(t)()
 
 	require.NoError(t, n.remove(m, "id", nil))
 	assert.Empty(t, parsedRows(t, n))
-	assert.NotContains(t, old.iptablesSave(IPv4), "-A "+dnatDispatch, "it could not be put right")
+	assert.NotContains(t, old.iptablesSave(IPv4), "-A "+iptables.DNATDispatch, "it could not be put right")
 }
 
 // Nothing of ours gets into tables that are not in use.
 func TestOthersLegacyTables(t *testing.T) {
 	n := newNode(t, viaNFTables)
-	theirs := []string{"-t", natTable, "-A", "POSTROUTING", "-s", "172.17.0.0/16", "-j", "MASQUERADE"}
+	theirs := []string{"-t", iptables.NATTable, "-A", "POSTROUTING", "-s", "172.17.0.0/16", "-j", "MASQUERADE"}
 	n.command("iptables-legacy", theirs...)
 	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 
@@ -248,12 +250,12 @@ func TestDemolishOvertaken(t *testing.T) {
 		fake.restore = func(input []byte) ([]byte, error) {
 			fake.restore = nil
 
-			n.feed(cmdDelete + natRules(IPv4, true)[0].String())
+			n.feed(iptables.CmdDelete + iptables.NATRules(IPv4, true)[0].String())
 
 			return input, nil
 		}
 		n.do(func() {
-			_, err := m.backend.reconcile(t.Context(), nothing())
+			_, err := m.backend.Reconcile(t.Context(), row.Nothing())
 			require.NoError(t, err)
 		})
 		assert.Empty(t, n.ours(IPv4))
@@ -263,7 +265,7 @@ func TestDemolishOvertaken(t *testing.T) {
 // Flows go where they should also after an operation, or a repair, whose time was
 // up when it came to what is from before.
 func TestFlowsThoughLeftBehind(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	n.serve(0, "udp", IPv4, 53)
 	n.serve(1, "udp", IPv4, 53)
 
@@ -294,7 +296,7 @@ func TestFlowsThoughLeftBehind(t *testing.T) {
 
 // An operation puts back what others have deleted, and then fails.
 func TestFlowsThoughFailed(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	n.serve(0, "udp", IPv4, 53)
 
 	old := n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80})

@@ -15,6 +15,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/row"
+	"github.com/cri-o/hostport/internal/sockets"
 )
 
 // sockaddrOf is an address as system calls have it.
@@ -111,7 +115,7 @@ func besideServer(n *node, at netip.AddrPort, kind int) {
 // held. Sockets know nothing of backends: one will do.
 func TestHeldPortsRefuseOthers(t *testing.T) {
 	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f ipFamily) {
-		anyIP, ip, other := f.anyAddr(), n.nodeIP(f), n.otherNodeIP(f)
+		anyIP, ip, other := f.AnyAddr(), n.nodeIP(f), n.otherNodeIP(f)
 		anywhere, overlapping := []netip.Addr{anyIP, ip, other, netip.IPv6Unspecified()}, []netip.Addr{anyIP, ip, netip.IPv6Unspecified()}
 
 		for i, tc := range []struct {
@@ -146,16 +150,16 @@ func TestHeldPortsRefuseOthers(t *testing.T) {
 					}
 
 					m := n.manager()
-					row := func(ip netip.Addr) *PodPortMapping {
+					line := func(ip netip.Addr) *PodPortMapping {
 						return n.pod(0, f, &PortMapping{HostPort: int32(port), ContainerPort: 80, HostIP: ip.String(), Protocol: proto})
 					}
 
 					for _, ip := range tc.rows {
-						require.NoError(t, n.add(m, "id", row(ip)))
+						require.NoError(t, n.add(m, "id", line(ip)))
 					}
 
 					if tc.gone.IsValid() {
-						require.NoError(t, n.remove(m, "id", row(tc.gone)))
+						require.NoError(t, n.remove(m, "id", line(tc.gone)))
 					}
 
 					n.refusesOthers(kind, port, tc.at...)
@@ -215,20 +219,20 @@ func TestNobodySlipsIn(t *testing.T) {
 			{"any beside one", one, anyIP, one},
 		} {
 			t.Run(fmt.Sprintf("%s/IPv%s", tc.name, f), func(t *testing.T) {
-				n, s, key := n.within(t), newSockets(f, true), portKey{proto: tcp, port: 8080}
-				defer s.close()
+				n, s, key := n.within(t), sockets.New(f, true), row.PortKey{Proto: row.TCP, Port: 8080}
+				defer s.Close()
 
-				n.do(func() { require.NoError(t, s.acquire(endpoint{portKey: key, ip: tc.stays})) })
+				n.do(func() { require.NoError(t, s.Acquire(row.Endpoint{PortKey: key, IP: tc.stays})) })
 
 				done := make(chan error)
 				go func() {
 					done <- n.Host.Do(func() error {
 						for range 500 {
-							if err := s.acquire(endpoint{portKey: key, ip: tc.comes}); err != nil {
+							if err := s.Acquire(row.Endpoint{PortKey: key, IP: tc.comes}); err != nil {
 								return err
 							}
 
-							s.release(endpoint{portKey: key, ip: tc.comes})
+							s.Release(row.Endpoint{PortKey: key, IP: tc.comes})
 						}
 
 						return nil
@@ -243,7 +247,7 @@ func TestNobodySlipsIn(t *testing.T) {
 
 							return
 						default:
-							fd, err := tryBind(t, netip.AddrPortFrom(tc.tried, key.port), unix.SOCK_STREAM, unix.SO_REUSEADDR, unix.SO_REUSEPORT)
+							fd, err := tryBind(t, netip.AddrPortFrom(tc.tried, key.Port), unix.SOCK_STREAM, unix.SO_REUSEADDR, unix.SO_REUSEPORT)
 							if !assert.ErrorIs(t, err, unix.EADDRINUSE) {
 								require.NoError(t, unix.Close(fd))
 							}
@@ -267,13 +271,13 @@ func TestPortsOfOthers(t *testing.T) {
 			options []int
 			row     PortMapping
 		}{
-			{"any", unix.SOCK_STREAM, f.anyAddr(), nil, PortMapping{}},
-			{"any reusing", unix.SOCK_STREAM, f.anyAddr(), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{}},
+			{"any", unix.SOCK_STREAM, f.AnyAddr(), nil, PortMapping{}},
+			{"any reusing", unix.SOCK_STREAM, f.AnyAddr(), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{}},
 			{"one address", unix.SOCK_STREAM, n.nodeIP(f), nil, PortMapping{}},
-			{"any, and a row for one address", unix.SOCK_STREAM, f.anyAddr(), nil, PortMapping{HostIP: n.nodeIP(f).String()}},
+			{"any, and a row for one address", unix.SOCK_STREAM, f.AnyAddr(), nil, PortMapping{HostIP: n.nodeIP(f).String()}},
 			{"dual stack", unix.SOCK_STREAM, netip.IPv6Unspecified(), nil, PortMapping{}},
 			{"one address, in 16 bytes", unix.SOCK_STREAM, netip.AddrFrom16(n.nodeIP(f).As16()), nil, PortMapping{}},
-			{"UDP", unix.SOCK_DGRAM, f.anyAddr(), nil, PortMapping{Protocol: "UDP"}},
+			{"UDP", unix.SOCK_DGRAM, f.AnyAddr(), nil, PortMapping{Protocol: "UDP"}},
 			{"UDP reusing", unix.SOCK_DGRAM, n.nodeIP(f), []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT}, PortMapping{Protocol: "UDP"}},
 		} {
 			t.Run(tc.name, func(t *testing.T) {
@@ -331,21 +335,21 @@ func TestBystander(t *testing.T) {
 				require.NoError(t, err)
 			})
 
-			row := &PortMapping{HostPort: 8080, ContainerPort: 80}
+			mapping := &PortMapping{HostPort: 8080, ContainerPort: 80}
 			if network == "udp" {
-				row.Protocol = "UDP"
+				mapping.Protocol = "UDP"
 			}
 
-			require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+			require.NoError(t, n.add(m, "id", n.pod(0, f, mapping)))
 			require.Len(t, m.Mappings(), 1)
 			assert.False(t, m.Mappings()[0].Held)
 
 			check := func() (err error) {
-				n.do(func() { err = m.Check(t.Context(), "id", n.pod(0, f, row)) })
+				n.do(func() { err = m.Check(t.Context(), "id", n.pod(0, f, mapping)) })
 
 				return err
 			}
-			require.ErrorContains(t, check(), "socket of "+strings.ToUpper(network)+" "+netip.AddrPortFrom(f.anyAddr(), 8080).String())
+			require.ErrorContains(t, check(), "socket of "+strings.ToUpper(network)+" "+netip.AddrPortFrom(f.AnyAddr(), 8080).String())
 			n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 
 			if tcp, ok := conn.(*net.TCPConn); ok {
@@ -355,9 +359,9 @@ func TestBystander(t *testing.T) {
 			require.NoError(t, conn.Close())
 
 			if network == "tcp" {
-				require.NoError(t, n.add(m, "id", n.pod(0, f, row)))
+				require.NoError(t, n.add(m, "id", n.pod(0, f, mapping)))
 			} else {
-				require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, f, row)}}))
+				require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, f, mapping)}}))
 			}
 
 			assert.True(t, m.Mappings()[0].Held, "held later")
@@ -404,8 +408,8 @@ func TestBystanderBesideIPv6(t *testing.T) {
 				})
 
 				m := n.manager()
-				row := &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: v1.Protocol(network)}
-				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, row)))
+				mapping := &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: v1.Protocol(network)}
+				require.NoError(t, n.add(m, "id", n.pod(0, IPv4, mapping)))
 				n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 				require.NoError(t, n.remove(m, "id", nil))
 			})
@@ -542,7 +546,7 @@ func TestWithoutSockets(t *testing.T) {
 // Descriptors are as many after hundreds of operations as before, whether
 // these succeed or not.
 func TestDescriptorLeaks(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 
 	var fail bool
 

@@ -9,12 +9,15 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // podRows are the rows of one pod in one family, as it is to have them.
 type podRows struct {
-	owner owner
-	rows  []*row
+	owner row.Owner
+	rows  []*row.Row
 	// invalid is set where the pod's mappings could not be accepted: what stands
 	// of it stays as it is.
 	invalid bool
@@ -63,7 +66,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	if err != nil && !isLeftBehind(err) {
 		c.undo()
 
-		return errors.Join(append(errs, m.inFamily(m.revert(ctx, []delta{c.delta}, err)))...)
+		return errors.Join(append(errs, m.inFamily(m.revert(ctx, []row.Delta{c.delta}, err)))...)
 	}
 
 	if err != nil {
@@ -75,15 +78,15 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	prepared := map[netip.Addr]bool{}
 
 	for r := range m.table() {
-		if ip := r.pod.Addr(); r.forLoopback() && !prepared[ip] {
+		if ip := r.Pod.Addr(); r.ForLoopback() && !prepared[ip] {
 			prepared[ip] = true
 
 			m.prepareNode(r)
 		}
 	}
 
-	m.cfg.log.Info("Synced host ports", "family", m.family, "pods", len(pods), "added", len(c.delta.add),
-		"removed", len(c.delta.del), "kept", len(c.delta.keep), "changes", len(repairs), "failed", len(errs), "took", time.Since(start))
+	m.cfg.log.Info("Synced host ports", "family", m.family, "pods", len(pods), "added", len(c.delta.Add),
+		"removed", len(c.delta.Del), "kept", len(c.delta.Keep), "changes", len(repairs), "failed", len(errs), "took", time.Since(start))
 
 	return errors.Join(errs...)
 }
@@ -117,9 +120,9 @@ func (m *hostportManager) takeTurn(ctx context.Context) error {
 
 // removeOthers takes out of the table what none of pods is to have.
 func (m *hostportManager) removeOthers(c *change, pods []podRows) {
-	var invalid []owner
+	var invalid []row.Owner
 
-	wanted := map[portKey][]*row{}
+	wanted := map[row.PortKey][]*row.Row{}
 
 	for _, pod := range pods {
 		if pod.invalid {
@@ -127,13 +130,13 @@ func (m *hostportManager) removeOthers(c *change, pods []podRows) {
 		}
 
 		for _, w := range pod.rows {
-			wanted[w.portKey] = append(wanted[w.portKey], w)
+			wanted[w.PortKey] = append(wanted[w.PortKey], w)
 		}
 	}
 
 	for r := range m.table() {
-		stays := slices.ContainsFunc(invalid, func(o owner) bool { return m.claim(o, "", r) }) ||
-			slices.ContainsFunc(wanted[r.portKey], func(w *row) bool { return r.endpoint == w.endpoint && m.claim(w.owner, w.hash, r) })
+		stays := slices.ContainsFunc(invalid, func(o row.Owner) bool { return m.claim(o, "", r) }) ||
+			slices.ContainsFunc(wanted[r.PortKey], func(w *row.Row) bool { return r.Endpoint == w.Endpoint && m.claim(w.Owner, w.Hash, r) })
 		if !stays {
 			c.del(r)
 		}
@@ -141,7 +144,7 @@ func (m *hostportManager) removeOthers(c *change, pods []podRows) {
 }
 
 // planPod does to the table and the sockets what Add does, or nothing.
-func (m *hostportManager) planPod(c *change, rows []*row) error {
+func (m *hostportManager) planPod(c *change, rows []*row.Row) error {
 	before := c.savepoint()
 
 	if len(rows) > 0 {
@@ -173,14 +176,14 @@ func (m *hostportManager) reconcile(ctx context.Context, exactly bool) (repairs 
 }
 
 // reconcileAfter is reconcile, and takes out rows that are not in the table.
-func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row, exactly bool) (repairs []string, err error) {
-	t := target{rows: m.table(), base: m.needsRules() || !exactly, whole: true, exactly: exactly}
+func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row.Row, exactly bool) (repairs []string, err error) {
+	t := row.Target{Rows: m.table(), Base: m.needsRules() || !exactly, Whole: true, Exactly: exactly}
 	if len(gone) > 0 {
-		t.deltas = []delta{{del: gone}}
+		t.Deltas = []row.Delta{{Del: gone}}
 	}
 
 	if exactly || m.needsRules() || m.health.condition == inDoubt {
-		repairs, err = m.backend.reconcile(ctx, t)
+		repairs, err = m.backend.Reconcile(ctx, t)
 	}
 
 	held := m.health.reconciled(err, exactly)
@@ -191,7 +194,7 @@ func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row, exact
 		m.queueMu.Unlock()
 	}
 
-	var lost []*row
+	var lost []*row.Row
 	if held {
 		lost, m.lost = m.lost, nil
 	}
@@ -205,17 +208,17 @@ func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row, exact
 
 // revert makes the kernel hold the table as it was before deltas, of which some may have
 // been committed before err. What it cannot do is for Run, or the next operation.
-func (m *hostportManager) revert(ctx context.Context, deltas []delta, err error) error {
-	if !isPartly(err) {
+func (m *hostportManager) revert(ctx context.Context, deltas []row.Delta, err error) error {
+	if !outcome.IsPartly(err) {
 		return err
 	}
 
-	ctx, cancel := withGrace(ctx)
+	ctx, cancel := outcome.WithGrace(ctx)
 	defer cancel()
 
-	var added []*row
+	var added []*row.Row
 	for _, d := range deltas {
-		added = append(added, d.add...)
+		added = append(added, d.Add...)
 	}
 
 	if _, backErr := m.reconcileAfter(ctx, added, false); backErr != nil {
@@ -252,7 +255,7 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 		return nil
 	}
 
-	m.sockets.retry()
+	m.sockets.Retry()
 
 	m.disownRemoved(nil)
 	m.observeNode(ctx)
@@ -262,7 +265,7 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 		m.endStale(ctx, nil)
 	}
 
-	m.flows.resume()
+	m.flows.Resume()
 
 	if m.health.lookDue() {
 		_ = m.lookAgain(ctx) // there will be another time
@@ -289,7 +292,7 @@ func (m *hostportManager) prune(ctx context.Context) {
 
 	op := &operation{remove: true, plan: func(c *change) error {
 		for r := range m.table() {
-			if r.gone {
+			if r.Gone {
 				c.del(r)
 			}
 		}
@@ -310,7 +313,7 @@ func (m *hostportManager) prune(ctx context.Context) {
 	}
 
 	for _, r := range rows {
-		m.cfg.log.Info("Removed a host port whose pod is gone", "row", r, "podIDHash", r.ownerMark(), "label", r.label)
+		m.cfg.log.Info("Removed a host port whose pod is gone", "row", r, "podIDHash", r.OwnerMark(), "label", r.Label)
 	}
 }
 
@@ -320,7 +323,7 @@ func (m *hostportManager) exempt(ctx context.Context) {
 		return
 	}
 
-	repairs, err := m.backend.reconcile(ctx, target{rows: m.table(), base: true})
+	repairs, err := m.backend.Reconcile(ctx, row.Target{Rows: m.table(), Base: true})
 	if m.exemptDue = false; err != nil {
 		m.health.suspects()
 	}
@@ -346,7 +349,7 @@ func (m *hostportManager) repair(ctx context.Context) {
 }
 
 // check names what is missing of rows that a pod ought to have.
-func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, error) {
+func (m *hostportManager) check(ctx context.Context, rows []*row.Row) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
 	defer cancel()
 
@@ -361,14 +364,14 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 
 	var (
 		missing []string
-		stand   []*row
+		stand   []*row.Row
 	)
 
 	for _, w := range rows {
 		found := false
 
-		for _, r := range m.rows[w.portKey] {
-			if r.endpoint == w.endpoint && r.pod == w.pod && m.ownedBy(w.owner, w.hash, r) {
+		for _, r := range m.rows[w.PortKey] {
+			if r.Endpoint == w.Endpoint && r.Pod == w.Pod && m.ownedBy(w.Owner, w.Hash, r) {
 				stand, found = append(stand, r), true
 			}
 		}
@@ -377,12 +380,12 @@ func (m *hostportManager) check(ctx context.Context, rows []*row) ([]string, err
 			missing = append(missing, "row "+w.String())
 		}
 
-		if m.sockets.lacks(w.endpoint) {
+		if m.sockets.Lacks(w.Endpoint) {
 			missing = append(missing, "socket of "+w.String())
 		}
 	}
 
-	more, err := m.backend.missing(ctx, stand)
+	more, err := m.backend.Missing(ctx, stand)
 
 	if len(stand) < len(rows) { // it may be where nobody could look
 		err = errors.Join(err, m.health.unseen)

@@ -23,14 +23,17 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
 // deviations tells in what the kernel differs from rows of one family, exactly
 // and in full.
-func (n *node) deviations(f ipFamily, rows []*row) []string {
+func (n *node) deviations(f ipFamily, rows []*row.Row) []string {
 	n.t.Helper()
 
 	if n.variant == viaNFTables {
@@ -39,59 +42,59 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 
 	var list []string
 
-	t, err := parseSave([]byte(n.command(command(f)+"-"+string(n.variant)+"-save", "-t", natTable)), natTable)
+	t, err := iptables.ParseSave([]byte(n.command(iptables.Command(f)+"-"+string(n.variant)+"-save", "-t", iptables.NATTable)), iptables.NATTable)
 	require.NoError(n.t, err)
 
-	ranges, chains, rules := map[string]bool{}, map[string]bool{}, map[iptRule]bool{}
+	ranges, chains, rules := map[string]bool{}, map[string]bool{}, map[iptables.Rule]bool{}
 
-	for _, rule := range natRules(f, f == IPv4) {
+	for _, rule := range iptables.NATRules(f, f == IPv4) {
 		rules[rule] = true
 	}
 
 	for _, r := range rows {
-		if jumps := t.jumps[dnatChain(r)]; len(jumps) == 1 {
-			if found := rowFrom(r.hash, firstRule(t.chains[dnatChain(r)]), jumps); found != nil {
-				r.depth = found.depth
+		if jumps := t.Jumps[iptables.DNATChain(r)]; len(jumps) == 1 {
+			if found := iptables.RowFrom(r.Hash, iptables.FirstRule(t.Chains[iptables.DNATChain(r)]), jumps); found != nil {
+				r.Depth = found.Depth
 			}
 		}
 
-		if !t.holds(r) {
+		if !t.Holds(r) {
 			list = append(list, "row "+r.String())
 		}
 
-		for _, s := range sidesOf(r) {
-			chains[s.rule.chain] = true
-			rules[s.rule], rules[s.jump] = true, true
+		for _, s := range iptables.SidesOf(r) {
+			chains[s.Rule.Chain] = true
+			rules[s.Rule], rules[s.Jump] = true, true
 
-			for _, j := range s.path {
-				ranges[j.target], rules[j] = true, true
+			for _, j := range s.Path {
+				ranges[j.Target], rules[j] = true, true
 
-				if len(t.jumps[j.target]) != 1 || !t.jumps[j.target][0].is(j) {
+				if len(t.Jumps[j.Target]) != 1 || !t.Jumps[j.Target][0].Is(j) {
 					list = append(list, "jump "+j.String())
 				}
 			}
 		}
 	}
 
-	for chain := range t.chains {
-		if isOurs(chain) && !chains[chain] && !ranges[chain] && chain != dnatDispatch && chain != masqDispatch {
+	for chain := range t.Chains {
+		if isOurs(chain) && !chains[chain] && !ranges[chain] && chain != iptables.DNATDispatch && chain != iptables.MasqDispatch {
 			list = append(list, "left over "+chain)
 		}
 	}
 
-	for chain, some := range t.chains {
+	for chain, some := range t.Chains {
 		for i, r := range some {
-			again := slices.ContainsFunc(some[:i], func(o savedRule) bool { return o.line == r.line })
-			if (isOurs(chain) || isOurs(r.target)) && (!rules[*r.spec] || again) {
-				list = append(list, "left over "+r.line)
+			again := slices.ContainsFunc(some[:i], func(o iptables.SavedRule) bool { return o.Line == r.Line })
+			if (isOurs(chain) || isOurs(r.Target)) && (!rules[*r.Spec] || again) {
+				list = append(list, "left over "+r.Line)
 			}
 		}
 	}
 
 	if f == IPv4 && len(n.localnet()) > 0 {
-		save := n.command("iptables-"+string(n.variant)+"-save", "-t", rawTable)
-		for _, rule := range guardRules(IPv4) {
-			if strings.Count(save, cmdAppend+rule.String()) != 1 {
+		save := n.command("iptables-"+string(n.variant)+"-save", "-t", iptables.RawTable)
+		for _, rule := range iptables.GuardRules(IPv4) {
+			if strings.Count(save, iptables.CmdAppend+rule.String()) != 1 {
 				list = append(list, "guard "+rule.String())
 			}
 		}
@@ -101,41 +104,41 @@ func (n *node) deviations(f ipFamily, rows []*row) []string {
 		return list // nothing need be there
 	}
 
-	rs := iptRuleset{misplaced: map[string]misplaced{}}
-	for _, rule := range natRules(f, f == IPv4) {
-		rs.locate(t, rule)
+	rs := iptables.Ruleset{Misplaced: map[string]iptables.Misplaced{}}
+	for _, rule := range iptables.NATRules(f, f == IPv4) {
+		rs.Locate(t, rule)
 	}
 
-	for rule, found := range rs.misplaced {
-		list = append(list, "misplaced "+rule+" "+strings.Join(found.lines, "\n"))
+	for rule, found := range rs.Misplaced {
+		list = append(list, "misplaced "+rule+" "+strings.Join(found.Lines, "\n"))
 	}
 
 	return list
 }
 
-func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
+func (n *node) nftDeviations(f ipFamily, rows []*row.Row) []string {
 	n.t.Helper()
 
 	var (
 		list   []string
 		conn   = n.reader()
 		b      = nftOver(n.t, conn, f)
-		wanted = map[nftKey]nftElement{}
+		wanted = map[nftables.ElementKey]nftables.Element{}
 	)
 
 	for _, r := range rows {
-		e := rowElement(r)
-		wanted[e.nftKey] = e
+		e := nftables.RowElement(r)
+		wanted[e.ElementKey] = e
 	}
 
 	// Soon after a large commit a dump may lack hundreds of elements, in the same
 	// generation (seen on Linux 6.18): two in turn do not lack the same.
-	have, err := b.dump(n.t.Context())
+	have, err := b.Dump(n.t.Context())
 	require.NoError(n.t, err)
 
 	for range 100 {
 		before := have
-		have, err = b.dump(n.t.Context())
+		have, err = b.Dump(n.t.Context())
 		require.NoError(n.t, err)
 
 		if maps.Equal(before, have) {
@@ -144,23 +147,23 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 	}
 
 	for _, r := range rows { // in the name of one of the pods that have had the address
-		e := hairpinElement(r.pod.Addr(), r.ownerHash)
-		if e.comment = have[e.nftKey].comment; e.comment == "" {
-			e.comment = r.ownerHash
+		e := nftables.HairpinElement(r.Pod.Addr(), r.OwnerHash)
+		if e.Comment = have[e.ElementKey].Comment; e.Comment == "" {
+			e.Comment = r.OwnerHash
 		}
 
-		wanted[e.nftKey] = e
+		wanted[e.ElementKey] = e
 	}
 
 	for key, e := range wanted {
 		if have[key] != e {
-			list = append(list, "missing "+b.describe(e))
+			list = append(list, "missing "+b.Describe(e))
 		}
 	}
 
 	for key, e := range have {
-		if !wanted[key].there() && key.set != nftServices { // which come and go with the node's addresses
-			list = append(list, "left over "+b.describe(e))
+		if !wanted[key].There() && key.Set != nftables.Services { // which come and go with the node's addresses
+			list = append(list, "left over "+b.Describe(e))
 		}
 	}
 
@@ -168,25 +171,25 @@ func (n *node) nftDeviations(f ipFamily, rows []*row) []string {
 		return list // no rule need be as it was
 	}
 
-	observed, err := b.observe(n.t.Context())
+	observed, err := b.Observe(n.t.Context())
 	require.NoError(n.t, err)
 
-	misfits, _, err := b.misfits(observed)
+	misfits, _, err := b.Misfits(observed)
 	require.NoError(n.t, err)
 
 	list = append(list, misfits...)
 
-	if int(observed.table.Use) > len(b.sets())+len(b.chains()) {
+	if int(observed.Table.Use) > len(b.Sets())+len(b.Chains()) {
 		list = append(list, "left over chains or sets")
 	}
 
 	return list
 }
 
-func rowsOfAll(t *testing.T, f ipFamily, pods map[string][]*PodPortMapping) []*row {
+func rowsOfAll(t *testing.T, f ipFamily, pods map[string][]*PodPortMapping) []*row.Row {
 	t.Helper()
 
-	var rows []*row
+	var rows []*row.Row
 
 	for id, mappings := range pods {
 		some, _, err := rowsOfPod(id, mappings)
@@ -212,7 +215,7 @@ func (n *node) exactly(m *Manager, pods map[string][]*PodPortMapping) {
 		assert.Empty(n.t, n.deviations(f, rows))
 
 		for _, r := range rows {
-			want[r.owner.id+" "+r.String()] = true
+			want[r.Owner.ID+" "+r.String()] = true
 		}
 	}
 
@@ -243,22 +246,22 @@ func (n *node) leak(f ipFamily) {
 	n.t.Helper()
 
 	if n.variant == viaNFTables {
-		l := newNFTLayout(f)
+		l := nftables.NewLayout(f)
 		ip := n.Pods[1].IP(f == IPv6)
-		stale := elementKey(l, nftHostPorts, 9999)
+		stale := elementKey(l, nftables.HostPorts, 9999)
 		stale.Data = append(ip.AsSlice(), 0, 80, 0, 0)
-		odd := elementKey(l, nftHostPorts, 9998)
+		odd := elementKey(l, nftables.HostPorts, 9998)
 		odd.Key[0] = 99 // no protocol of ours
 		odd.Data = stale.Data
 		n.commit(
-			l.table.CreateChain(nfnetlink.Chain{Name: "alien", Type: "filter", Hook: unix.NF_INET_LOCAL_IN}),
-			l.table.AppendRule("alien", nfnetlink.Drop()),
-			l.table.CreateSet(nfnetlink.Set{Name: "alien", Key: []nfnetlink.DataType{nfnetlink.InetService}}))
-		n.commit(l.table.AddElement(nftHostPorts, stale), l.table.AddElement(nftHostPorts, odd),
-			l.table.AddElement(nftHairpins, nfnetlink.Element{Key: slices.Concat(n.otherNodeIP(f).AsSlice(), ip.AsSlice()), Comment: "?"}))
+			l.Table.CreateChain(nfnetlink.Chain{Name: "alien", Type: "filter", Hook: unix.NF_INET_LOCAL_IN}),
+			l.Table.AppendRule("alien", nfnetlink.Drop()),
+			l.Table.CreateSet(nfnetlink.Set{Name: "alien", Key: []nfnetlink.DataType{nfnetlink.InetService}}))
+		n.commit(l.Table.AddElement(nftables.HostPorts, stale), l.Table.AddElement(nftables.HostPorts, odd),
+			l.Table.AddElement(nftables.Hairpins, nfnetlink.Element{Key: slices.Concat(n.otherNodeIP(f).AsSlice(), ip.AsSlice()), Comment: "?"}))
 
 		if kernelHas(n.t, 5, 13) {
-			n.commit(l.table.AddElement(nftHostPorts, nfnetlink.Element{Data: stale.Data})) // for all other keys
+			n.commit(l.Table.AddElement(nftables.HostPorts, nfnetlink.Element{Data: stale.Data})) // for all other keys
 		}
 
 		return
@@ -283,17 +286,17 @@ func (n *node) leak(f ipFamily) {
 		"-I KUBE-HP-TCP-0-16383 -j RETURN",
 		"-I KUBE-HOSTPORTS -j KUBE-HP-TCP-4096-8191",
 		"-I CRIO-HOSTPORTS-MASQ -j RETURN",
-		cmdAppend + natRules(f, f == IPv4)[0].String(),
-		cmdAppend + natRules(f, f == IPv4)[2].String(), // after what may accept
+		iptables.CmdAppend + iptables.NATRules(f, f == IPv4)[0].String(),
+		iptables.CmdAppend + iptables.NATRules(f, f == IPv4)[2].String(), // after what may accept
 	}
 
 	if f == IPv4 {
-		n.command("iptables-"+string(n.variant), "-t", natTable, "-A", postRouting, "-d", "203.0.113.9", "-j", "ACCEPT")
-		rules = append(rules, "COMMIT", "*raw", cmdAppend+guardRules(f)[0].String(), "COMMIT", "*nat")
+		n.command("iptables-"+string(n.variant), "-t", iptables.NATTable, "-A", iptables.PostRouting, "-d", "203.0.113.9", "-j", "ACCEPT")
+		rules = append(rules, "COMMIT", "*raw", iptables.CmdAppend+iptables.GuardRules(f)[0].String(), "COMMIT", "*nat")
 	}
 
 	n.commandWith(strings.Join(slices.Concat(chains, rules, rules, []string{"COMMIT\n"}), "\n"), // twice
-		command(f)+"-"+string(n.variant)+"-restore", "--noflush")
+		iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 }
 
 // kernelHas reports whether the kernel is of a version or later.
@@ -311,8 +314,8 @@ func kernelHas(tb testing.TB, major, minor int) bool {
 	return x > major || x == major && y >= minor
 }
 
-func elementKey(_ nftLayout, _ string, port uint16) nfnetlink.Element {
-	return nfnetlink.Element{Key: appendPort([]byte{6, 0, 0, 0}, port), Comment: "?"}
+func elementKey(_ nftables.Layout, _ string, port uint16) nfnetlink.Element {
+	return nfnetlink.Element{Key: nftables.AppendPort([]byte{6, 0, 0, 0}, port), Comment: "?"}
 }
 
 func TestSync(t *testing.T) {
@@ -411,7 +414,7 @@ func TestAfterSyncOfNothing(t *testing.T) {
 			}
 
 			require.NoError(t, n.remove(m, id, nil))
-			assert.Empty(t, slices.DeleteFunc(n.leftOver(f), func(line string) bool { return strings.Contains(line, " element "+nftServices) }))
+			assert.Empty(t, slices.DeleteFunc(n.leftOver(f), func(line string) bool { return strings.Contains(line, " element "+nftables.Services) }))
 		}
 	})
 }
@@ -441,13 +444,13 @@ func TestSyncAmongForeignJumps(t *testing.T) {
 		foreign := map[string][]string{"one row to another": nil}
 
 		for i, r := range rows[1:] {
-			foreign["one row to another"] = append(foreign["one row to another"], "-A "+dnatChain(rows[i])+" -j "+dnatChain(r))
+			foreign["one row to another"] = append(foreign["one row to another"], "-A "+iptables.DNATChain(rows[i])+" -j "+iptables.DNATChain(r))
 		}
 
-		for _, j := range dnatSide(rows[0]).path {
+		for _, j := range iptables.DNATSide(rows[0]).Path {
 			line := j.String()
-			foreign["goto "+j.target] = []string{"-I " + strings.Replace(line, "-j", "-g", 1), "-D " + line}
-			foreign["narrower "+j.target] = []string{"-I " + strings.Replace(line, "-j", "-i lo -j", 1), "-D " + line}
+			foreign["goto "+j.Target] = []string{"-I " + strings.Replace(line, "-j", "-g", 1), "-D " + line}
+			foreign["narrower "+j.Target] = []string{"-I " + strings.Replace(line, "-j", "-i lo -j", 1), "-D " + line}
 		}
 
 		for name, commands := range foreign {
@@ -468,11 +471,11 @@ func TestLeakedBehind(t *testing.T) {
 		m := n.manager(log)
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
-		leaf := dnatSide(parsedRows(t, n)[0]).jump.chain
+		leaf := iptables.DNATSide(parsedRows(t, n)[0]).Jump.Chain
 		n.feed("-N KUBE-HP-LEAKEDLEAKEDLEAK", "-A KUBE-HP-LEAKEDLEAKEDLEAK -p tcp -j DNAT --to-destination "+n.Pods[1].IPv4.String()+":80",
 			"-A "+leaf+" -p tcp -m tcp --dport 8080 -j KUBE-HP-LEAKEDLEAKEDLEAK")
 		n.run(m)
-		n.iptables(IPv4, "-F", postRouting)
+		n.iptables(IPv4, "-F", iptables.PostRouting)
 		n.soon(func() bool { return strings.Contains(logged(), "Repaired host ports") })
 		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 	})
@@ -481,7 +484,7 @@ func TestLeakedBehind(t *testing.T) {
 // What is from before, and has gone, may come back with a ruleset that somebody had
 // saved.
 func TestSyncAfterRestore(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	n.leftBehind("old", n.pod(0, IPv4, &PortMapping{HostPort: 7000, ContainerPort: 80}))
 
 	old := *n
@@ -499,7 +502,7 @@ func TestSyncAfterRestore(t *testing.T) {
 
 // It does not wait for longer than it is told to, whatever others do.
 func TestSyncInTime(t *testing.T) {
-	n := newNode(t, variantLegacy)
+	n := newNode(t, iptables.Legacy)
 	m := n.manager(WithTimeout(testbed.Stretch(5 * time.Second)))
 	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	family := m.families[0]
@@ -550,11 +553,11 @@ func TestSyncRestoresOrder(t *testing.T) {
 		require.NoError(t, n.sync(m, pods))
 
 		rows := parsedRows(t, n)
-		one := slices.IndexFunc(rows, func(r *row) bool { return r.ip.IsValid() })
-		anys := dnatSide(rows[1-one]).jump
+		one := slices.IndexFunc(rows, func(r *row.Row) bool { return r.IP.IsValid() })
+		anys := iptables.DNATSide(rows[1-one]).Jump
 
-		for _, first := range dnatSide(rows[one]).path {
-			if first.chain != anys.chain {
+		for _, first := range iptables.DNATSide(rows[one]).Path {
+			if first.Chain != anys.Chain {
 				continue
 			}
 
@@ -579,7 +582,7 @@ func TestSyncLeavesInvalid(t *testing.T) {
 		n.serve(0, "tcp", IPv4, 80)
 		loadCRIO(n)
 
-		chain := dnatPrefix + rowHash("crio-a", 8080, "TCP", "")
+		chain := iptables.DNATPrefix + row.HashOf("crio-a", 8080, "TCP", "")
 		n.feed("-N KUBE-HP-odd", "-A "+chain+" -j KUBE-HP-odd")
 
 		m := n.manager()
@@ -648,8 +651,8 @@ func TestSyncReportsAndHolds(t *testing.T) {
 		require.ErrorIs(t, err, syscall.EADDRINUSE)
 		assert.Equal(t, before, n.dump(m))
 		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
-		n.refusesOthers(unix.SOCK_STREAM, 8080, IPv4.anyAddr(), n.nodeIP(IPv4))
-		n.refusesOthers(unix.SOCK_DGRAM, 8080, IPv4.anyAddr(), n.nodeIP(IPv4))
+		n.refusesOthers(unix.SOCK_STREAM, 8080, IPv4.AnyAddr(), n.nodeIP(IPv4))
+		n.refusesOthers(unix.SOCK_DGRAM, 8080, IPv4.AnyAddr(), n.nodeIP(IPv4))
 
 		require.NoError(t, s.Close())
 		require.NoError(t, n.remove(m, "id", nil))
@@ -776,12 +779,12 @@ func TestSyncMovesOver(t *testing.T) {
 }
 
 // change has the node use another backend from now on.
-func (n *node) change(to variant) {
+func (n *node) change(to iptables.Variant) {
 	n.t.Helper()
 
 	if n.variant != viaNFTables {
 		for _, f := range []ipFamily{IPv4, IPv6} {
-			n.command(command(f)+"-"+string(n.variant), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
+			n.command(iptables.Command(f)+"-"+string(n.variant), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
 		}
 	}
 
@@ -829,7 +832,7 @@ func TestSyncFails(t *testing.T) {
 	fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
 		fake.commit = nil
 
-		n.commit(newNFTLayout(IPv6).table.Delete())
+		n.commit(nftables.NewLayout(IPv6).Table.Delete())
 
 		return msgs, nil
 	}
@@ -855,8 +858,8 @@ func TestSyncAfterChainReplaced(t *testing.T) {
 	require.NoError(t, n.remove(gone, "id", nil))
 	require.NoError(t, gone.Close())
 
-	l := newNFTLayout(IPv6)
-	n.commit(l.table.FlushChain(nftNATOutput), l.table.DeleteChain(nftNATOutput), l.table.CreateChain(nfnetlink.Chain{Name: "alien"}))
+	l := nftables.NewLayout(IPv6)
+	n.commit(l.Table.FlushChain(nftables.NATOutput), l.Table.DeleteChain(nftables.NATOutput), l.Table.CreateChain(nfnetlink.Chain{Name: "alien"}))
 
 	m := n.manager()
 	require.NoError(t, n.sync(m, pods))
@@ -864,7 +867,7 @@ func TestSyncAfterChainReplaced(t *testing.T) {
 
 	// One of another kind bears the name.
 	replace := func() {
-		n.commit(l.table.FlushChain(nftNATOutput), l.table.DeleteChain(nftNATOutput), l.table.CreateChain(nfnetlink.Chain{Name: nftNATOutput}))
+		n.commit(l.Table.FlushChain(nftables.NATOutput), l.Table.DeleteChain(nftables.NATOutput), l.Table.CreateChain(nfnetlink.Chain{Name: nftables.NATOutput}))
 	}
 
 	replace()
@@ -889,12 +892,12 @@ func TestSyncKeepsTable(t *testing.T) {
 	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 	require.NoError(t, n.sync(m, pods))
 
-	l := newNFTLayout(IPv4)
-	b, ok := m.families[0].backend.(*layers).backend.(*nftBackend)
+	l := nftables.NewLayout(IPv4)
+	b, ok := m.families[0].backend.(*layers).backend.(*nftables.Backend)
 	require.True(t, ok)
 
 	handle := func() (handle uint64) {
-		answers, err := n.nfnetlink().Get(t.Context(), l.table.Get())
+		answers, err := n.nfnetlink().Get(t.Context(), l.Table.Get())
 		require.NoError(t, err)
 
 		info, err := nfnetlink.ParseTable(*answers[0])
@@ -912,9 +915,9 @@ func TestSyncKeepsTable(t *testing.T) {
 				"add rule ip crio-hostports one tcp dport vmap @verdicts; add rule ip crio-hostports one udp dport { 1, 2 } jump two;"+
 				"insert rule ip crio-hostports hostports jump one")
 		},
-		func() { n.commit(l.table.FlushChain(nftNATPrerouting)) },
+		func() { n.commit(l.Table.FlushChain(nftables.NATPrerouting)) },
 		func() { n.command("nft", "chain ip crio-hostports prerouting { policy drop; }") },
-		func() { b.seen = nftObserved{} }, // nobody has looked since it was made
+		func() { b.Seen = nftables.Observed{} }, // nobody has looked since it was made
 	} {
 		breakIt()
 		require.NoError(t, n.sync(m, pods))
@@ -932,7 +935,7 @@ func TestSyncKeepsTable(t *testing.T) {
 
 // Rows from before are looked after where they stand.
 func TestRunRepairsBefore(t *testing.T) {
-	for _, from := range []variant{viaNFTables, variantNFT, variantLegacy} {
+	for _, from := range []iptables.Variant{viaNFTables, iptables.NFT, iptables.Legacy} {
 		t.Run(string(from), func(t *testing.T) {
 			n := newNode(t, from)
 			n.serve(0, "tcp", IPv4, 80)
@@ -944,7 +947,7 @@ func TestRunRepairsBefore(t *testing.T) {
 			breaks := before.ways()
 
 			if from == viaNFTables {
-				n.change(variantLegacy)
+				n.change(iptables.Legacy)
 			} else {
 				n.change(viaNFTables)
 			}
@@ -981,9 +984,9 @@ func TestRunRepairsBefore(t *testing.T) {
 // What there is no program for is not said to be gone, and what nothing leads to
 // any more is found.
 func TestSyncFindsWhatIsFromBefore(t *testing.T) {
-	n := newNode(t, variantNFT)
+	n := newNode(t, iptables.NFT)
 	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
-	n.feed("-F "+dnatDispatch, "-F "+preRouting, "-F "+output, "-X "+dnatDispatch)
+	n.feed("-F "+iptables.DNATDispatch, "-F "+iptables.PreRouting, "-F "+iptables.Output, "-X "+iptables.DNATDispatch)
 	n.change(viaNFTables)
 
 	path := os.Getenv("PATH")
@@ -994,7 +997,7 @@ func TestSyncFindsWhatIsFromBefore(t *testing.T) {
 
 	t.Setenv("PATH", path)
 	require.NoError(t, n.sync(m, nil))
-	n.change(variantNFT)
+	n.change(iptables.NFT)
 	assert.Empty(t, n.ours(IPv4))
 }
 
@@ -1029,17 +1032,17 @@ func TestCheck(t *testing.T) {
 		require.NoError(t, err)
 
 		if n.variant == viaNFTables {
-			table := newNFTLayout(IPv4).table
+			table := nftables.NewLayout(IPv4).Table
 			for _, r := range rows {
-				e := rowElement(r)
-				broken("host port "+r.String(), func() { n.commit(table.DeleteElement(e.set, e.element())) })
+				e := nftables.RowElement(r)
+				broken("host port "+r.String(), func() { n.commit(table.DeleteElement(e.Set, e.Element())) })
 			}
 
 			broken("hairpin of "+n.Pods[0].IPv4.String(), func() {
-				n.commit(table.DeleteElement(nftHairpins, hairpinElement(n.Pods[0].IPv4, "").element()))
+				n.commit(table.DeleteElement(nftables.Hairpins, nftables.HairpinElement(n.Pods[0].IPv4, "").Element()))
 			})
 
-			for _, chain := range []string{nftHostPorts, nftNATPrerouting, nftNATOutput, nftMasquerade, nftGuard} {
+			for _, chain := range []string{nftables.HostPorts, nftables.NATPrerouting, nftables.NATOutput, nftables.Masquerading, nftables.GuardChain} {
 				broken("rule of chain "+chain, func() { n.commit(table.FlushChain(chain)) })
 			}
 
@@ -1049,17 +1052,17 @@ func TestCheck(t *testing.T) {
 		}
 
 		for _, r := range rows {
-			broken("rule "+dnatChain(r), func() { n.iptables(IPv4, "-F", dnatChain(r)) })
-			broken("rule "+masqChain(r), func() { n.iptables(IPv4, "-F", masqChain(r)) })
-			broken(" -j "+rangeChain(r, dnatPrefix, 0), func() { n.iptables(IPv4, "-F", dnatDispatch) })
+			broken("rule "+iptables.DNATChain(r), func() { n.iptables(IPv4, "-F", iptables.DNATChain(r)) })
+			broken("rule "+iptables.MasqChain(r), func() { n.iptables(IPv4, "-F", iptables.MasqChain(r)) })
+			broken(" -j "+iptables.RangeChain(r, iptables.DNATPrefix, 0), func() { n.iptables(IPv4, "-F", iptables.DNATDispatch) })
 		}
 
-		broken(rows[0].String()+", alone", func() { n.feed("-I " + dnatChain(rows[0]) + " -j RETURN") })
-		broken("rule "+preRouting, func() { n.iptables(IPv4, "-F", preRouting) })
-		broken("chain "+dnatChain(rows[0]), func() { n.wipeAll() })
-		broken(guardComment, func() { n.command("iptables-"+string(n.variant), "-t", rawTable, "-F") })
+		broken(rows[0].String()+", alone", func() { n.feed("-I " + iptables.DNATChain(rows[0]) + " -j RETURN") })
+		broken("rule "+iptables.PreRouting, func() { n.iptables(IPv4, "-F", iptables.PreRouting) })
+		broken("chain "+iptables.DNATChain(rows[0]), func() { n.wipeAll() })
+		broken(iptables.GuardComment, func() { n.command("iptables-"+string(n.variant), "-t", iptables.RawTable, "-F") })
 
-		n.feed(cmdAppend + natRules(IPv4, true)[0].String())
+		n.feed(iptables.CmdAppend + iptables.NATRules(IPv4, true)[0].String())
 		require.NoError(t, check(pod), "nothing is missing")
 	})
 }
@@ -1198,12 +1201,12 @@ func (n *node) soon(condition func() bool) {
 // ways are those in which others break what is there for IPv4.
 func (n *node) ways() map[string]func() {
 	if n.variant == viaNFTables {
-		table := newNFTLayout(IPv4).table
+		table := nftables.NewLayout(IPv4).Table
 
 		return map[string]func(){
 			"table deleted":   func() { n.commit(table.Delete()) },
 			"rules flushed":   func() { n.wipe(IPv4) },
-			"element deleted": func() { n.commit(table.DeleteElement(nftHostPorts, elementKey(nftLayout{}, "", 8080))) },
+			"element deleted": func() { n.commit(table.DeleteElement(nftables.HostPorts, elementKey(nftables.Layout{}, "", 8080))) },
 		}
 	}
 
@@ -1211,10 +1214,10 @@ func (n *node) ways() map[string]func() {
 
 	return map[string]func(){
 		"all flushed":   func() { n.wipeAll() },
-		"chain flushed": func() { n.iptables(IPv4, "-F", dnatDispatch) },
-		"hook flushed":  func() { n.iptables(IPv4, "-F", preRouting) },
-		"raw flushed":   func() { n.command(tool, "-t", rawTable, "-F") },
-		"rule inserted": func() { n.feed("-I " + dnatPrefix + rowHash("id", 8080, "", "") + " -j RETURN") },
+		"chain flushed": func() { n.iptables(IPv4, "-F", iptables.DNATDispatch) },
+		"hook flushed":  func() { n.iptables(IPv4, "-F", iptables.PreRouting) },
+		"raw flushed":   func() { n.command(tool, "-t", iptables.RawTable, "-F") },
+		"rule inserted": func() { n.feed("-I " + iptables.DNATPrefix + row.HashOf("id", 8080, "", "") + " -j RETURN") },
 	}
 }
 
@@ -1257,7 +1260,7 @@ func TestRunLeavesOthersAlone(t *testing.T) {
 		n.runs(m, logged)
 		untilIdle(t, m, worked)
 
-		foreign := nfnetlink.Table{Family: newNFTLayout(IPv4).table.Family, Name: "foreign"}
+		foreign := nfnetlink.Table{Family: nftables.NewLayout(IPv4).Table.Family, Name: "foreign"}
 
 		for range 5 {
 			n.commit(foreign.Create())

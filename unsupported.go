@@ -8,6 +8,7 @@ import (
 	"fmt"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/outcome"
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
@@ -20,7 +21,7 @@ func newOpener(config) *opener { return nil }
 
 func (*opener) open(ipFamily) func(context.Context) (backend, error) {
 	return func(context.Context) (backend, error) {
-		return nil, fmt.Errorf("host ports are %w: %w", errUnavailable, errors.ErrUnsupported)
+		return nil, fmt.Errorf("host ports are %w: %w", outcome.ErrUnavailable, errors.ErrUnsupported)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -203,11 +204,11 @@ func TestChainsForCRIOAreEmptied(t *testing.T) {
 		require.NoError(t, n.sync(m, pods))
 
 		rows := rowsOfAll(t, f, pods)
-		table := newNFTLayout(f).table
+		table := nftables.NewLayout(f).Table
 		crio := func() {
-			for _, chain := range []string{nftPrerouting, nftOutput} {
+			for _, chain := range []string{nftables.Prerouting, nftables.Output} {
 				n.commit(table.AppendRule(chain,
-					nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftHostPorts)))
+					nfnetlink.LoadDestinationType(register), nfnetlink.EqualTo(register, unix.RTN_LOCAL), nfnetlink.Goto(nftables.HostPorts)))
 			}
 		}
 

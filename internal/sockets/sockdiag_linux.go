@@ -1,0 +1,204 @@
+package sockets
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-o/hostport/internal/row"
+)
+
+// What linux/sock_diag.h, linux/inet_diag.h and net/tcp_states.h define and
+// x/sys/unix does not.
+const (
+	sockDiagByFamily = 20
+	inetDiagSKV6Only = 11
+
+	tcpClose         = 7
+	tcpListen        = 10
+	tcpBoundInactive = 13 // shown since Linux 6.8; a socket that is bound and does not listen
+)
+
+// inetDiagSockID is struct inet_diag_sockid. Ports and addresses are in
+// network byte order.
+type inetDiagSockID struct {
+	SPort, DPort [2]byte
+	Src, Dst     [16]byte
+	If           uint32
+	Cookie       [2]uint32
+}
+
+// inetDiagReq is struct inet_diag_req_v2.
+type inetDiagReq struct {
+	Family, Protocol, Ext, Pad uint8
+	States                     uint32
+	ID                         inetDiagSockID
+}
+
+// inetDiagMsg is struct inet_diag_msg.
+type inetDiagMsg struct {
+	Family, State, Timer, Retrans       uint8
+	ID                                  inetDiagSockID
+	Expires, RQueue, WQueue, UID, INode uint32
+}
+
+// portInUse finds out why the kernel says that e is in use: the error names
+// the process that serves the port, where /proc shows it. It returns nil if
+// no process does, but an outgoing connection has the port as its source.
+func (s *Set) portInUse(e row.Endpoint) error {
+	inode, err := s.findServer(e)
+
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w (who has it is not known: %w)", unix.EADDRINUSE, err)
+	case inode == 0:
+		return nil
+	default:
+		return fmt.Errorf("%w by %s", unix.EADDRINUSE, ProcessWith(inode))
+	}
+}
+
+// findServer returns the inode of a socket that serves e: it listens, or is
+// bound and may yet. The inode is 0 if there is none. Sockets of ours do not
+// count, those that are not held yet included if they are named.
+func (s *Set) findServer(e row.Endpoint, ownFDs ...int) (uint32, error) {
+	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	if err != nil {
+		return 0, fmt.Errorf("open sock_diag: %w", err)
+	}
+	defer func() { _ = conn.Close() }()
+
+	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return 0, fmt.Errorf("sock_diag: %w", err)
+	}
+
+	for _, h := range s.Held[e.PortKey] {
+		ownFDs = append(ownFDs, h.fd)
+	}
+
+	ours := inodesOf(ownFDs)
+
+	// An IPv6 socket that is not IPV6_V6ONLY has the port in IPv4 as well.
+	families := []uint8{unix.AF_INET6}
+	if s.family == row.IPv4 {
+		families = append(families, unix.AF_INET)
+	}
+
+	for _, family := range families {
+		req := inetDiagReq{Family: family, Protocol: unix.IPPROTO_TCP, States: 1<<tcpListen | 1<<tcpBoundInactive}
+		if e.Proto == row.UDP {
+			req.Protocol, req.States = unix.IPPROTO_UDP, 1<<tcpClose
+		}
+
+		binary.BigEndian.PutUint16(req.ID.SPort[:], e.Port)
+
+		var data bytes.Buffer
+		if err := binary.Write(&data, binary.NativeEndian, req); err != nil {
+			return 0, fmt.Errorf("sock_diag: %w", err)
+		}
+
+		msgs, err := conn.Execute(netlink.Message{
+			Header: netlink.Header{Type: sockDiagByFamily, Flags: netlink.Request | netlink.Dump},
+			Data:   data.Bytes(),
+		})
+		if err != nil {
+			return 0, fmt.Errorf("sock_diag: %w", err)
+		}
+
+		for _, m := range msgs {
+			if inode := servedBy(m.Data, e, s.family); inode != 0 && !ours[uint64(inode)] {
+				return inode, nil
+			}
+		}
+	}
+
+	return 0, nil
+}
+
+func inodesOf(fds []int) map[uint64]bool {
+	inodes := map[uint64]bool{}
+
+	for _, fd := range fds {
+		var st unix.Stat_t
+		if fd >= 0 && unix.Fstat(fd, &st) == nil {
+			inodes[st.Ino] = true
+		}
+	}
+
+	return inodes
+}
+
+// servedBy returns the inode of the socket that a sock_diag answer is about,
+// if that socket is in e's way, and 0 otherwise.
+func servedBy(data []byte, e row.Endpoint, f row.Family) uint32 {
+	var m inetDiagMsg
+
+	n, err := binary.Decode(data, binary.NativeEndian, &m)
+	if err != nil || binary.BigEndian.Uint16(m.ID.SPort[:]) != e.Port {
+		return 0
+	}
+
+	src := netip.AddrFrom16(m.ID.Src).Unmap()
+	if m.Family == unix.AF_INET {
+		src = netip.AddrFrom4([4]byte(m.ID.Src[:4]))
+	}
+
+	// The kernel makes one that is bound to an address of IPv6 v6-only itself (__inet6_bind, net/ipv6/af_inet6.c).
+	if m.Family == unix.AF_INET6 && f == row.IPv4 && v6Only(data[n:]) {
+		return 0
+	}
+
+	o := row.Endpoint{PortKey: e.PortKey}
+	if !src.IsUnspecified() {
+		o.IP = src
+	}
+
+	if !o.Overlaps(e) {
+		return 0
+	}
+
+	return m.INode
+}
+
+func v6Only(attrs []byte) bool {
+	ad, err := netlink.NewAttributeDecoder(attrs)
+	if err != nil {
+		return false
+	}
+
+	for ad.Next() {
+		if ad.Type() == inetDiagSKV6Only {
+			return ad.Uint8() == 1
+		}
+	}
+
+	return false
+}
+
+// ProcessWith names the process that has a socket open, as far as /proc shows
+// the files of others.
+func ProcessWith(inode uint32) string {
+	link := fmt.Sprintf("socket:[%d]", inode)
+
+	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err != nil || to != link {
+			continue
+		}
+
+		proc := filepath.Dir(filepath.Dir(fd))
+		name, _ := os.ReadFile(filepath.Join(proc, "comm"))
+
+		return fmt.Sprintf("process %s (%s)", filepath.Base(proc), strings.TrimSpace(string(name)))
+	}
+
+	return "a process that /proc does not show"
+}
