@@ -60,27 +60,27 @@ type backend interface {
 	OwnedBy(id string, r *row.Row) bool
 }
 
-// layers is a backend of several: the one in use, and those that carry rows
+// migration is a backend of several: the one in use, and those that carry rows
 // from before. Rows are only added to the first.
-type layers struct {
+type migration struct {
 	backend
 
-	others []finder
-	listed bool     // the one in use is
-	unseen []finder // of others, what could not be looked at
-	before []backend
-	at     map[*row.Row]backend // where the rows stand that are in one of before
+	others   []finder
+	listed   bool     // the one in use is
+	unseen   []finder // of others, what could not be looked at
+	previous []backend
+	location map[*row.Row]backend // where the rows stand that are in one of previous
 }
 
 // finder returns a backend besides the one in use if that carries rows, or with all if it
 // has anything of ours, and else nil. It fails where nobody can look.
 type finder func(ctx context.Context, all bool) (backend, error)
 
-func newLayers(inUse backend, others ...finder) *layers {
-	return &layers{backend: inUse, others: others, unseen: others, at: map[*row.Row]backend{}}
+func newMigration(inUse backend, others ...finder) *migration {
+	return &migration{backend: inUse, others: others, unseen: others, location: map[*row.Row]backend{}}
 }
 
-func (l *layers) List(ctx context.Context) (rows []*row.Row, intact bool, err error) {
+func (l *migration) List(ctx context.Context) (rows []*row.Row, intact bool, err error) {
 	if intact = true; !l.listed {
 		if rows, intact, err = l.backend.List(ctx); err != nil {
 			return nil, false, err
@@ -92,7 +92,7 @@ func (l *layers) List(ctx context.Context) (rows []*row.Row, intact bool, err er
 	var errs []error
 
 	l.unseen = slices.DeleteFunc(slices.Clone(l.unseen), func(find finder) bool {
-		old, oldIntact, err := l.listBefore(ctx, find)
+		old, oldIntact, err := l.listPrevious(ctx, find)
 		errs = append(errs, err)
 		rows, intact = append(rows, old...), intact && oldIntact
 
@@ -106,8 +106,8 @@ func (l *layers) List(ctx context.Context) (rows []*row.Row, intact bool, err er
 	return rows, intact, nil
 }
 
-// listBefore lists the rows of a backend that may carry some from before.
-func (l *layers) listBefore(ctx context.Context, find finder) (rows []*row.Row, intact bool, err error) {
+// listPrevious lists the rows of a backend that may carry some from before.
+func (l *migration) listPrevious(ctx context.Context, find finder) (rows []*row.Row, intact bool, err error) {
 	b, err := find(ctx, false)
 	if err != nil || b == nil {
 		return nil, true, err
@@ -117,24 +117,24 @@ func (l *layers) listBefore(ctx context.Context, find finder) (rows []*row.Row, 
 		return nil, true, err
 	}
 
-	l.before = append(l.before, b)
+	l.previous = append(l.previous, b)
 
 	for _, r := range rows {
-		r.Astray = true
-		l.at[r] = b
+		r.Misplaced = true
+		l.location[r] = b
 	}
 
 	return rows, intact, nil
 }
 
 // each yields the backends by what they are in at, nil being the one in use.
-func (l *layers) each() iter.Seq2[backend, backend] {
+func (l *migration) each() iter.Seq2[backend, backend] {
 	return func(yield func(key, layer backend) bool) {
 		if !yield(nil, l.backend) {
 			return
 		}
 
-		for _, b := range l.before {
+		for _, b := range l.previous {
 			if !yield(b, b) {
 				return
 			}
@@ -143,21 +143,21 @@ func (l *layers) each() iter.Seq2[backend, backend] {
 }
 
 // of is the backend that carries r.
-func (l *layers) of(r *row.Row) backend {
-	if b := l.at[r]; b != nil {
+func (l *migration) of(r *row.Row) backend {
+	if b := l.location[r]; b != nil {
 		return b
 	}
 
 	return l.backend
 }
 
-func (l *layers) Kind(r *row.Row) string             { return l.of(r).Kind(r) }
-func (l *layers) Name(r *row.Row) string             { return l.of(r).Name(r) }
-func (l *layers) OwnedBy(id string, r *row.Row) bool { return l.of(r).OwnedBy(id, r) }
+func (l *migration) Kind(r *row.Row) string             { return l.of(r).Kind(r) }
+func (l *migration) Name(r *row.Row) string             { return l.of(r).Name(r) }
+func (l *migration) OwnedBy(id string, r *row.Row) bool { return l.of(r).OwnedBy(id, r) }
 
 // Reconcile takes the backend in use first, so that a row that moves over is at all times
 // in one of the two.
-func (l *layers) Reconcile(ctx context.Context, t row.Target) (repairs []string, err error) {
+func (l *migration) Reconcile(ctx context.Context, t row.Target) (repairs []string, err error) {
 	if !t.Whole {
 		return l.commit(ctx, t)
 	}
@@ -169,7 +169,7 @@ func (l *layers) Reconcile(ctx context.Context, t row.Target) (repairs []string,
 		return repairs, err
 	}
 
-	more, err := l.reconcileBefore(ctx, t)
+	more, err := l.reconcilePrevious(ctx, t)
 	if err != nil {
 		err = &leftBehindError{err}
 	}
@@ -178,7 +178,7 @@ func (l *layers) Reconcile(ctx context.Context, t row.Target) (repairs []string,
 }
 
 // commit commits deltas.
-func (l *layers) commit(ctx context.Context, t row.Target) (repairs []string, err error) {
+func (l *migration) commit(ctx context.Context, t row.Target) (repairs []string, err error) {
 	committed := false
 
 	for b, layer := range l.each() {
@@ -205,7 +205,7 @@ func (l *layers) commit(ctx context.Context, t row.Target) (repairs []string, er
 
 	for _, d := range t.Deltas {
 		for _, r := range d.Del {
-			delete(l.at, r)
+			delete(l.location, r)
 		}
 	}
 
@@ -237,9 +237,9 @@ func isUnseen(err error) bool {
 	return errors.As(err, &unseen)
 }
 
-// reconcileBefore makes right what is from before. What has no rows any more, and is to
+// reconcilePrevious makes right what is from before. What has no rows any more, and is to
 // have nothing else, is done with, as is what could not be looked at.
-func (l *layers) reconcileBefore(ctx context.Context, t row.Target) ([]string, error) {
+func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]string, error) {
 	var (
 		all  []string
 		errs []error
@@ -251,7 +251,7 @@ func (l *layers) reconcileBefore(ctx context.Context, t row.Target) ([]string, e
 		all, errs = append(all, repairs...), append(errs, err)
 	}
 
-	for _, b := range l.before {
+	for _, b := range l.previous {
 		part := t
 		part.Deltas = nil // no row is added here
 		part.Rows = l.rows(t.Rows, b)
@@ -273,14 +273,14 @@ func (l *layers) reconcileBefore(ctx context.Context, t row.Target) ([]string, e
 		all, errs = append(all, repairs...), append(errs, err)
 	}
 
-	l.before = stay
+	l.previous = stay
 
 	standing := map[*row.Row]bool{}
 	for r := range t.Rows {
 		standing[r] = true
 	}
 
-	maps.DeleteFunc(l.at, func(r *row.Row, _ backend) bool { return !standing[r] })
+	maps.DeleteFunc(l.location, func(r *row.Row, _ backend) bool { return !standing[r] })
 
 	return all, errors.Join(errs...)
 }
@@ -294,8 +294,8 @@ func hasRows(rows iter.Seq[*row.Row]) bool {
 }
 
 // removeUnseen takes out what is in backends that have no rows of the table.
-func (l *layers) removeUnseen(ctx context.Context) ([]string, error) {
-	if len(l.before) == 0 { // somebody may have restored it
+func (l *migration) removeUnseen(ctx context.Context) ([]string, error) {
+	if len(l.previous) == 0 { // somebody may have restored it
 		l.unseen = l.others
 	}
 
@@ -325,7 +325,7 @@ func (l *layers) removeUnseen(ctx context.Context) ([]string, error) {
 	return all, nil
 }
 
-func (l *layers) Missing(ctx context.Context, rows []*row.Row) ([]string, error) {
+func (l *migration) Missing(ctx context.Context, rows []*row.Row) ([]string, error) {
 	var (
 		all  []string
 		errs []error
@@ -344,9 +344,9 @@ func (l *layers) Missing(ctx context.Context, rows []*row.Row) ([]string, error)
 	return all, errors.Join(errs...)
 }
 
-func (l *layers) Disturbed(transactions []nfnetlink.Transaction) bool {
+func (l *migration) Disturbed(transactions []nfnetlink.Transaction) bool {
 	disturbed := l.backend.Disturbed(transactions)
-	for _, b := range l.before {
+	for _, b := range l.previous {
 		disturbed = b.Disturbed(transactions) || disturbed // each takes note
 	}
 
@@ -354,9 +354,9 @@ func (l *layers) Disturbed(transactions []nfnetlink.Transaction) bool {
 }
 
 // part is what of each delta concerns b, nil being the backend in use.
-func (l *layers) part(deltas []row.Delta, b backend) []row.Delta {
+func (l *migration) part(deltas []row.Delta, b backend) []row.Delta {
 	in := func(rows []*row.Row) []*row.Row {
-		return slices.DeleteFunc(slices.Clone(rows), func(r *row.Row) bool { return l.at[r] != b })
+		return slices.DeleteFunc(slices.Clone(rows), func(r *row.Row) bool { return l.location[r] != b })
 	}
 
 	parts := make([]row.Delta, len(deltas))
@@ -368,10 +368,10 @@ func (l *layers) part(deltas []row.Delta, b backend) []row.Delta {
 }
 
 // rows is what of the table is in b, nil being the backend in use.
-func (l *layers) rows(table iter.Seq[*row.Row], b backend) iter.Seq[*row.Row] {
+func (l *migration) rows(table iter.Seq[*row.Row], b backend) iter.Seq[*row.Row] {
 	return func(yield func(*row.Row) bool) {
 		for r := range table {
-			if l.at[r] == b && !yield(r) {
+			if l.location[r] == b && !yield(r) {
 				return
 			}
 		}

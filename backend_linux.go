@@ -75,7 +75,7 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "reason", reason)
 			}
 
-			return newLayers(b, o.others(f, v)...), nil
+			return newMigration(b, o.others(f, v)...), nil
 		}
 
 		return nil, errs
@@ -141,7 +141,7 @@ func (o *opener) others(f ipFamily, inUse iptables.Variant) []finder {
 
 	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		if v != inUse {
-			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.before(ctx, f, v, all) })
+			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.previous(ctx, f, v, all) })
 		}
 	}
 
@@ -167,8 +167,8 @@ func (o *opener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []n
 	return nft, chains, err
 }
 
-// before returns an iptables that may carry rows from before.
-func (o *opener) before(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
+// previous returns an iptables that may carry rows from previous.
+func (o *opener) previous(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
 	there, err := iptables.HaveNAT(f, v)
 	if err != nil {
 		return nil, err
@@ -199,7 +199,7 @@ func (o *opener) before(ctx context.Context, f ipFamily, v iptables.Variant, all
 	}
 
 	b := o.iptables(t)
-	b.OnlyBefore()
+	b.OnlyPrevious()
 
 	return b, nil
 }
@@ -222,23 +222,23 @@ func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
 
 	l, err := nfnetlink.Listen()
 	if err != nil {
-		go o.follow(ctx, func() (nfnetlink.Transaction, error) { return nfnetlink.Transaction{}, err }, transactions)
+		go o.pump(ctx, func() (nfnetlink.Transaction, error) { return nfnetlink.Transaction{}, err }, transactions)
 
 		return transactions
 	}
 
 	context.AfterFunc(ctx, func() { _ = l.Close() })
 
-	go o.follow(ctx, l.Next, transactions)
+	go o.pump(ctx, l.Next, transactions)
 
 	return transactions
 }
 
-func (o *opener) follow(ctx context.Context, next func() (nfnetlink.Transaction, error), transactions chan<- nfnetlink.Transaction) {
-	for deaf := false; ; {
+func (o *opener) pump(ctx context.Context, next func() (nfnetlink.Transaction, error), transactions chan<- nfnetlink.Transaction) {
+	for failing := false; ; {
 		t, err := next()
 		if err != nil {
-			if !deaf && ctx.Err() == nil {
+			if !failing && ctx.Err() == nil {
 				o.cfg.log.Error(err, "No news of nf_tables: host ports are looked at every second")
 			}
 
@@ -249,7 +249,7 @@ func (o *opener) follow(ctx context.Context, next func() (nfnetlink.Transaction,
 			}
 		}
 
-		deaf = err != nil
+		failing = err != nil
 
 		select {
 		case transactions <- t:

@@ -231,7 +231,7 @@ func TestLayersTakeBack(t *testing.T) {
 	}
 
 	inUse, a, b := &memory{}, &memory{rows: slices.Clone(rows[:1])}, &memory{rows: slices.Clone(rows[1:2]), fail: errInjected}
-	l := newLayers(inUse,
+	l := newMigration(inUse,
 		func(context.Context, bool) (backend, error) { return a, nil },
 		func(context.Context, bool) (backend, error) { return b, nil })
 	_, _, err := l.List(t.Context())

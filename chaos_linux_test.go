@@ -548,7 +548,7 @@ func (c *chaos) obeyInTime(o order) (r reply) {
 	return r
 }
 
-// competes tells whether rows are about what some other command of the same time
+// competes reports whether rows are about what some other command of the same time
 // is about.
 func (c *chaos) competes(rows []*row.Row, orders []order) bool {
 	for _, o := range orders {

@@ -27,7 +27,7 @@ type noBackendError []error
 func (e noBackendError) Error() string   { return errors.Join(e...).Error() }
 func (e noBackendError) Unwrap() []error { return e }
 
-// holdsNothing tells whether err, from opening a backend, means that there is
+// holdsNothing reports whether err, from opening a backend, means that there is
 // nothing to remove. A backend that is there and cannot be used may hold rows.
 func holdsNothing(err error) bool {
 	causes := noBackendError{err}

@@ -960,7 +960,7 @@ func TestOneListOfFlows(t *testing.T) {
 	} {
 		before := lists.others.Load()
 
-		m.families[0].turn <- struct{}{} // until all of them wait
+		m.families[0].commitLock <- struct{}{} // until all of them wait
 		done := make(chan []error)
 
 		go func() { done <- n.atOnce(pods, do) }()
@@ -972,7 +972,7 @@ func TestOneListOfFlows(t *testing.T) {
 			return len(m.families[0].queue) == pods
 		})
 
-		<-m.families[0].turn
+		<-m.families[0].commitLock
 
 		for _, err := range <-done {
 			require.NoError(t, err)

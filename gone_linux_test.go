@@ -32,15 +32,15 @@ func TestRemoveFails(t *testing.T) {
 		}
 
 		held := func(remove func() error) {
-			fm.turn <- struct{}{}
-			defer func() { <-fm.turn }()
+			fm.commitLock <- struct{}{}
+			defer func() { <-fm.commitLock }()
 
 			require.ErrorIs(t, remove(), context.DeadlineExceeded)
 		}
 		refused := func(remove func() error) {
 			use := func(b backend) (before backend) {
-				fm.turn <- struct{}{}
-				defer func() { <-fm.turn }()
+				fm.commitLock <- struct{}{}
+				defer func() { <-fm.commitLock }()
 
 				before, fm.backend = fm.backend, b
 

@@ -71,7 +71,7 @@ type Mapping struct {
 	PodIP net.IP
 	// Backend carries the row.
 	Backend Backend
-	// Held tells whether a socket of this process holds the host port.
+	// Held reports whether a socket of this process holds the host port.
 	Held bool
 }
 
@@ -200,17 +200,17 @@ func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row.Row, 
 	return rows, o, nil
 }
 
-// claim is a row as Remove names it: without the pod's side.
-type claim struct {
+// ref is a row as Remove names it: without the pod's side.
+type ref struct {
 	row.Endpoint
 
 	hash string
 }
 
-// claimsOf returns pod's rows in family f, leaving out those that cannot be in
+// refsOf returns pod's rows in family f, leaving out those that cannot be in
 // the kernel. An address that Add refuses can, from before.
-func claimsOf(id string, pod *PodPortMapping, f ipFamily) []claim {
-	var claims []claim
+func refsOf(id string, pod *PodPortMapping, f ipFamily) []ref {
+	var claims []ref
 
 	for _, pm := range pod.PortMappings {
 		if pm == nil || pm.HostPort == 0 {
@@ -218,7 +218,7 @@ func claimsOf(id string, pod *PodPortMapping, f ipFamily) []claim {
 		}
 
 		if e, ef, bad := endpointOf(pm); bad == nil && (ef == "" || ef == f) {
-			claims = append(claims, claim{e, row.HashOf(id, pm.HostPort, string(pm.Protocol), pm.HostIP)})
+			claims = append(claims, ref{e, row.HashOf(id, pm.HostPort, string(pm.Protocol), pm.HostIP)})
 		}
 	}
 

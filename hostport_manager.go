@@ -66,11 +66,11 @@ type HostPortManager interface {
 // hostportManager is the manager of one family: the table, who owns its rows,
 // and the order of an operation.
 type hostportManager struct {
-	family ipFamily
-	cfg    config
-	open   func(ctx context.Context) (backend, error)
-	addrs  *nodeaddr.Table
-	at     namespace // in which operations are to be called
+	family    ipFamily
+	cfg       config
+	open      func(ctx context.Context) (backend, error)
+	addrs     *nodeaddr.Table
+	namespace namespace // in which operations are to be called
 	// locks keep other managers from the family's host ports, in the order in which they
 	// are taken. The last one is this manager's own.
 	locks []*nodeLock
@@ -81,16 +81,16 @@ type hostportManager struct {
 	// may be rows of theirs that nobody has seen.
 	unfinished []*operation
 
-	// turn is held by sending to it. Whoever holds it commits what has queued
+	// commitLock is held by sending to it. Whoever holds it commits what has queued
 	// up, and only that one touches the fields below.
-	turn    chan struct{}
-	backend backend                    // nil until open has succeeded
-	rows    map[row.PortKey][]*row.Row // the table; slices are replaced, never changed
-	names   map[string]*row.Row        // the table by what names a row in the kernel, where that may collide
-	sockets sockets.Set
-	flows   *flows.Ender
-	closed  bool
-	node    *nodeaddr.Addresses // as the family has last seen them
+	commitLock chan struct{}
+	backend    backend                    // nil until open has succeeded
+	rows       map[row.PortKey][]*row.Row // the table; slices are replaced, never changed
+	names      map[string]*row.Row        // the table by what names a row in the kernel, where that may collide
+	sockets    sockets.Set
+	flows      *flows.Ender
+	closed     bool
+	node       *nodeaddr.Addresses // as the family has last seen them
 	// nodeBefore are the node's addresses as they were when flows were last compared
 	// with them, if they were others.
 	nodeBefore *nodeaddr.Addresses
@@ -131,15 +131,15 @@ func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 
 func newHostportManager(f ipFamily, cfg config, open func(context.Context) (backend, error)) *hostportManager {
 	m := &hostportManager{
-		family:  f,
-		cfg:     cfg,
-		open:    open,
-		addrs:   nodeaddr.New(f == IPv6),
-		locks:   []*nodeLock{newNodeLock(cfg, f)},
-		turn:    make(chan struct{}, 1),
-		rows:    map[row.PortKey][]*row.Row{},
-		names:   map[string]*row.Row{},
-		sockets: sockets.New(f, cfg.sockets),
+		family:     f,
+		cfg:        cfg,
+		open:       open,
+		addrs:      nodeaddr.New(f == IPv6),
+		locks:      []*nodeLock{newNodeLock(cfg, f)},
+		commitLock: make(chan struct{}, 1),
+		rows:       map[row.PortKey][]*row.Row{},
+		names:      map[string]*row.Row{},
+		sockets:    sockets.New(f, cfg.sockets),
 
 		localhost: localhost.New(cfg.log),
 		links:     links.New(f),
@@ -175,19 +175,19 @@ func (m *hostportManager) add(rows []*row.Row, device string) error {
 			m.locate(rows, device)
 
 			for _, r := range rows {
-				if err := m.place(c, r); err != nil {
+				if err := m.planAdd(c, r); err != nil {
 					return err
 				}
 			}
 
 			return m.hold(c, savepoint{})
 		},
-	}, m.at.isCurrent)
+	}, m.namespace.isCurrent)
 }
 
 // Remove implements HostPortManager.
 func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) error {
-	return m.remove(id, podPortMapping, m.at.isCurrent)
+	return m.remove(id, podPortMapping, m.namespace.isCurrent)
 }
 
 func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allowed func() error) error {
@@ -207,14 +207,14 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 		return m.do(op, allowed)
 	}
 
-	op.claims = claimsOf(id, podPortMapping, m.family)
-	if podPortMapping.HostNetwork || len(op.claims) == 0 {
+	op.refs = refsOf(id, podPortMapping, m.family)
+	if podPortMapping.HostNetwork || len(op.refs) == 0 {
 		return nil
 	}
 
 	op.owner.Namespace, op.owner.Name = podPortMapping.Namespace, podPortMapping.Name
 	op.plan = func(c *change) error {
-		for _, claim := range op.claims {
+		for _, claim := range op.refs {
 			for _, r := range m.rows[claim.PortKey] {
 				if r.Endpoint == claim.Endpoint && m.claim(op.owner, claim.hash, r) {
 					c.del(r)
@@ -228,10 +228,10 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 	return m.do(op, allowed)
 }
 
-// place puts w into the table and out of it what w replaces: the pod's own
+// planAdd puts w into the table and out of it what w replaces: the pod's own
 // row of the endpoint, if that leads elsewhere, and whatever overlaps it and
 // is nobody's.
-func (m *hostportManager) place(c *change, w *row.Row) error {
+func (m *hostportManager) planAdd(c *change, w *row.Row) error {
 	kept := false
 
 	for _, r := range m.rows[w.PortKey] {
@@ -246,9 +246,9 @@ func (m *hostportManager) place(c *change, w *row.Row) error {
 			case r.Endpoint == w.Endpoint:
 				w.MovedFrom(r)
 				c.del(r)
-			case r.Astray: // beside w, on any address or on one: both stand, in order
+			case r.Misplaced: // beside w, on any address or on one: both stand, in order
 				again := *r
-				again.Astray = false
+				again.Misplaced = false
 
 				c.del(r)
 				c.add(&again)
@@ -326,7 +326,7 @@ func (m *hostportManager) hold(c *change, since savepoint) error {
 }
 
 // lockNode keeps other managers from the family's host ports. If told to it waits for one that
-// has them until ctx ends: before the turn, for which Close waits.
+// has them until ctx ends: before the commit lock, for which Close waits.
 func (m *hostportManager) lockNode(ctx context.Context, wait bool) error {
 	for _, l := range m.locks {
 		if err := l.take(ctx, wait); err != nil {
@@ -379,7 +379,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	// The rules may be of an earlier version, or nobody may have watched.
 	if (!intact || due) && m.needsRules() {
 		m.repair(ctx)
-		m.endMisled(ctx, nil)
+		m.flushAllFlows(ctx, nil)
 	}
 
 	return nil
@@ -479,7 +479,7 @@ func (m *hostportManager) needsRules() bool {
 // start is the constructors' attempt at ready, which does not wait for another manager.
 // What keeps it from succeeding is told by the first Add.
 func (m *hostportManager) start() error {
-	if err := m.at.isCurrent(); err != nil {
+	if err := m.namespace.isCurrent(); err != nil {
 		return err
 	}
 
@@ -490,8 +490,8 @@ func (m *hostportManager) start() error {
 		return err
 	}
 
-	m.turn <- struct{}{}
-	defer func() { <-m.turn }()
+	m.commitLock <- struct{}{}
+	defer func() { <-m.commitLock }()
 
 	return m.ready(ctx)
 }
@@ -553,8 +553,8 @@ func (m *hostportManager) table() iter.Seq[*row.Row] {
 
 // mappings lists the table. It waits for an operation that is being committed.
 func (m *hostportManager) mappings() []Mapping {
-	m.turn <- struct{}{}
-	defer func() { <-m.turn }()
+	m.commitLock <- struct{}{}
+	defer func() { <-m.commitLock }()
 
 	m.disownRemoved(nil)
 
@@ -584,8 +584,8 @@ func (m *hostportManager) mappings() []Mapping {
 func (m *hostportManager) Close() error {
 	m.flows.Stop()
 
-	m.turn <- struct{}{}
-	defer func() { <-m.turn }()
+	m.commitLock <- struct{}{}
+	defer func() { <-m.commitLock }()
 
 	m.closed = true
 	m.sockets.Close()

@@ -248,7 +248,7 @@ func TestClaimsOf(t *testing.T) {
 		IPv6: {"[ff02::1]:5", "[::]:6"},
 	} {
 		var got []string
-		for _, c := range claimsOf("id", pod, f) {
+		for _, c := range refsOf("id", pod, f) {
 			got = append(got, netip.AddrPortFrom(c.HostIP(f), c.Port).String())
 		}
 
@@ -308,7 +308,7 @@ func FuzzRowsOf(f *testing.F) {
 		claims := map[row.Endpoint]bool{}
 
 		for _, f := range []ipFamily{IPv4, IPv6} {
-			for _, c := range claimsOf(id, pod, f) {
+			for _, c := range refsOf(id, pod, f) {
 				claims[c.Endpoint] = true
 			}
 		}

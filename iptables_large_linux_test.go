@@ -140,7 +140,7 @@ func (n *node) inParts(f ipFamily, most int, opts ...Option) (*hostportManager, 
 
 	m := n.manager(opts...).families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
 
-	l, ok := m.backend.(*layers)
+	l, ok := m.backend.(*migration)
 	require.True(n.t, ok)
 
 	b, ok := l.backend.(*iptables.Backend)
@@ -356,16 +356,16 @@ func TestSeveralTransactionsAreOurs(t *testing.T) {
 	log, logged := logs(t)
 	m := n.manager(log)
 
-	b, ok := m.families[0].backend.(*layers).backend.(*iptables.Backend)
+	b, ok := m.families[0].backend.(*migration).backend.(*iptables.Backend)
 	require.True(t, ok)
 
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 	n.runs(m, logged)
 
-	m.families[0].turn <- struct{}{}
+	m.families[0].commitLock <- struct{}{}
 
 	b.Most = 2
-	<-m.families[0].turn
+	<-m.families[0].commitLock
 	untilIdle(t, m, worked)
 	require.NoError(t, n.add(m, "media", n.media(0, IPv4, 7, v1.ProtocolUDP)))
 	require.NoError(t, n.remove(m, "media", nil))

@@ -426,10 +426,10 @@ func TestVariantDamagedBefore(t *testing.T) {
 }
 
 // ofTwo is one backend in use, and another with rows from before.
-func ofTwo(t *testing.T, inUse, before IPTables) *layers {
+func ofTwo(t *testing.T, inUse, before IPTables) *migration {
 	t.Helper()
 
-	return newLayers(iptables.New(inUse, true, true), func(context.Context, bool) (backend, error) {
+	return newMigration(iptables.New(inUse, true, true), func(context.Context, bool) (backend, error) {
 		return iptables.New(before, true, true), nil
 	})
 }
@@ -500,7 +500,7 @@ func TestHangingProcess(t *testing.T) {
 	require.NoError(t, os.WriteFile(hang, []byte(
 		"#!/bin/sh\nsleep 1000 & echo $$ $! >>"+pids+"; wait\n"), 0o700))
 
-	backend, ok := m.families[0].backend.(*layers)
+	backend, ok := m.families[0].backend.(*migration)
 	require.True(t, ok)
 
 	inUse, ok := backend.backend.(*iptables.Backend)
@@ -533,7 +533,7 @@ func TestHangingProcess(t *testing.T) {
 	assert.Len(t, m.Mappings(), 1)
 }
 
-// running tells whether a process exists and is no zombie.
+// running reports whether a process exists and is no zombie.
 func running(pid string) bool {
 	stat, err := os.ReadFile("/proc/" + pid + "/stat")
 

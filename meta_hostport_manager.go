@@ -116,7 +116,7 @@ func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceNam
 func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 	var errs []error
 
-	allowed := sync.OnceValue(m.families[0].at.isCurrent) // both were made in one namespace
+	allowed := sync.OnceValue(m.families[0].namespace.isCurrent) // both were made in one namespace
 	for _, fm := range m.families {
 		errs = append(errs, fm.remove(id, podPortMapping, allowed))
 	}
@@ -220,7 +220,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	var heard []nfnetlink.Transaction
+	var pending []nfnetlink.Transaction
 
 	addresses := make(chan struct{}, 1)
 	for _, fm := range m.families {
@@ -239,11 +239,11 @@ func (m *Manager) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case t := <-transactions:
-			if len(heard) == 0 {
+			if len(pending) == 0 {
 				settled.Reset(debounce)
 			}
 
-			heard = append(heard, t)
+			pending = append(pending, t)
 
 			continue
 		case <-addresses:
@@ -255,7 +255,7 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 
 		for _, fm := range m.families {
-			err := fm.runOnce(ctx, func(b backend) bool { return b.Disturbed(heard) || !begun })
+			err := fm.runOnce(ctx, func(b backend) bool { return b.Disturbed(pending) || !begun })
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -265,7 +265,7 @@ func (m *Manager) Run(ctx context.Context) error {
 			}
 		}
 
-		heard, begun = nil, true
+		pending, begun = nil, true
 	}
 }
 

@@ -165,7 +165,7 @@ func TestMadeAsWanted(t *testing.T) {
 		there, err := b.Observe(t.Context())
 		require.NoError(t, err)
 
-		misfits, recreate, err := b.Misfits(there)
+		misfits, recreate, err := b.Differences(there)
 		require.NoError(t, err)
 		assert.Empty(t, misfits)
 		assert.False(t, recreate)

@@ -844,7 +844,7 @@ func TestRandomBatches(t *testing.T) {
 	require.NoError(t, n.add(fm, "first", n.pod(0, IPv4, &PortMapping{HostPort: 9001, ContainerPort: 80}))) // makes the table
 
 	for step := range 200 {
-		fm.turn <- struct{}{} // so that all queue up
+		fm.commitLock <- struct{}{} // so that all queue up
 
 		var wg sync.WaitGroup
 
@@ -879,7 +879,7 @@ func TestRandomBatches(t *testing.T) {
 			n.commit(nftables.NewLayout(IPv4).Table.Create(), nftables.NewLayout(IPv4).Table.Delete())
 		}
 
-		<-fm.turn
+		<-fm.commitLock
 		wg.Wait()
 		require.NoError(t, n.add(fm, "last", n.pod(0, IPv4, &PortMapping{HostPort: 9000, ContainerPort: 80})), "which repairs, if nothing else did")
 

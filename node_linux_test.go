@@ -536,8 +536,8 @@ func untilLooked(t *testing.T, m *Manager) {
 
 	for _, fm := range m.families {
 		use := func(change func(backend) backend) {
-			fm.turn <- struct{}{}
-			defer func() { <-fm.turn }()
+			fm.commitLock <- struct{}{}
+			defer func() { <-fm.commitLock }()
 
 			fm.backend = change(fm.backend)
 		}

@@ -18,18 +18,18 @@ import (
 
 // operation is one Add or Remove on its way through the queue.
 type operation struct {
-	name   string
-	owner  row.Owner
-	remove bool
-	rows   []*row.Row // of an Add
-	claims []claim    // of a Remove; nil: all rows of the pod
-	told   bool       // the table knows that the Remove has failed
+	name    string
+	owner   row.Owner
+	remove  bool
+	rows    []*row.Row // of an Add
+	refs    []ref      // of a Remove; nil: all rows of the pod
+	applied bool       // the table knows that the Remove has failed
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
 
 	change *change
-	done   bool // guarded by turn, as is err
+	done   bool // guarded by commitLock, as is err
 	err    error
 }
 
@@ -47,7 +47,7 @@ func (m *hostportManager) do(op *operation, allowed func() error) error {
 
 	if err := m.lockNode(ctx, true); err != nil {
 		if op.remove {
-			m.note(op)
+			m.remember(op)
 		}
 
 		return m.wrap(op, err)
@@ -58,20 +58,20 @@ func (m *hostportManager) do(op *operation, allowed func() error) error {
 	m.queueMu.Unlock()
 
 	select {
-	case m.turn <- struct{}{}:
+	case m.commitLock <- struct{}{}:
 	case <-ctx.Done():
 		if m.withdraw(op) {
 			if op.remove {
-				m.note(op)
+				m.remember(op)
 			}
 
 			return m.wrap(op, fmt.Errorf("waiting for operations before it: %w", ctx.Err()))
 		}
 
-		m.turn <- struct{}{} // somebody is at it already
+		m.commitLock <- struct{}{} // somebody is at it already
 	}
 
-	defer func() { <-m.turn }()
+	defer func() { <-m.commitLock }()
 
 	if !op.done {
 		m.commit(m.takeQueue())
@@ -106,12 +106,12 @@ func (m *hostportManager) withdraw(op *operation) bool {
 	return len(m.queue) < before
 }
 
-// note keeps in mind a Remove that has failed, once.
-func (m *hostportManager) note(op *operation) {
+// remember keeps in mind a Remove that has failed, once.
+func (m *hostportManager) remember(op *operation) {
 	m.queueMu.Lock()
 	defer m.queueMu.Unlock()
 
-	same := func(o *operation) bool { return o.owner.ID == op.owner.ID && slices.Equal(o.claims, op.claims) }
+	same := func(o *operation) bool { return o.owner.ID == op.owner.ID && slices.Equal(o.refs, op.refs) }
 	m.unfinished = append(slices.DeleteFunc(m.unfinished, same), op)
 }
 
@@ -122,8 +122,8 @@ func (m *hostportManager) disownRemoved(found []*row.Row) {
 	defer m.queueMu.Unlock()
 
 	for _, op := range m.unfinished {
-		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row.Row) bool { return op.told && !slices.Contains(found, r) }))
-		op.told = true
+		m.disown(slices.DeleteFunc(m.removedBy(op), func(r *row.Row) bool { return op.applied && !slices.Contains(found, r) }))
+		op.applied = true
 	}
 
 	if m.health.unseen == nil {
@@ -190,7 +190,7 @@ func (m *hostportManager) logDone(op *operation, took time.Duration) {
 	}
 }
 
-// commit gives each operation its outcome. The caller has the turn.
+// commit gives each operation its outcome. The caller has the commit lock.
 func (m *hostportManager) commit(ops []*operation) {
 	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
 	defer cancel()
@@ -201,7 +201,7 @@ func (m *hostportManager) commit(ops []*operation) {
 		m.observeNode(ctx)
 		unseen := m.lookAgain(ctx)
 		m.commitAll(ctx, ops)
-		m.clearUp(ctx, ops)
+		m.removeInDoubt(ctx, ops)
 
 		for _, op := range ops {
 			if op.remove && op.err == nil { // what it names may be there
@@ -217,7 +217,7 @@ func (m *hostportManager) commit(ops []*operation) {
 		}
 
 		if op.remove && op.err != nil && !m.closed {
-			m.note(op)
+			m.remember(op)
 		}
 	}
 }
@@ -239,7 +239,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		}
 
 		if len(repairs) > 0 {
-			m.endMisled(ctx, nil)
+			m.flushAllFlows(ctx, nil)
 		}
 
 		refused := (*outcome.RefusedError)(nil)
@@ -276,9 +276,9 @@ func (m *hostportManager) doubt(deltas []row.Delta) {
 	}
 }
 
-// clearUp makes it true for the Removes among ops that nothing of their pods is left:
+// removeInDoubt makes it true for the Removes among ops that nothing of their pods is left:
 // what failed before may have left rows that are not in the table.
-func (m *hostportManager) clearUp(ctx context.Context, ops []*operation) {
+func (m *hostportManager) removeInDoubt(ctx context.Context, ops []*operation) {
 	if m.health.condition != inDoubt {
 		return
 	}
@@ -338,7 +338,7 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 		deltas[i] = c.delta
 	}
 
-	m.endStale(ctx, deltas)
+	m.flushFlows(ctx, deltas)
 
 	for _, c := range changes {
 		c.finish()
@@ -349,9 +349,9 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 	}
 }
 
-// endStale ends the flows that deltas, or a change of the node's addresses, have made
+// flushFlows ends the flows that deltas, or a change of the node's addresses, have made
 // stale.
-func (m *hostportManager) endStale(ctx context.Context, deltas []row.Delta) {
+func (m *hostportManager) flushFlows(ctx context.Context, deltas []row.Delta) {
 	ctx, cancel := outcome.WithGrace(ctx)
 	defer cancel()
 
@@ -382,13 +382,13 @@ func (m *hostportManager) view() flows.View {
 	}
 }
 
-// withView calls look with the turn held. Close calls flows.stop first, so the manager
+// withView calls look with the commit lock held. Close calls flows.stop first, so the manager
 // is open.
 func (m *hostportManager) withView(ctx context.Context, look func(flows.View)) error {
-	if err := m.takeTurn(ctx); err != nil {
+	if err := m.lockCommit(ctx); err != nil {
 		return err
 	}
-	defer func() { <-m.turn }()
+	defer func() { <-m.commitLock }()
 
 	look(m.view())
 
@@ -432,10 +432,10 @@ func (m *hostportManager) watchNode(ctx context.Context, news chan<- struct{}) {
 	}
 }
 
-// endMisled ends the flows that have begun while rows of the table were missing, and
+// flushAllFlows ends the flows that have begun while rows of the table were missing, and
 // those of rows that turned out to be lost.
-func (m *hostportManager) endMisled(ctx context.Context, lost []*row.Row) {
-	m.endStale(ctx, []row.Delta{{Del: lost, Keep: slices.Collect(m.table())}})
+func (m *hostportManager) flushAllFlows(ctx context.Context, lost []*row.Row) {
+	m.flushFlows(ctx, []row.Delta{{Del: lost, Keep: slices.Collect(m.table())}})
 }
 
 // prepareNode sees to what it takes besides rules for loopback addresses to lead

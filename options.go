@@ -39,11 +39,11 @@ type config struct {
 	log       klog.Logger
 }
 
-// localhostIn tells whether host ports of a family are to be reached from
+// localhostIn reports whether host ports of a family are to be reached from
 // loopback addresses. IPv6 has no route_localnet.
 func (c config) localhostIn(f ipFamily) bool { return c.localhost && f == IPv4 }
 
-// guardIn tells whether a family needs the guard: the sysctl will be set, or is.
+// guardIn reports whether a family needs the guard: the sysctl will be set, or is.
 func (c config) guardIn(f ipFamily) bool { return f == IPv4 && (c.localhost || localhost.Routed()) }
 
 func newConfig(opts []Option) config {
@@ -86,7 +86,7 @@ func WithoutLocalhost() Option {
 	return func(c *config) { c.localhost = false }
 }
 
-// WithTimeout bounds how long Add and Remove wait for their turn, or for another
+// WithTimeout bounds how long Add and Remove wait for others' operations, or for another
 // manager to close, and then how long the transaction may take, in each family; the
 // default is 30 seconds each. For Sync and Check it bounds all of that together, and for
 // New how long it waits for another manager. Up to five seconds more go into ending UDP

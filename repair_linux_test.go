@@ -322,10 +322,10 @@ func TestRunWaitsForItsTurn(t *testing.T) {
 	require.NoError(t, n.add(m, "id", pods["id"][0]))
 	n.runs(m, logged)
 
-	m.families[0].turn <- struct{}{}
+	m.families[0].commitLock <- struct{}{}
 
 	n.wipe(IPv4)
 	<-time.After(2 * lookInterval)
-	<-m.families[0].turn
+	<-m.families[0].commitLock
 	n.soon(func() bool { return len(n.deviations(IPv4, rowsOfAll(t, IPv4, pods))) == 0 })
 }

@@ -34,7 +34,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	if err := m.enter(ctx); err != nil {
 		return m.inFamily(err)
 	}
-	defer func() { <-m.turn }()
+	defer func() { <-m.commitLock }()
 
 	pods = slices.DeleteFunc(pods, func(p podRows) bool { return len(p.rows) == 0 && !p.invalid })
 
@@ -54,7 +54,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	var errs []error
 
 	c := &change{m: m}
-	m.removeOthers(c, pods)
+	m.planRemovals(c, pods)
 
 	for _, pod := range pods {
 		if err := m.planPod(c, pod.rows); err != nil {
@@ -94,10 +94,10 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 // inFamily names the family in an error that names no row.
 func (m *hostportManager) inFamily(err error) error { return fmt.Errorf("IPv%s: %w", m.family, err) }
 
-// enter waits for the node and the turn until ctx ends, for an operation that is called in
+// enter waits for the node and the commit lock until ctx ends, for an operation that is called in
 // the right network namespace.
 func (m *hostportManager) enter(ctx context.Context) error {
-	if err := m.at.isCurrent(); err != nil {
+	if err := m.namespace.isCurrent(); err != nil {
 		return err
 	}
 
@@ -105,21 +105,21 @@ func (m *hostportManager) enter(ctx context.Context) error {
 		return err
 	}
 
-	return m.takeTurn(ctx)
+	return m.lockCommit(ctx)
 }
 
-// takeTurn waits for the turn until ctx ends.
-func (m *hostportManager) takeTurn(ctx context.Context) error {
+// lockCommit waits for the commit lock until ctx ends.
+func (m *hostportManager) lockCommit(ctx context.Context) error {
 	select {
-	case m.turn <- struct{}{}:
+	case m.commitLock <- struct{}{}:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("waiting for operations before it: %w", ctx.Err())
 	}
 }
 
-// removeOthers takes out of the table what none of pods is to have.
-func (m *hostportManager) removeOthers(c *change, pods []podRows) {
+// planRemovals takes out of the table what none of pods is to have.
+func (m *hostportManager) planRemovals(c *change, pods []podRows) {
 	var invalid []row.Owner
 
 	wanted := map[row.PortKey][]*row.Row{}
@@ -152,7 +152,7 @@ func (m *hostportManager) planPod(c *change, rows []*row.Row) error {
 	}
 
 	for _, r := range rows {
-		if err := m.place(c, r); err != nil {
+		if err := m.planAdd(c, r); err != nil {
 			c.rollBack(before)
 
 			return err
@@ -200,7 +200,7 @@ func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row.Row, e
 	}
 
 	if len(repairs) > 0 || len(lost) > 0 {
-		m.endMisled(ctx, lost)
+		m.flushAllFlows(ctx, lost)
 	}
 
 	return repairs, err
@@ -231,7 +231,7 @@ func (m *hostportManager) revert(ctx context.Context, deltas []row.Delta, err er
 // runOnce puts back what others have broken, if they may have, and holds ports that
 // could not be held. It fails only where there will be nothing to do any more.
 func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) bool) error {
-	if err := m.at.isCurrent(); err != nil {
+	if err := m.namespace.isCurrent(); err != nil {
 		return err
 	}
 
@@ -241,10 +241,10 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 		return nil
 	}
 
-	if err := m.takeTurn(ctx); err != nil {
+	if err := m.lockCommit(ctx); err != nil {
 		return err
 	}
-	defer func() { <-m.turn }()
+	defer func() { <-m.commitLock }()
 
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
 	defer cancel()
@@ -262,7 +262,7 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 	m.exempt(ctx)
 
 	if m.nodeBefore != nil {
-		m.endStale(ctx, nil)
+		m.flushFlows(ctx, nil)
 	}
 
 	m.flows.Resume()
@@ -303,7 +303,7 @@ func (m *hostportManager) prune(ctx context.Context) {
 	rows := m.removedBy(op) // none if their pods have them again
 
 	m.commitAll(ctx, []*operation{op})
-	m.clearUp(ctx, []*operation{op})
+	m.removeInDoubt(ctx, []*operation{op})
 	m.health.pruned(op.err)
 
 	if op.err != nil {
@@ -329,7 +329,7 @@ func (m *hostportManager) exempt(ctx context.Context) {
 	}
 
 	if len(repairs) > 0 {
-		m.endMisled(ctx, nil)
+		m.flushAllFlows(ctx, nil)
 	}
 }
 
@@ -356,7 +356,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row.Row) ([]string,
 	if err := m.enter(ctx); err != nil {
 		return nil, err
 	}
-	defer func() { <-m.turn }()
+	defer func() { <-m.commitLock }()
 
 	if err := m.ready(ctx); err != nil {
 		return nil, err

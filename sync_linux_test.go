@@ -174,7 +174,7 @@ func (n *node) nftDeviations(f ipFamily, rows []*row.Row) []string {
 	observed, err := b.Observe(n.t.Context())
 	require.NoError(n.t, err)
 
-	misfits, _, err := b.Misfits(observed)
+	misfits, _, err := b.Differences(observed)
 	require.NoError(n.t, err)
 
 	list = append(list, misfits...)
@@ -515,7 +515,7 @@ func TestSyncInTime(t *testing.T) {
 
 	added, synced := make(chan error), make(chan error)
 
-	family.turn <- struct{}{}
+	family.commitLock <- struct{}{}
 
 	go func() {
 		synced <- n.Host.Do(func() error { return m.Sync(ctx, map[string][]*PodPortMapping{"other": {pod}}) })
@@ -532,7 +532,7 @@ func TestSyncInTime(t *testing.T) {
 		return len(family.queue) > 0
 	})
 
-	<-family.turn
+	<-family.commitLock
 	require.ErrorIs(t, <-synced, context.DeadlineExceeded)
 
 	deadline, _ := ctx.Deadline()
@@ -893,7 +893,7 @@ func TestSyncKeepsTable(t *testing.T) {
 	require.NoError(t, n.sync(m, pods))
 
 	l := nftables.NewLayout(IPv4)
-	b, ok := m.families[0].backend.(*layers).backend.(*nftables.Backend)
+	b, ok := m.families[0].backend.(*migration).backend.(*nftables.Backend)
 	require.True(t, ok)
 
 	handle := func() (handle uint64) {
@@ -1124,13 +1124,13 @@ func TestRunEnds(t *testing.T) {
 	}
 
 	ctx, cancel := context.WithCancel(t.Context())
-	m.families[0].turn <- struct{}{}
+	m.families[0].commitLock <- struct{}{}
 
 	run(ctx)
 	n.soon(func() bool { return strings.Contains(stacks(), ").runOnce(") })
 	cancel()
 	assert.Equal(t, context.Canceled, <-ended)
-	<-m.families[0].turn
+	<-m.families[0].commitLock
 
 	run(t.Context())
 	n.soon(func() bool { return strings.Contains(stacks(), ").follow(") })
@@ -1156,7 +1156,7 @@ func TestFollowDeaf(t *testing.T) {
 		log, logged := logs(t)
 		news := []nfnetlink.Transaction{{Generation: 1}, {}, {}, {Generation: 2}}
 
-		go newOpener(newConfig([]Option{log})).follow(ctx, func() (nfnetlink.Transaction, error) {
+		go newOpener(newConfig([]Option{log})).pump(ctx, func() (nfnetlink.Transaction, error) {
 			if len(news) == 0 {
 				<-ctx.Done()
 

@@ -40,7 +40,7 @@ func (d *demo) probe(ctx context.Context, network, address, want string) error {
 	return nil
 }
 
-// probed tells whether this process was started as a probe, and has been one.
+// probed reports whether this process was started as a probe, and has been one.
 func probed() bool {
 	if len(os.Args) != 4 || os.Args[1] != "probe" {
 		return false

@@ -28,7 +28,7 @@ import (
 // answered with a reset.
 type Ender struct {
 	log  klog.Logger
-	view Viewer // with the turn held
+	view Viewer // with the commit lock held
 
 	datagrams flowTable
 
@@ -82,7 +82,7 @@ func (f *Ender) Flush(ctx context.Context, deltas []row.Delta, before *nodeaddr.
 	return err
 }
 
-// atHand is a view for whoever has the turn already.
+// atHand is a view for whoever has the commit lock already.
 func atHand(v View) Viewer {
 	return func(_ context.Context, look func(View)) error {
 		look(v)
@@ -154,7 +154,7 @@ func (f *Ender) take() (turnover, []nfnetlink.Flow) {
 func (f *Ender) endConnections(tries int) {
 	t, early := f.take()
 
-	switch err := f.endLate(f.background, t, early, f.view); { // the turn may be held for long
+	switch err := f.endLate(f.background, t, early, f.view); { // the lock may be held for long
 	case err == nil:
 	case tries > 1 || f.background.Err() != nil: // then Close does it
 		f.schedule(t, early, lateRetry, tries-1)
@@ -189,7 +189,7 @@ func (f *Ender) CannotEnd(err error) {
 	f.log.Error(err, "Cannot end stale flows")
 }
 
-// Stop ends what runs behind operations. It is called without the turn, and before
+// Stop ends what runs behind operations. It is called without the commit lock, and before
 // Close.
 func (f *Ender) Stop() {
 	f.stopped()

@@ -25,10 +25,10 @@ type Backend struct {
 	Ipt Programs
 	// guard and nat are the rules that stand whatever rows there are.
 	guard, nat []Rule
-	// before is set for a backend that is not the one in use: rows are only
+	// previous is set for a backend that is not the one in use: rows are only
 	// taken out.
-	before bool
-	watch  tableWatch
+	previous bool
+	watch    tableWatch
 	// ruleset is what the kernel holds; nil: not known, has to be read.
 	ruleset *Ruleset
 	// inDoubt are rows, by hash, of transactions that failed: a process that
@@ -60,8 +60,8 @@ func FamilyOf(ipt Programs) row.Family {
 	return row.IPv4
 }
 
-// OnlyBefore makes b one that is not in use: the guard stands with what is.
-func (b *Backend) OnlyBefore() { b.before, b.guard = true, nil }
+// OnlyPrevious makes b one that is not in use: the guard stands with what is.
+func (b *Backend) OnlyPrevious() { b.previous, b.guard = true, nil }
 
 // RowsAtOnce is Most for iptables-nft. What it does with the names of chains takes
 // the square of their number: 10,000 rows in one transaction took 6 s of CPU to add
@@ -110,7 +110,7 @@ func (b *Backend) List(ctx context.Context) (rows []*row.Row, intact bool, err e
 		case rs.nat.Holds(r):
 			whole = rs.nat.countPath(r) && whole
 		case rs.nat.leadsTo(r):
-			r.Astray = true
+			r.Misplaced = true
 		default:
 			whole = false
 		}
@@ -169,8 +169,8 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string
 		var s *script
 
 		if try >= 0 {
-			s, err = b.restoration(ctx, t)
-		} else if s = b.change(ctx, t); s == nil {
+			s, err = b.scriptFromLook(ctx, t)
+		} else if s = b.scriptFromModel(ctx, t); s == nil {
 			continue
 		}
 
@@ -202,10 +202,10 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string
 	return repairs, err
 }
 
-// change writes deltas if the model can be relied on: for rows that are to stand only if
+// scriptFromModel writes deltas if the model can be relied on: for rows that are to stand only if
 // nobody else may have changed something, for that a rule stands before another cannot be
 // asserted. Else it returns nil.
-func (b *Backend) change(ctx context.Context, t row.Target) *script {
+func (b *Backend) scriptFromModel(ctx context.Context, t row.Target) *script {
 	keeps := slices.ContainsFunc(t.Deltas, func(d row.Delta) bool { return len(d.Keep) > 0 })
 	if b.ruleset == nil || t.Whole || keeps && b.watch.changed(ctx) {
 		return nil
@@ -268,8 +268,8 @@ func (b *Backend) failed(s *script, err error) error {
 	return err
 }
 
-// restoration looks at the tables and writes what it takes from there to the target.
-func (b *Backend) restoration(ctx context.Context, t row.Target) (*script, error) {
+// scriptFromLook looks at the tables and writes what it takes from there to the target.
+func (b *Backend) scriptFromLook(ctx context.Context, t row.Target) (*script, error) {
 	b.ruleset = nil
 	b.watch.begin(ctx)
 
@@ -281,7 +281,7 @@ func (b *Backend) restoration(ctx context.Context, t row.Target) (*script, error
 	s := newScript(rs, b.Most)
 
 	if !t.Base {
-		b.demolition(s)
+		b.removeAll(s)
 
 		return s, nil
 	}
@@ -311,7 +311,7 @@ func (b *Backend) restoration(ctx context.Context, t row.Target) (*script, error
 
 	var wanted, missing []*row.Row
 
-	misfits := map[*row.Row]bool{}
+	misplacedRows := map[*row.Row]bool{}
 
 	for r := range t.Rows {
 		wanted = append(wanted, r)
@@ -320,8 +320,8 @@ func (b *Backend) restoration(ctx context.Context, t row.Target) (*script, error
 		switch {
 		case rs.nat.Holds(r):
 			s.putPath(index(r), r, SidesOf(r))
-		case rs.nat.leadsTo(r) && r.Astray:
-			misfits[r] = true
+		case rs.nat.leadsTo(r) && r.Misplaced:
+			misplacedRows[r] = true
 		default:
 			missing = append(missing, r)
 		}
@@ -336,7 +336,7 @@ func (b *Backend) restoration(ctx context.Context, t row.Target) (*script, error
 	}
 
 	if t.Exactly {
-		s.purge(s.needs(b.nat, wanted, misfits))
+		s.removeForeign(s.needs(b.nat, wanted, misplacedRows))
 	}
 
 	s.prune()
@@ -344,8 +344,8 @@ func (b *Backend) restoration(ctx context.Context, t row.Target) (*script, error
 	return s, nil
 }
 
-// demolition writes what takes out everything of ours.
-func (b *Backend) demolition(s *script) {
+// removeAll writes what takes out everything of ours.
+func (b *Backend) removeAll(s *script) {
 	ours := map[string]bool{}
 	for _, g := range GuardRules(FamilyOf(b.Ipt)) {
 		ours[g.String()] = true
@@ -361,7 +361,7 @@ func (b *Backend) demolition(s *script) {
 	}
 
 	s.begin(NATTable)
-	s.purge(needed{})
+	s.removeForeign(needed{})
 }
 
 // Missing returns the rules and chains that are not there, in words.
@@ -375,7 +375,7 @@ func (b *Backend) Missing(ctx context.Context, rows []*row.Row) ([]string, error
 
 	for _, rule := range slices.Concat(b.guard, b.nat) {
 		found, misplaced := rs.Misplaced[rule.String()]
-		if misplaced && !found.inPlace && !(b.before && rs.nat.leadsInto(rule.Chain, rule.Target)) { // CRI-O's will do
+		if misplaced && !found.inPlace && !(b.previous && rs.nat.leadsInto(rule.Chain, rule.Target)) { // CRI-O's will do
 			what := "rule " + rule.String()
 			if len(found.Lines) > 0 {
 				what += ", alone and in its place"

@@ -223,7 +223,7 @@ func NewInstalled(family row.Family, name string, v Variant) (*Installed, error)
 	return t, nil
 }
 
-// hinted tells whether the variant has chains that say the node uses it.
+// hinted reports whether the variant has chains that say the node uses it.
 func (t *Installed) hinted(ctx context.Context) (bool, error) {
 	save, err := t.Save(ctx, "mangle") // takes no lock, so nobody can make it miss the hint
 

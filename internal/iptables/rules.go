@@ -49,7 +49,7 @@ func GuardRules(f row.Family) []Rule {
 
 // NATRules lead packets into the dispatch chains. Only packets for an address
 // of the node may be translated (CVE-2025-67499), and services come first
-// (CVE-2019-9946). localhost tells whether loopback sources are translated.
+// (CVE-2019-9946). localhost reports whether loopback sources are translated.
 //
 // A rule takes one -s and one -d. Addresses that it excludes besides are those of
 // the connection, which in this table are the packet's.
@@ -323,7 +323,7 @@ func parseRule(line string) Rule {
 	return n
 }
 
-// parseOption reads one option with its value into n, and tells whether it
+// parseOption reads one option with its value into n, and reports whether it
 // knows it.
 func parseOption(n *Rule, option, value string) (ok bool) {
 	if field := prefixField(n, option); field != nil {

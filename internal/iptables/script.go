@@ -500,14 +500,14 @@ func (s *script) prune() {
 	}
 }
 
-// needed is what purge leaves.
+// needed is what removeForeign leaves.
 type needed struct {
 	chains map[string]bool // that bear our names; false for one to be left as it is
 	lines  map[string]bool
 }
 
 // needs returns what base and rows need, of which some stand as CRI-O puts them.
-func (s *script) needs(base []Rule, rows []*row.Row, misfits map[*row.Row]bool) needed {
+func (s *script) needs(base []Rule, rows []*row.Row, misplaced map[*row.Row]bool) needed {
 	n := needed{chains: map[string]bool{DNATDispatch: true, MasqDispatch: true}, lines: map[string]bool{}}
 
 	for _, rule := range base {
@@ -517,9 +517,9 @@ func (s *script) needs(base []Rule, rows []*row.Row, misfits map[*row.Row]bool) 
 	for _, r := range rows {
 		for _, side := range SidesOf(r) {
 			leaf := side.Rule.Chain
-			n.chains[leaf] = !misfits[r]
+			n.chains[leaf] = !misplaced[r]
 
-			if misfits[r] {
+			if misplaced[r] {
 				for _, j := range s.table.Jumps[leaf] {
 					n.lines[j.Line] = true
 				}
@@ -545,9 +545,9 @@ func (n needed) foreign(chain string) bool {
 	return ourChain(chain) && !ok
 }
 
-// purge takes out, of the chains that bear our names, those that are not needed, and
+// removeForeign takes out, of the chains that bear our names, those that are not needed, and
 // whatever leads to any of them; and of the others the rules that are not needed.
-func (s *script) purge(n needed) {
+func (s *script) removeForeign(n needed) {
 	for chain, rules := range s.table.Chains {
 		if n.foreign(chain) {
 			continue

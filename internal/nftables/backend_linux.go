@@ -156,7 +156,7 @@ func New(ruleset *Ruleset, f row.Family, log klog.Logger, localhost, guard bool)
 // Usable fails where the kernel cannot carry the layout, and says why.
 func (b *Backend) Usable(ctx context.Context) error {
 	if there, err := b.Observe(ctx); err == nil {
-		if misfits, _, err := b.Misfits(there); err == nil && len(misfits) == 0 {
+		if differences, _, err := b.Differences(there); err == nil && len(differences) == 0 {
 			return nil // it does
 		}
 	}
@@ -380,7 +380,7 @@ func overtaken(err error) bool {
 		errors.As(err, &refused) && (inPlaceOfOurs(err) || errors.Is(err, unix.ENOENT))
 }
 
-// inPlaceOfOurs tells whether the kernel has refused to make something because there
+// inPlaceOfOurs reports whether the kernel has refused to make something because there
 // is something else of that name.
 func inPlaceOfOurs(err error) bool {
 	return errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP)
@@ -405,7 +405,7 @@ func (b *Backend) commit(ctx context.Context, gen uint32, p *plan) error {
 	switch {
 	case err == nil:
 	case errors.Is(err, nfnetlink.ErrStale), errors.As(err, &refused):
-		p.refused = gen != 0 && len(p.misfits) > 0 && inPlaceOfOurs(err) && refused.Message < base
+		p.refused = gen != 0 && len(p.differences) > 0 && inPlaceOfOurs(err) && refused.Message < base
 
 		return err
 	default: // and nobody knows what came of it
@@ -433,7 +433,7 @@ func (b *Backend) commit(ctx context.Context, gen uint32, p *plan) error {
 		}
 	}
 
-	if b.made, b.Seen = true, p.observed; len(p.misfits) > 0 {
+	if b.made, b.Seen = true, p.observed; len(p.differences) > 0 {
 		b.Seen = b.justMade(ctx, gen)
 	}
 
@@ -457,7 +457,7 @@ func (b *Backend) frame(p *plan) (msgs []netlink.Message) {
 		msgs = append(msgs, b.Table.Create(), b.Table.Delete())
 	}
 
-	if len(p.misfits) > 0 {
+	if len(p.differences) > 0 {
 		msgs = append(msgs, b.Objects()...)
 	}
 
@@ -583,21 +583,21 @@ func (b *Backend) look(ctx context.Context, p *plan, t row.Target) error {
 
 // lookAtTable looks at everything but elements, and reports whether that is what it was.
 func (p *plan) lookAtTable(ctx context.Context, b *Backend, exactly bool) (same bool, err error) {
-	p.recreate, p.foreign, p.misfits = false, nil, nil
+	p.recreate, p.foreign, p.differences = false, nil, nil
 
 	if p.observed, err = b.Observe(ctx); err != nil {
 		return false, err
 	}
 
 	if same = b.knows(p.observed); !same {
-		p.misfits, p.recreate, err = b.Misfits(p.observed)
+		p.differences, p.recreate, err = b.Differences(p.observed)
 	}
 
 	if exactly && err == nil {
 		err = p.takeOutForeign(ctx, b)
 	}
 
-	p.recreate = p.recreate || p.refused && len(p.misfits) > 0
+	p.recreate = p.recreate || p.refused && len(p.differences) > 0
 
 	return same, err
 }
@@ -656,12 +656,12 @@ func (b *Backend) lookUp(ctx context.Context, keys []ElementKey) (map[ElementKey
 
 // plan is what deltas come to, element by element.
 type plan struct {
-	wanted   map[ElementKey]*wanted
-	order    []ElementKey           // in which the deltas came to them
-	hairpins map[netip.Addr]hairpin // what becomes of those that the deltas touch
-	observed Observed               // what the plan is made for
-	misfits  []string               // how that differs from what we would make, which we do then
-	recreate bool                   // the table is deleted first
+	wanted      map[ElementKey]*wanted
+	order       []ElementKey           // in which the deltas came to them
+	hairpins    map[netip.Addr]hairpin // what becomes of those that the deltas touch
+	observed    Observed               // what the plan is made for
+	differences []string               // how that differs from what we would make, which we do then
+	recreate    bool                   // the table is deleted first
 	// foreign is what takes out what others have put into the table.
 	foreign []netlink.Message
 	// refused is set if the kernel has not made our objects beside what was there, though

@@ -96,7 +96,7 @@ func NewLayout(f row.Family) Layout {
 	return l
 }
 
-// Objects makes everything but the elements. What is there stays, but for the
+// Objects makes everything but the elements. What is there stays, except for the
 // rules, which are made anew: CRI-O's rule for hairpin never matches.
 func (l Layout) Objects() []netlink.Message {
 	msgs := []netlink.Message{l.Table.Create()}

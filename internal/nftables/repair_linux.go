@@ -38,10 +38,10 @@ func (l Layout) wanted() (o Observed, err error) {
 	return o, err
 }
 
-// Misfits returns, in words, how what bears our names differs from what we would make, and
+// Differences returns, in words, how what bears our names differs from what we would make, and
 // whether to make that takes another table: the kernel puts back a policy, and wakes a table
 // that is dormant, but it moves no chain and changes no set.
-func (l Layout) Misfits(there Observed) (list []string, recreate bool, err error) {
+func (l Layout) Differences(there Observed) (list []string, recreate bool, err error) {
 	if !there.exists() {
 		return []string{l.tableName() + " is missing"}, false, nil
 	}
@@ -84,14 +84,14 @@ func (l Layout) Misfits(there Observed) (list []string, recreate bool, err error
 	}
 
 	for _, c := range ours.chains {
-		list = append(list, misfitRules(c.Name, ours.rules, there.rules)...)
+		list = append(list, differentRules(c.Name, ours.rules, there.rules)...)
 	}
 
 	return list, recreate, nil
 }
 
-// misfitRules are the misfits of one chain's rules.
-func misfitRules(chain string, ours, there []nfnetlink.RuleInfo) (list []string) {
+// differentRules are the differences in one chain's rules.
+func differentRules(chain string, ours, there []nfnetlink.RuleInfo) (list []string) {
 	in := func(rules []nfnetlink.RuleInfo) (expressions []string) {
 		for _, r := range rules {
 			if r.Chain == chain {
@@ -164,7 +164,7 @@ func (p *plan) takeOutForeign(ctx context.Context, b *Backend) error {
 
 	if odd := int(p.observed.Table.Use) > len(there)+len(p.observed.sets); odd || len(p.foreign) > 0 {
 		p.recreate = p.recreate || odd
-		p.misfits = append(p.misfits, "objects of others in "+b.tableName())
+		p.differences = append(p.differences, "objects of others in "+b.tableName())
 	}
 
 	return nil
@@ -185,7 +185,7 @@ func (p *plan) repairs(b *Backend) []string {
 	}
 
 	if b.made || p.observed.exists() {
-		list = append(list, p.misfits...)
+		list = append(list, p.differences...)
 	}
 
 	return list
@@ -257,7 +257,7 @@ func (b *Backend) Missing(ctx context.Context, rows []*row.Row) ([]string, error
 
 	if !b.knows(there) {
 		var recreate bool
-		if missing, recreate, err = b.Misfits(there); err != nil || recreate { // and elements cannot be asked for
+		if missing, recreate, err = b.Differences(there); err != nil || recreate { // and elements cannot be asked for
 			return missing, err
 		}
 	}

@@ -27,7 +27,7 @@ func (e *RowError) Error() string { return fmt.Sprintf("row %s: %v", e.Row, e.Er
 func (e *RowError) Unwrap() error { return e.Err }
 
 // RefusedError says that the kernel refused one delta of several, so that the
-// others may go without it. Nothing has been changed then, but for a *PartlyError.
+// others may go without it. Nothing has been changed then, unless it is in a *PartlyError.
 type RefusedError struct {
 	Delta int // index among those handed to Reconcile
 	Err   error

@@ -15,8 +15,8 @@ func (d *Delta) Empty() bool { return len(d.Del)+len(d.Add)+len(d.Keep) == 0 }
 // Size is how many rows change.
 func (d *Delta) Size() int { return len(d.Del) + len(d.Add) }
 
-// Parts divides what changes into parts of at most so many rows, but for those of
-// one port: one may take the place of another, or come before it.
+// Parts divides what changes into parts of at most so many rows. Those of one port stay
+// together: one may take the place of another, or come before it.
 func (d *Delta) Parts(most int) []Delta {
 	if d.Size() <= most {
 		return []Delta{*d}

@@ -76,7 +76,7 @@ type Endpoint struct {
 	IP netip.Addr // the zero Addr: any address of the family
 }
 
-// Overlaps tells whether some packet is for both endpoints of one port.
+// Overlaps reports whether some packet is for both endpoints of one port.
 func (e Endpoint) Overlaps(o Endpoint) bool {
 	return e.IP == o.IP || !e.IP.IsValid() || !o.IP.IsValid()
 }
@@ -111,10 +111,10 @@ type Row struct {
 	// Label is the comment that says whose the row is: pod and port, free of
 	// anything that could end a quoted string.
 	Label string
-	// Astray is set for a row that does not stand where this package would put
+	// Misplaced is set for a row that does not stand where this package would put
 	// it: CRI-O's, and those in another backend. The next Add of its pod that
 	// has to do with its port moves it.
-	Astray bool
+	Misplaced bool
 	// Gone is set if a Remove of the row has failed.
 	Gone bool
 	// Depth is the level of the range chain that the row stands in, as the
@@ -162,7 +162,7 @@ func (r *Row) SetDevice(device string, bypassed bool) {
 // StandsFor reports whether there is nothing to do for w where r is: where it is not
 // known by which interface w's pod is reached, r's is taken for it.
 func (r *Row) StandsFor(w *Row) bool {
-	return r.Endpoint == w.Endpoint && r.Pod == w.Pod && !r.Astray && (r.Link == w.Link || w.Device == "")
+	return r.Endpoint == w.Endpoint && r.Pod == w.Pod && !r.Misplaced && (r.Link == w.Link || w.Device == "")
 }
 
 // MovesTo reports whether w takes over r's endpoint for the same pod, whose
@@ -184,7 +184,7 @@ func (r *Row) HasLedTo(pod netip.AddrPort) bool {
 	return r.Pod == pod || slices.Contains(r.Former, pod)
 }
 
-// ForLoopback tells whether some loopback address leads to the row.
+// ForLoopback reports whether some loopback address leads to the row.
 func (r *Row) ForLoopback() bool { return !r.IP.IsValid() || r.IP.IsLoopback() }
 
 // Family is that of the pod's address.
@@ -252,7 +252,7 @@ func HashOf(id string, hostPort int32, protocol, hostIP string) string {
 	return ShortHash(id + strconv.Itoa(int(hostPort)) + protocol + hostIP)
 }
 
-// HashedBy tells whether r's hash is one that id gives, in a spelling of
+// HashedBy reports whether r's hash is one that id gives, in a spelling of
 // protocol and host IP that callers use.
 func (r *Row) HashedBy(id string) bool {
 	protocols := []string{strings.ToUpper(string(r.Proto)), string(r.Proto)}

@@ -158,14 +158,14 @@ func (s *Set) Holds(e row.Endpoint) bool {
 	return h != nil && h.fd >= 0
 }
 
-// wants tells whether an endpoint is to be held. SCTP never is: to open a socket
+// wants reports whether an endpoint is to be held. SCTP never is: to open a socket
 // would load the kernel module. Nor is a link-local address: bind(2) wants its
 // scope, which a HostIP does not have.
 func (s *Set) wants(e row.Endpoint) bool {
 	return !s.off && e.Proto != row.SCTP && !(e.IP.Is6() && e.IP.IsLinkLocalUnicast())
 }
 
-// Lacks tells whether an endpoint is to be held and is not.
+// Lacks reports whether an endpoint is to be held and is not.
 func (s *Set) Lacks(e row.Endpoint) bool { return s.wants(e) && !s.Holds(e) }
 
 // Retry tries again to bind some of what is waiting.
