@@ -54,7 +54,7 @@ func Find(ctx context.Context, family row.Family) (*Installed, error) {
 	var found []*Installed
 
 	for _, v := range []Variant{NFT, Legacy} {
-		t, err := NewInstalled(family, Command(family)+"-"+string(v), v)
+		t, err := newInstalled(family, Command(family)+"-"+string(v), v)
 		if err != nil {
 			continue // the node does not have both
 		}
@@ -151,12 +151,12 @@ func plain(ctx context.Context, family row.Family) (*Installed, error) {
 		return nil, err
 	}
 
-	return NewInstalled(family, Command(family), v)
+	return newInstalled(family, Command(family), v)
 }
 
 // FindVariant returns the iptables of a variant, by whatever name the node has it.
 func FindVariant(ctx context.Context, family row.Family, v Variant) (*Installed, error) {
-	t, err := NewInstalled(family, Command(family)+"-"+string(v), v)
+	t, err := newInstalled(family, Command(family)+"-"+string(v), v)
 	if err == nil {
 		return t, nil
 	}
@@ -209,8 +209,8 @@ func Command(family row.Family) string {
 	return "iptables"
 }
 
-// NewInstalled returns the iptables whose programs begin with name.
-func NewInstalled(family row.Family, name string, v Variant) (*Installed, error) {
+// newInstalled returns the iptables whose programs begin with name.
+func newInstalled(family row.Family, name string, v Variant) (*Installed, error) {
 	t := &Installed{Family: family, Variant: v}
 
 	for suffix, path := range map[string]*string{"-save": &t.savePath, "-restore": &t.RestorePath} {
