@@ -275,7 +275,7 @@ func TestTooLargeToBeSent(t *testing.T) {
 			fake.restore = func(input []byte) ([]byte, error) {
 				for block := range transactions(input) {
 					if len(block) > lines {
-						return nil, &iptables.CommandError{Name: "iptables-restore", Err: errInjected, Stderr: "sendmsg() failed: Message too long"}
+						return nil, fmt.Errorf("iptables-restore: %w", syscall.EMSGSIZE)
 					}
 				}
 

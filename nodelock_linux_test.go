@@ -162,7 +162,7 @@ func TestManagersOfOneFamily(t *testing.T) {
 	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
 		other := map[ipFamily]ipFamily{IPv4: IPv6, IPv6: IPv4}[f]
 		of := func(f ipFamily) *hostportManager {
-			ipt, err := iptables.NewInstalled(f, iptables.Command(f)+"-"+string(n.variant), n.variant)
+			ipt, err := iptables.FindVariant(t.Context(), f, n.variant)
 			require.NoError(t, err)
 
 			return n.oneFamily(ipt, WithTimeout(short))

@@ -54,7 +54,7 @@ func Find(ctx context.Context, family row.Family) (*Installed, error) {
 	var found []*Installed
 
 	for _, v := range []Variant{NFT, Legacy} {
-		t, err := NewInstalled(family, Command(family)+"-"+string(v), v)
+		t, err := newInstalled(family, Command(family)+"-"+string(v), v)
 		if err != nil {
 			continue // the node does not have both
 		}
@@ -151,12 +151,12 @@ func plain(ctx context.Context, family row.Family) (*Installed, error) {
 		return nil, err
 	}
 
-	return NewInstalled(family, Command(family), v)
+	return newInstalled(family, Command(family), v)
 }
 
 // FindVariant returns the iptables of a variant, by whatever name the node has it.
 func FindVariant(ctx context.Context, family row.Family, v Variant) (*Installed, error) {
-	t, err := NewInstalled(family, Command(family)+"-"+string(v), v)
+	t, err := newInstalled(family, Command(family)+"-"+string(v), v)
 	if err == nil {
 		return t, nil
 	}
@@ -209,8 +209,8 @@ func Command(family row.Family) string {
 	return "iptables"
 }
 
-// NewInstalled returns the iptables whose programs begin with name.
-func NewInstalled(family row.Family, name string, v Variant) (*Installed, error) {
+// newInstalled returns the iptables whose programs begin with name.
+func newInstalled(family row.Family, name string, v Variant) (*Installed, error) {
 	t := &Installed{Family: family, Variant: v}
 
 	for suffix, path := range map[string]*string{"-save": &t.savePath, "-restore": &t.RestorePath} {
@@ -310,32 +310,32 @@ func (t *Installed) Restore(ctx context.Context, input []byte) error {
 	return err
 }
 
-// CommandError is what a command had to say when it failed.
-type CommandError struct {
-	Name   string
-	Err    error
-	Stderr string
+// commandError is what a command had to say when it failed.
+type commandError struct {
+	name   string
+	err    error
+	stderr string
 	line   int
 }
 
-func (e *CommandError) Error() string {
-	if e.Stderr == "" {
-		return fmt.Sprintf("%s: %v", e.Name, e.Err)
+func (e *commandError) Error() string {
+	if e.stderr == "" {
+		return fmt.Sprintf("%s: %v", e.name, e.err)
 	}
 
-	return fmt.Sprintf("%s: %v: %s", e.Name, e.Err, e.Stderr)
+	return fmt.Sprintf("%s: %v: %s", e.name, e.err, e.stderr)
 }
 
-func (e *CommandError) Unwrap() error { return e.Err }
+func (e *commandError) Unwrap() error { return e.err }
 
 // Is finds EMSGSIZE in the words that glibc and musl have for it: iptables-nft hands
 // no errno on.
-func (e *CommandError) Is(target error) bool {
-	return target == unix.EMSGSIZE && strings.Contains(e.Stderr, "Message too l")
+func (e *commandError) Is(target error) bool {
+	return target == unix.EMSGSIZE && strings.Contains(e.stderr, "Message too l")
 }
 
 // Line is the line of input at fault, the first being 1, or 0 if not known.
-func (e *CommandError) Line() int { return e.line }
+func (e *commandError) Line() int { return e.line }
 
 // run runs a command to its end, or kills it with its children when ctx ends. It
 // does not outlive this process either: it would commit when the next manager has
@@ -363,10 +363,10 @@ func run(ctx context.Context, stdin []byte, path string, args ...string) ([]byte
 
 	said := stderr.String()
 
-	return nil, &CommandError{
-		Name:   filepath.Base(path),
-		Err:    err,
-		Stderr: strings.Join(strings.Fields(said), " "),
+	return nil, &commandError{
+		name:   filepath.Base(path),
+		err:    err,
+		stderr: strings.Join(strings.Fields(said), " "),
 		line:   lineIn(said),
 	}
 }
