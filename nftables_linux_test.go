@@ -1246,7 +1246,7 @@ func withoutPrograms(m *testing.M) int {
 }
 
 func complain(what ...any) int {
-	_, _ = fmt.Fprintln(os.Stdout, what...)
+	_, _ = fmt.Fprintln(os.Stderr, what...)
 
 	return 1
 }
