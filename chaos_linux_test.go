@@ -244,7 +244,7 @@ func (p *runtimeProcess) kill() {
 func (p *runtimeProcess) replies(count int) ([]reply, error) {
 	var replies []reply
 
-	watchdog := time.AfterFunc(time.Minute, func() { _ = p.cmd.Process.Signal(syscall.SIGQUIT) }) // which shows where it hangs
+	watchdog := time.AfterFunc(testbed.Stretch(2*time.Minute), func() { _ = p.cmd.Process.Signal(syscall.SIGQUIT) }) // which shows where it hangs
 	defer watchdog.Stop()
 
 	err := p.out.Decode(&replies)

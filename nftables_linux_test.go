@@ -1200,7 +1200,7 @@ func TestMain(m *testing.M) {
 }
 
 func complain(what ...any) int {
-	_, _ = fmt.Fprintln(os.Stdout, what...)
+	_, _ = fmt.Fprintln(os.Stderr, what...)
 
 	return 1
 }

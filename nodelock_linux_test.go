@@ -258,9 +258,9 @@ func (emptyIPTables) Restore(context.Context, []byte) error        { return nil 
 
 // Of short-lived processes that all come at once, each does what it is there for.
 func TestStormOfProcesses(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
-		const count = 20
+	count := max(20/int(testbed.Stretch(1)), 4)
 
+	eachBackend(t, func(t *testing.T, n *node) {
 		pod := func(i int) *PodPortMapping {
 			f := []ipFamily{IPv4, IPv6}[i/2%2]
 
@@ -283,7 +283,7 @@ func TestStormOfProcesses(t *testing.T) {
 				do = order{Op: "add", ID: id(i), Pod: pod(i)}
 			}
 
-			p := n.launch(false, defaultTimeout)
+			p := n.launch(false, testbed.Stretch(time.Minute)) // the last one waits for all others
 
 			go func() { failed <- p.live(do) }()
 		}
