@@ -497,3 +497,62 @@ func BenchmarkNewNFTables(b *testing.B) {
 	})
 	require.Zero(b, worked(), "transactions")
 }
+
+// BenchmarkSync measures, with 1000 rows, a Sync that changes nothing, one after somebody has
+// flushed the chains, and a new manager.
+func BenchmarkSync(b *testing.B) {
+	const rows, each = 1000, 500
+
+	for _, v := range backends() {
+		b.Run(string(v), func(b *testing.B) {
+			n := newBenchNode(b, v, rows, dense)
+			m, ok := n.m.(*Manager)
+			require.True(b, ok)
+
+			pods := map[string][]*PodPortMapping{}
+
+			for _, mapping := range m.Mappings() {
+				if pods[mapping.PodID] == nil {
+					pods[mapping.PodID] = []*PodPortMapping{{IP: mapping.PodIP}}
+				}
+
+				pod := pods[mapping.PodID][0]
+				pod.PortMappings = append(pod.PortMappings, &PortMapping{HostPort: mapping.HostPort, ContainerPort: mapping.ContainerPort})
+			}
+
+			require.Len(b, pods, rows/each)
+
+			var same, repair, adopt samples
+
+			measure := func(to *samples, f func() error) {
+				n.do(func() {
+					begun := time.Now()
+					err := f()
+					*to = append(*to, time.Since(begun))
+
+					require.NoError(b, err)
+				})
+			}
+
+			for b.Loop() {
+				sync := func() error { return m.Sync(b.Context(), pods) }
+
+				measure(&same, sync)
+				n.wipe(IPv4)
+				measure(&repair, sync)
+				require.NoError(b, m.Close())
+				measure(&adopt, func() (err error) {
+					m, err = New(WithLogger(klog.Logger{}), WithoutSockets(), WithBackend(n.backend()))
+
+					return err
+				})
+			}
+
+			require.NoError(b, m.Close())
+
+			for what, s := range map[string]samples{"same": same, "repair": repair, "new": adopt} {
+				b.ReportMetric(float64(s.median().Microseconds())/1000, what+"-ms")
+			}
+		})
+	}
+}

@@ -27,7 +27,27 @@ func (c *change) del(r *row.Row) {
 	c.set(r.PortKey, slices.DeleteFunc(rest, func(o *row.Row) bool { return o == r }))
 }
 
-func (c *change) keep(r *row.Row) { c.delta.Keep = append(c.delta.Keep, r) }
+func (c *change) keep(r *row.Row) {
+	c.delta.Keep = append(c.delta.Keep, r)
+	c.amend(r)
+}
+
+// claim reports whether r is o's, as ownedBy does, and makes o known as the owner.
+func (c *change) claim(o row.Owner, hash string, r *row.Row) bool {
+	owned := c.m.ownedBy(o, hash, r)
+	if owned && !r.Owner.Known() {
+		c.amend(r)
+		r.SetOwner(o)
+	}
+
+	return owned
+}
+
+// amend has undo make r what it is now.
+func (c *change) amend(r *row.Row) {
+	was := *r
+	c.undos = append(c.undos, func() { *r = was })
+}
 
 func (c *change) set(k row.PortKey, rows []*row.Row) {
 	before := c.m.rows[k]

@@ -89,6 +89,32 @@ func TestRemoveFails(t *testing.T) {
 	})
 }
 
+// An Add that fails does not bring back what a Remove has disowned.
+func TestFailedAddOfRemovedPod(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
+		fm := m.familyOf([]*row.Row{{Pod: netip.AddrPortFrom(n.nodeIP(f), 80)}})
+		port := func(port int32) *PortMapping { return &PortMapping{HostPort: port, ContainerPort: 80} }
+
+		require.NoError(t, n.add(m, "gone", n.pod(0, f, port(8080))))
+		require.NoError(t, n.add(m, "other", n.pod(1, f, port(8081))))
+
+		fm.commitLock <- struct{}{}
+
+		require.ErrorIs(t, n.remove(m, "gone", nil), context.DeadlineExceeded)
+		<-fm.commitLock
+
+		before := m.Mappings()
+
+		conflict := (*ConflictError)(nil)
+		require.ErrorAs(t, n.add(m, "gone", n.pod(0, f, port(8080), port(8081))), &conflict)
+		assert.Equal(t, before, m.Mappings())
+
+		n.run(m)
+		n.soon(func() bool { return len(m.Mappings()) == 1 })
+	})
+}
+
 // A Remove of a family that cannot be looked at yet is carried out when it can.
 func TestRemoveBeforeReady(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {

@@ -196,7 +196,7 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 	if podPortMapping == nil {
 		op.plan = func(c *change) error {
 			for r := range m.table() {
-				if m.claim(op.owner, "", r) {
+				if m.ownedBy(op.owner, "", r) {
 					c.del(r)
 				}
 			}
@@ -214,9 +214,9 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 
 	op.owner.Namespace, op.owner.Name = podPortMapping.Namespace, podPortMapping.Name
 	op.plan = func(c *change) error {
-		for _, claim := range op.refs {
-			for _, r := range m.rows[claim.PortKey] {
-				if r.Endpoint == claim.Endpoint && m.claim(op.owner, claim.hash, r) {
+		for _, ref := range op.refs {
+			for _, r := range m.rows[ref.PortKey] {
+				if r.Endpoint == ref.Endpoint && m.ownedBy(op.owner, ref.hash, r) {
 					c.del(r)
 				}
 			}
@@ -237,12 +237,13 @@ func (m *hostportManager) planAdd(c *change, w *row.Row) error {
 	for _, r := range m.rows[w.PortKey] {
 		switch {
 		case !r.Overlaps(w.Endpoint):
-		case m.claim(w.Owner, w.Hash, r):
+		case c.claim(w.Owner, w.Hash, r):
 			switch {
 			case r.StandsFor(w) && !kept:
-				r.Label, kept = w.Label, true // of a row from before it may be lost
-				r.Device = cmp.Or(w.Device, r.Device)
 				c.keep(r)
+
+				r.Label, kept = w.Label, true // of a row from before a restart it may be lost
+				r.Device = cmp.Or(w.Device, r.Device)
 			case r.Endpoint == w.Endpoint:
 				w.MovedFrom(r)
 				c.del(r)
@@ -290,16 +291,6 @@ func (m *hostportManager) ownedBy(o row.Owner, hash string, r *row.Row) bool {
 	}
 
 	return o.Known() && (hash != "" && r.Hash == hash || m.backend.OwnedBy(o.ID, r))
-}
-
-// claim is ownedBy, and makes o known as the owner.
-func (m *hostportManager) claim(o row.Owner, hash string, r *row.Row) bool {
-	owned := m.ownedBy(o, hash, r)
-	if owned && !r.Owner.Known() {
-		r.SetOwner(o)
-	}
-
-	return owned
 }
 
 // hold binds the ports of the change's rows since a point. Each row has its share of the

@@ -135,8 +135,8 @@ func (m *hostportManager) planRemovals(c *change, pods []podRows) {
 	}
 
 	for r := range m.table() {
-		stays := slices.ContainsFunc(invalid, func(o row.Owner) bool { return m.claim(o, "", r) }) ||
-			slices.ContainsFunc(wanted[r.PortKey], func(w *row.Row) bool { return r.Endpoint == w.Endpoint && m.claim(w.Owner, w.Hash, r) })
+		stays := slices.ContainsFunc(invalid, func(o row.Owner) bool { return c.claim(o, "", r) }) ||
+			slices.ContainsFunc(wanted[r.PortKey], func(w *row.Row) bool { return r.Endpoint == w.Endpoint && c.claim(w.Owner, w.Hash, r) })
 		if !stays {
 			c.del(r)
 		}

@@ -521,7 +521,7 @@ func TestSyncInTime(t *testing.T) {
 		synced <- n.Host.Do(func() error { return m.Sync(ctx, map[string][]*PodPortMapping{"other": {pod}}) })
 	}()
 
-	n.soon(func() bool { return strings.Contains(stacks(), ").takeTurn(") })
+	n.soon(func() bool { return strings.Contains(stacks(), ").lockCommit(") })
 
 	go func() { added <- n.add(m, "id", pod) }()
 
@@ -1133,10 +1133,10 @@ func TestRunEnds(t *testing.T) {
 	<-m.families[0].commitLock
 
 	run(t.Context())
-	n.soon(func() bool { return strings.Contains(stacks(), ").follow(") })
+	n.soon(func() bool { return strings.Contains(stacks(), ").pump(") })
 	require.NoError(t, m.Close())
 	require.ErrorIs(t, <-ended, os.ErrClosed)
-	n.soon(func() bool { return !strings.Contains(stacks(), ").follow(") })
+	n.soon(func() bool { return !strings.Contains(stacks(), ").pump(") })
 }
 
 // stacks are those of all goroutines.
