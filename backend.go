@@ -28,7 +28,7 @@ type backend interface {
 
 	// List returns the rows that the kernel holds, whoever made them. intact is
 	// set if a reconcile of the whole would have nothing to do for them. With an
-	// *unseenError there may be more: list again returns those that could not be looked
+	// *unseenError, which is migration's, there may be more: List again returns those that could not be looked
 	// at, and no others.
 	List(ctx context.Context) (rows []*row.Row, intact bool, err error)
 
@@ -36,11 +36,12 @@ type backend interface {
 	// that would be too large in several. It returns what it has put right besides what the
 	// deltas ask for, in words, even if it fails then.
 	//
-	// On an error nothing has changed, or the next reconcile takes back what has: a process
-	// that was killed may have committed before. A *outcome.RefusedError says which delta was at
-	// fault. After any other error the outcome is unknown, and each of several deltas may
-	// be tried alone. With a *leftBehindError the backend in use holds what it is to hold,
-	// with a *outcome.PartlyError it may hold some of it, and is to be told what it is to hold.
+	// An *outcome.RefusedError says which delta is at fault: nothing has changed. After any
+	// other error the outcome is unknown, for a process that was killed may have committed
+	// before: the next Reconcile removes what is not to stand, and each of several deltas may
+	// be tried alone. With an *outcome.PartlyError some of it may be committed, and a Reconcile
+	// of the whole is to follow. A *leftBehindError is migration's: the backend in use holds
+	// what it is to hold.
 	Reconcile(ctx context.Context, t row.Target) (repairs []string, err error)
 
 	// Exempt makes the transactions to come leave addresses of Services untranslated,
@@ -72,8 +73,8 @@ type migration struct {
 	location map[*row.Row]backend // where the rows stand that are in one of previous
 }
 
-// finder returns a backend besides the one in use if that carries rows, or with all if it
-// has anything of ours, and else nil. It fails where nobody can look.
+// finder returns a backend besides the one in use, or nil if that has no rows; with all, nil
+// if it has nothing of ours at all. It fails where nobody can look.
 type finder func(ctx context.Context, all bool) (backend, error)
 
 func newMigration(inUse backend, others ...finder) *migration {
@@ -237,8 +238,8 @@ func isUnseen(err error) bool {
 	return errors.As(err, &unseen)
 }
 
-// reconcilePrevious makes right what is from before. What has no rows any more, and is to
-// have nothing else, is done with, as is what could not be looked at.
+// reconcilePrevious reconciles the backends that have rows from before. With exactly, one is
+// forgotten once nothing of ours is left in it; so is one that could not be looked at before.
 func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]string, error) {
 	var (
 		all  []string

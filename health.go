@@ -13,21 +13,21 @@ type condition uint8
 const (
 	inSync  condition = iota // the backend in use holds the table
 	suspect                  // it may lack some of it
-	inDoubt                  // it may have rows besides, of operations whose outcome is unknown
+	inDoubt                  // nobody knows the outcome of a transaction, so it may have rows besides
 )
 
 const (
 	// repairPause is how long a repair that has failed is not tried again.
 	repairPause = time.Second
-	// leftoverPause is how much longer where it is only about what is from before:
-	// a lock that is held, or a program that is missing, would hold up others.
+	// leftoverPause is added to that where only rows in another backend are left to be
+	// removed. A try may wait for the xtables lock, and operations would wait behind it.
 	leftoverPause = 10 * time.Second
 )
 
 // health is what is known of the kernel's state, and when Run is to do something about
 // it. Nothing but its methods changes it.
 //
-//	           others, a failed repair              outcome unknown
+//	           others, a failed repair        outcome unknown (from any state)
 //	in sync ────────────────────────────▶ suspect ──────────────────▶ in doubt
 //	   ▲                                     │                            │
 //	   └────────── all rows reconciled ──────┴────────────────────────────┘

@@ -27,10 +27,9 @@ import (
 type HostPortManager interface {
 	// Add maps the host ports of a pod. id is the pod's sandbox id, one per
 	// pod and never empty. natInterfaceName is the host's interface towards
-	// the pod, with a bridge that and not its port. Where it is empty, "lo" or
-	// none that exists, as "all" is, it is the one that the route to the pod IP
-	// leads to. On that interface Add sets the sysctl route_localnet; see
-	// WithoutLocalhost.
+	// the pod; where pods hang on a bridge, it is the bridge. If it is empty, "lo"
+	// or no interface's name, the route to the pod IP tells the interface. On that
+	// interface Add sets the sysctl route_localnet; see WithoutLocalhost.
 	//
 	// Either all rows of podPortMapping work when Add returns nil, or nothing
 	// has changed. Add again puts back what is missing, adds rows that are new
@@ -95,10 +94,10 @@ type hostportManager struct {
 	// with them, if they were others.
 	nodeBefore *nodeaddr.Addresses
 	flushAt    time.Time // not before this are they compared again: it has failed
-	// lost are rows of operations that failed when nobody knew whether the kernel had
-	// them: once it has not, their flows end.
+	// lost are rows of operations whose outcome was unknown. Their flows end once a
+	// reconcile has seen to it that the kernel does not have the rows.
 	lost      []*row.Row
-	exemptDue bool   // the backend has yet to make true what exempt was told, or may have
+	exemptDue bool   // a transaction has yet to carry out what Exempt was told, as far as is known
 	nodeErr   string // why they could not be looked at last
 
 	localhost localhost.Opener

@@ -48,7 +48,7 @@ func (m *hostportManager) view() flows.View {
 	}
 }
 
-// withView calls look with the commit lock held. Close calls flows.stop first, so the manager
+// withView calls look with the commit lock held. Close calls flows.Stop first, so the manager
 // is open.
 func (m *hostportManager) withView(ctx context.Context, look func(flows.View)) error {
 	if err := m.lockCommit(ctx); err != nil {

@@ -60,7 +60,8 @@ func FamilyOf(ipt Programs) row.Family {
 	return row.IPv4
 }
 
-// OnlyPrevious makes b one that is not in use: the guard stands with what is.
+// OnlyPrevious makes b a backend that only has rows from before. The guard is the matter of
+// the backend in use.
 func (b *Backend) OnlyPrevious() { b.previous, b.guard = true, nil }
 
 // RowsAtOnce is Most for iptables-nft. What it does with the names of chains takes
@@ -202,9 +203,9 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string
 	return repairs, err
 }
 
-// scriptFromModel writes deltas if the model can be relied on: for rows that are to stand only if
-// nobody else may have changed something, for that a rule stands before another cannot be
-// asserted. Else it returns nil.
+// scriptFromModel writes the deltas from the model, without reading the tables. It returns nil
+// if there is no model, if the target is whole, or if rows are to be kept and others may have
+// changed the tables: -C cannot assert the order of rules.
 func (b *Backend) scriptFromModel(ctx context.Context, t row.Target) *script {
 	keeps := slices.ContainsFunc(t.Deltas, func(d row.Delta) bool { return len(d.Keep) > 0 })
 	if b.ruleset == nil || t.Whole || keeps && b.watch.changed(ctx) {

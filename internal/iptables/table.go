@@ -279,9 +279,9 @@ func isHash(s string) bool {
 	return len(s) == row.HashLen && strings.Trim(s, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
 }
 
-// Locate finds out whether a base rule is in place in its chain, and what stands in
-// place of it or besides: then all of that has to go, as what goes is the first of
-// several copies.
+// Locate notes a base rule that is missing, that is at the wrong position or that has copies,
+// with all rules like it. These are all deleted before the rule is put in again: -D deletes
+// the first copy, not one that we choose.
 func (rs *Ruleset) Locate(t *Table, base Rule) {
 	chain := t.Chains[base.Chain]
 

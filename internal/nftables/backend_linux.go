@@ -116,7 +116,7 @@ type Backend struct {
 	ruleset *Ruleset
 	log     klog.Logger
 	epoch   int // in which what follows was true
-	// made is set once our table stands. seen is how it looked when it was last found or
+	// made is set once our table stands. Seen is how it looked when it was last found or
 	// made to be as ours, and zero if nobody knows.
 	made     bool
 	Seen     Observed
@@ -358,10 +358,10 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string
 // element that we did not remove because it was not ours, or something in place of
 // ours that the next try is to delete.
 //
-// After outcome.MaxOvertaken times the transaction is made all the same. It still fails if
-// there is an element that the look did not find, or none that it did, though not
-// if a foreign one has come into its place. What else may have happened in that
-// instant the next operation finds.
+// After outcome.MaxOvertaken tries the transaction is sent without the condition. The
+// kernel still refuses to add an element that exists, and to delete one that is missing.
+// It does not notice if somebody has replaced an element since the look: that one is
+// deleted. The next operation finds what else has happened in that instant.
 func overtaken(err error) bool {
 	refused := (*nfnetlink.BatchError)(nil)
 

@@ -18,7 +18,7 @@ import (
 // kernel keeps it.
 type Observed struct {
 	Table  nfnetlink.TableInfo
-	chains []nfnetlink.ChainInfo // as nftLayout.chains has them; zero where there is none
+	chains []nfnetlink.ChainInfo // as Layout.chains has them; zero where there is none
 	sets   []nfnetlink.SetInfo   // all that the table has, as are
 	rules  []nfnetlink.RuleInfo
 }

@@ -88,8 +88,9 @@ func (p *plan) exempt(have, want map[netip.Addr]bool) {
 	}
 }
 
-// provesItself reports whether the kernel would refuse the plan if it did not hold
-// what it should. It says nothing of what is only kept, unless that is known.
+// provesItself reports whether the plan may be sent without a look. It may if each element is
+// added or deleted, which the kernel refuses where we are wrong about what it has, or is known
+// to be there in this epoch.
 func (p *plan) provesItself() bool {
 	for _, w := range p.wanted {
 		if w.have == w.want && !w.known {
@@ -217,9 +218,9 @@ func (p *plan) want(r *row.Row, e Element) {
 	}
 }
 
-// prune extends the plan to what is there and not wanted: exactly takes out all of it, and
-// else what a transaction in doubt has left, and what changes the way of packets to rows,
-// whoever made it.
+// prune extends the plan to elements that are there and not wanted. With exactly all of them
+// go. Else those go that a transaction of ours in doubt has left, and those of the sets
+// services and neighbours, because they change where packets to rows go.
 func (p *plan) prune(b *Backend, have map[ElementKey]Element, exactly bool) {
 	for key, e := range have {
 		doubt := b.inDoubt[key]
