@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -495,27 +496,32 @@ func TestSyncLooksAgain(t *testing.T) {
 	})
 }
 
-// Rows that there is no program for are not said to be gone; chains without rows are none.
+// Rows that there is no program for are not said to be gone; chains without rows are none, nor
+// are those of others.
 func TestRemoveWithoutProgram(t *testing.T) {
-	n := newNode(t, iptables.NFT)
-	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
+		n.iptables(f, "-N", "OTHERS")
+		n.iptables(f, "-A", "OTHERS", "-m", "comment", "--comment", "hostport", "-j", "RETURN")
 
-	old := *n
-	n.change(viaNFTables)
+		old := *n
+		n.change(viaNFTables)
 
-	path := os.Getenv("PATH")
-	t.Setenv("PATH", t.TempDir())
+		path := os.Getenv("PATH")
+		t.Setenv("PATH", t.TempDir())
 
-	m := n.manager()
-	require.ErrorContains(t, n.remove(m, "id", nil), "iptables-nft")
-	t.Setenv("PATH", path)
-	require.NoError(t, n.remove(m, "id", nil))
-	assert.Empty(t, old.leftOver(IPv4))
-	assert.NotEmpty(t, old.ours(IPv4), "what stays without rows")
-	require.NoError(t, m.Close())
+		m := n.manager()
+		require.ErrorContains(t, n.remove(m, "id", nil), iptables.Command(f)+"-"+string(old.variant))
+		t.Setenv("PATH", path)
+		require.NoError(t, n.remove(m, "id", nil))
+		assert.Empty(t, old.leftOver(f))
+		assert.NotEmpty(t, old.ours(f), "what stays without rows")
+		require.NoError(t, m.Close())
 
-	t.Setenv("PATH", t.TempDir())
+		t.Setenv("PATH", t.TempDir())
 
-	m = n.manager()
-	require.NoError(t, n.remove(m, "id", nil))
+		m = n.manager()
+		require.NoError(t, n.remove(m, "id", nil))
+		require.ErrorContains(t, n.syncFamily(m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)], nil), "-"+string(old.variant))
+	})
 }

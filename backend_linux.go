@@ -167,20 +167,23 @@ func (o *opener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []n
 	return nft, chains, err
 }
 
-// previous returns an iptables that may carry rows from previous.
+// previous returns an iptables that carries rows from before. No program is started for one
+// that does not: the kernel itself says whether there are chains of ours.
 func (o *opener) previous(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
-	there, err := iptables.HaveNAT(f, v)
-	if err != nil {
-		return nil, err
-	}
+	var there bool
 
 	if v == iptables.NFT { // which keeps its tables among those of nf_tables
-		var chains []nfnetlink.ChainInfo
-		if _, chains, err = o.chains(ctx, f); err != nil {
+		_, chains, err := o.chains(ctx, f)
+		if err != nil {
 			return nil, err
 		}
 
 		there = iptables.HaveOurs(chains, all)
+	} else {
+		var err error
+		if there, err = iptables.LegacyHasOurs(f, all); err != nil {
+			return nil, err
+		}
 	}
 
 	if !there {
@@ -188,12 +191,6 @@ func (o *opener) previous(ctx context.Context, f ipFamily, v iptables.Variant, a
 	}
 
 	t, err := iptables.FindVariant(ctx, f, v)
-	if v == iptables.Legacy && errors.Is(err, outcome.ErrUnavailable) { // the table need not have anything of ours
-		o.cfg.log.Error(err, "Cannot look for host ports from before", "family", f, "variant", v)
-
-		return nil, nil //nolint:nilnil // likewise
-	}
-
 	if err != nil {
 		return nil, err
 	}

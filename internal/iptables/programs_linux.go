@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"math/bits"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,7 +16,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"github.com/coreos/go-iptables/iptables"
 	"golang.org/x/sys/unix"
@@ -189,14 +187,11 @@ func (t *Installed) NewBackend(
 	return b
 }
 
-// HaveNAT reports whether a family has the table nat.
-func HaveNAT(f row.Family, v Variant) (bool, error) { return tableThere(f, v, NATTable) }
-
 // HaveOurs reports whether chains of nf_tables are ours of iptables-nft: with all any,
 // else those that rows have.
 func HaveOurs(chains []nfnetlink.ChainInfo, all bool) bool {
 	return slices.ContainsFunc(chains, func(c nfnetlink.ChainInfo) bool {
-		return c.Table == NATTable && ourChain(c.Name) && (all || c.Name != DNATDispatch && c.Name != MasqDispatch)
+		return c.Table == NATTable && isOurs(c.Name, all)
 	})
 }
 
@@ -386,63 +381,4 @@ func lineIn(stderr string) int {
 	}
 
 	return n
-}
-
-// legacyInfo is struct ipt_getinfo (linux/netfilter_ipv4/ip_tables.h), which
-// IPv6 has as well.
-type legacyInfo struct {
-	Name       [32]byte
-	ValidHooks uint32
-	HookEntry  [5]uint32
-	Underflow  [5]uint32
-	NumEntries uint32
-	Size       uint32
-}
-
-// legacyGetInfo is IPT_SO_GET_INFO and IP6T_SO_GET_INFO.
-const legacyGetInfo = 64
-
-// legacyState returns how many rules the legacy tables have, and where the
-// chains of the hooks begin and end, which takes the kernel no time.
-func (t *Installed) legacyState() (tablesState, error) {
-	domain, level := unix.AF_INET, unix.SOL_IP
-	if t.Family == row.IPv6 {
-		domain, level = unix.AF_INET6, unix.SOL_IPV6
-	}
-
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-	if err != nil {
-		return tablesState{}, fmt.Errorf("open raw socket: %w", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-
-	state := tablesState{}
-
-	for _, table := range []string{NATTable, RawTable} {
-		there, err := tableThere(t.Family, Legacy, table)
-		if err != nil {
-			return tablesState{}, err
-		}
-
-		if !there { // to ask would make it
-			continue
-		}
-
-		info := legacyInfo{}
-		copy(info.Name[:], table)
-
-		size := uint32(unsafe.Sizeof(info))
-
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), legacyGetInfo,
-			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0) //nolint:gosec // as x/sys cannot
-		if errno != 0 {
-			return tablesState{}, fmt.Errorf("look at table %s: %w", table, errno)
-		}
-
-		// Each hook has a policy, and the table an end.
-		state.entries += int(info.NumEntries) - bits.OnesCount32(info.ValidHooks) - 1
-		state.hooks += fmt.Sprint(info)
-	}
-
-	return state, nil
 }
