@@ -201,6 +201,45 @@ func TestUDPFlowEnds(t *testing.T) {
 	})
 }
 
+// Flows that no row would lead if they began now stay: those from a loopback address without
+// localhost, and those from a link-local one of IPv6.
+func TestFlowsThatNoRowLeadsStay(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager(WithoutSockets(), WithoutLocalhost())
+		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
+
+		conn := n.nfnetlink()
+		flows := func() []nfnetlink.Flow {
+			list, err := conn.Flows(t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_UDP, 5353)
+			require.NoError(t, err)
+
+			return list
+		}
+		want := 1
+
+		at := netip.AddrPortFrom(f.Loopback().Addr().Next(), 5353)
+		if f == IPv6 {
+			at = netip.AddrPortFrom(f.Loopback().Addr(), 5353)
+			to := netip.AddrPortFrom(n.nodeIP(f), 5353)
+
+			n.hostService("udp", to.String())
+
+			_, err := n.Client.AskFrom(t.Context(), "udp", netip.AddrPortFrom(linkLocal(t, n.Client, "eth0"), 0), to)
+			require.NoError(t, err)
+
+			want++
+		}
+
+		n.hostService("udp", at.String())
+		n.answers(n.Host, "udp", at, "host")
+
+		before := flows()
+		require.Len(t, before, want)
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+		assert.ElementsMatch(t, before, flows())
+	})
+}
+
 // Flows of others stay, though they are to the same port number: forwarded
 // ones, and those of another row for another address.
 func TestOthersFlowsStay(t *testing.T) {
