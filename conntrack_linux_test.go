@@ -209,7 +209,7 @@ func TestFlowsThatNoRowLeadsStay(t *testing.T) {
 		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
 
 		conn := n.nfnetlink()
-		flows := func() []nfnetlink.Flow {
+		tracked := func() []nfnetlink.Flow {
 			list, err := conn.Flows(t.Context(), nftables.NewLayout(f).Table.Family, unix.IPPROTO_UDP, 5353)
 			require.NoError(t, err)
 
@@ -233,10 +233,10 @@ func TestFlowsThatNoRowLeadsStay(t *testing.T) {
 		n.hostService("udp", at.String())
 		n.answers(n.Host, "udp", at, "host")
 
-		before := flows()
+		before := tracked()
 		require.Len(t, before, want)
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
-		assert.ElementsMatch(t, before, flows())
+		assert.ElementsMatch(t, before, tracked())
 	})
 }
 
