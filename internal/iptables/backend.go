@@ -239,9 +239,12 @@ func (b *Backend) run(ctx context.Context, s *script) error {
 		}
 	}
 
-	b.ruleset = s.ruleset
+	if s.ruleset != b.ruleset { // lookOver goes through all rules
+		b.ruleset = s.ruleset
+		b.ruleset.lookOver()
+	}
+
 	b.ruleset.Misplaced = nil
-	b.ruleset.lookOver()
 
 	return nil
 }
