@@ -288,7 +288,7 @@ type chaos struct {
 	runtime *runtimeProcess
 	model   map[string][]*row.Row        // by pod
 	taken   map[row.PortKey]net.Listener // by a process of others
-	layout  map[ipFamily]string          // of our nftables, but for the elements
+	layout  map[ipFamily]string          // of our nftables, except the elements
 	faults  map[string]int
 	ops     map[string]int
 	// compareFlows is set if flows are compared with the model as well: in the long form alone,

@@ -89,21 +89,6 @@ func TestRemoveFails(t *testing.T) {
 	})
 }
 
-// Of two sandboxes with one address nothing stays, though a restart comes between their ends.
-func TestNothingStaysOfTwo(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
-		m := n.manager()
-		require.NoError(t, n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
-		require.NoError(t, n.add(m, "b", n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))
-		require.NoError(t, n.remove(m, "b", nil))
-		require.NoError(t, m.Close())
-
-		m = n.manager()
-		require.NoError(t, n.remove(m, "a", nil))
-		assert.Empty(t, n.leftOver(f))
-	})
-}
-
 // An Add that fails does not bring back what a Remove has disowned.
 func TestFailedAddOfRemovedPod(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {

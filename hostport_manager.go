@@ -467,7 +467,7 @@ func (m *hostportManager) needsRules() bool {
 }
 
 // start is the constructors' attempt at ready, which does not wait for another manager.
-// What keeps it from succeeding is told by the first Add.
+// The first Add reports what keeps it from succeeding.
 func (m *hostportManager) start() error {
 	if err := m.namespace.isCurrent(); err != nil {
 		return err

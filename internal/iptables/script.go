@@ -388,7 +388,7 @@ func (s *script) putPath(i int, r *row.Row, sides []Side) {
 
 // remove takes out whatever there is of rows. All are flushed first: one may lead to
 // another, iptables-nft looks at every rule that is deleted before a flush, and forgets
-// that it has deleted a rule if it is told to flush its chain then (1.8.9).
+// that it has deleted a rule if the rule's chain is flushed afterwards (1.8.9).
 func (s *script) remove(of func(*row.Row) int, rows []*row.Row) {
 	var (
 		sides []Side

@@ -108,7 +108,7 @@ func (n *Ruleset) now(ctx context.Context, try int) (uint32, error) {
 // condition that nobody else has committed anything since the last one. If
 // somebody has, the backend looks whether its rules are still there and what
 // there is under the keys of the delta, and commits on condition that this is
-// so. If its rules are not what they were, it makes them anew, with all
+// so. If its rules are not what they were, it recreates them, with all
 // elements that are missing, in the same transaction.
 type Backend struct {
 	Layout

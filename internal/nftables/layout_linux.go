@@ -97,7 +97,7 @@ func NewLayout(f row.Family) Layout {
 }
 
 // Objects makes everything but the elements. What is there stays, except for the
-// rules, which are made anew: CRI-O's rule for hairpin never matches.
+// rules, which are recreated: CRI-O's rule for hairpin never matches.
 func (l Layout) Objects() []netlink.Message {
 	msgs := []netlink.Message{l.Table.Create()}
 

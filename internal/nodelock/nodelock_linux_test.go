@@ -122,7 +122,7 @@ func TestIndependent(t *testing.T) {
 	}
 }
 
-// Without CAP_NET_ADMIN nobody takes it, and is told the right reason.
+// Without CAP_NET_ADMIN nobody takes it, and the error gives the right reason.
 func TestUnprivileged(t *testing.T) {
 	b := bed(t)
 	holder := newLock(t, nodelock.IPv4)
