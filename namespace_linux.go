@@ -13,20 +13,20 @@ var errOtherNamespace = errors.New("the calling thread is in another network nam
 // namespace is the network namespace of whoever asks about it first.
 type namespace struct{ known atomic.Pointer[namespaceID] }
 
-// namespaceID identifies a network namespace (namespaces(7)).
-type namespaceID struct{ device, inode uint64 }
+// namespaceID is what the link of a network namespace says, such as net:[4026531840]
+// (namespaces(7)).
+type namespaceID [32]byte
 
 // isCurrent fails if the calling thread is in another network namespace: a socket or a
 // process would be there, and the rules here. It takes some microseconds and no file
-// descriptor.
+// descriptor. To read the link takes half of the time of a stat(2) behind it.
 func (n *namespace) isCurrent() error {
-	var stat unix.Stat_t
+	var now namespaceID
 
-	if err := unix.Stat("/proc/thread-self/ns/net", &stat); err != nil {
+	if _, err := unix.Readlink("/proc/thread-self/ns/net", now[:]); err != nil {
 		return fmt.Errorf("look at the network namespace: %w", err)
 	}
 
-	now := namespaceID{uint64(stat.Dev), stat.Ino} //nolint:unconvert // 32 bits on some systems
 	if n.known.CompareAndSwap(nil, &now) || *n.known.Load() == now {
 		return nil
 	}
