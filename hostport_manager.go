@@ -160,13 +160,16 @@ func (m *hostportManager) Add(id string, podPortMapping *PodPortMapping, natInte
 		return nil
 	}
 
-	return m.add(rows, natInterfaceName)
+	ctx, cancel := m.cfg.withTimeout(context.Background())
+	defer cancel()
+
+	return m.add(ctx, rows, natInterfaceName)
 }
 
 // add puts in the rows of one pod, of which there is at least one. device is the
 // interface to the pod, if known.
-func (m *hostportManager) add(rows []*row.Row, device string) error {
-	return m.do(&operation{
+func (m *hostportManager) add(ctx context.Context, rows []*row.Row, device string) error {
+	return m.do(ctx, &operation{
 		name:  "add",
 		owner: rows[0].Owner,
 		rows:  rows,
@@ -186,10 +189,13 @@ func (m *hostportManager) add(rows []*row.Row, device string) error {
 
 // Remove implements HostPortManager.
 func (m *hostportManager) Remove(id string, podPortMapping *PodPortMapping) error {
-	return m.remove(id, podPortMapping, m.namespace.isCurrent)
+	ctx, cancel := m.cfg.withTimeout(context.Background())
+	defer cancel()
+
+	return m.remove(ctx, id, podPortMapping, m.namespace.isCurrent)
 }
 
-func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allowed func() error) error {
+func (m *hostportManager) remove(ctx context.Context, id string, podPortMapping *PodPortMapping, allowed func() error) error {
 	op := &operation{name: "remove", owner: row.Owner{ID: id}, remove: true}
 
 	if podPortMapping == nil {
@@ -203,7 +209,7 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 			return nil
 		}
 
-		return m.do(op, allowed)
+		return m.do(ctx, op, allowed)
 	}
 
 	op.refs = refsOf(id, podPortMapping, m.family)
@@ -224,7 +230,7 @@ func (m *hostportManager) remove(id string, podPortMapping *PodPortMapping, allo
 		return nil
 	}
 
-	return m.do(op, allowed)
+	return m.do(ctx, op, allowed)
 }
 
 // planAdd puts w into the table and out of it what w replaces: the pod's own
@@ -473,7 +479,7 @@ func (m *hostportManager) start() error {
 		return err
 	}
 
-	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
+	ctx, cancel := m.cfg.withTimeout(context.Background())
 	defer cancel()
 
 	if err := m.lockNode(ctx, false); err != nil {

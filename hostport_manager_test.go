@@ -717,18 +717,21 @@ func TestTimeout(t *testing.T) {
 
 	var wg sync.WaitGroup
 
-	errs := make([]error, 2)
+	var first error
 
-	wg.Go(func() { errs[0] = n.add(m, "first", n.pod(0, IPv4, port)) })
+	wg.Go(func() { first = n.add(m, "first", n.pod(0, IPv4, port)) })
 	<-held
-	wg.Go(func() {
-		errs[1] = n.add(m, "second", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80}))
-		close(hold)
-	})
+
+	for range 2 { // each waits for half of the time that the first one has in all
+		err := n.add(m, "second", n.pod(1, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80}))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorContains(t, err, "waiting for operations before it")
+	}
+
+	close(hold)
 	wg.Wait()
 
-	assert.ErrorIs(t, errs[1], context.DeadlineExceeded, "waiting for its turn")
-	assert.ErrorIs(t, errs[0], context.DeadlineExceeded, "its process was given no time")
+	require.ErrorIs(t, first, context.DeadlineExceeded, "its process was given no time")
 
 	fake.restore = nil
 	m.cfg.timeout = defaultTimeout
@@ -736,6 +739,70 @@ func TestTimeout(t *testing.T) {
 	require.NoError(t, n.add(m, "third", n.pod(1, IPv4, port)), "the first has nothing left")
 	assert.Len(t, parsedRows(t, n), 1)
 	assert.Len(t, m.mappings(), 1)
+}
+
+// The caller's context ends the waiting, and not what has begun; a Remove that it ends is
+// carried out later.
+func TestContext(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+		n.do(func() {
+			ended, end := context.WithCancel(t.Context())
+			end()
+
+			require.ErrorIs(t, m.AddContext(ended, "id", pod, ""), context.Canceled)
+			assert.Empty(t, n.leftOver(f))
+			require.NoError(t, m.AddContext(ended, "id", n.pod(0, f), ""), "nothing to wait for")
+
+			require.NoError(t, m.AddContext(t.Context(), "id", pod, ""))
+			require.ErrorIs(t, m.RemoveContext(ended, "id", nil), context.Canceled)
+
+			for _, row := range m.Mappings() {
+				assert.Empty(t, row.PodID, "nobody's")
+			}
+
+			require.NoError(t, m.RemoveContext(t.Context(), "other", nil))
+			require.NoError(t, m.AddContext(t.Context(), "other", pod, ""))
+			require.NoError(t, m.RemoveContext(t.Context(), "other", nil))
+			assert.Empty(t, n.leftOver(f))
+
+			// While somebody else's operation takes its time:
+			fm := m.families[map[ipFamily]int{IPv4: 0, IPv6: 1}[f]]
+			fm.commitLock <- struct{}{}
+
+			waits, stop := context.WithTimeout(t.Context(), testbed.Stretch(50*time.Millisecond))
+			defer stop()
+
+			require.ErrorIs(t, m.AddContext(waits, "id", pod, ""), context.DeadlineExceeded)
+			assert.Empty(t, fm.queue, "withdrawn")
+			<-fm.commitLock
+		})
+	})
+}
+
+// One transaction of several operations has the time of the first of them that began, and
+// none of them is cut short by one in a hurry.
+func TestTimeOfTransaction(t *testing.T) {
+	t.Parallel()
+
+	m := newHostportManager(IPv4, newConfig([]Option{WithTimeout(time.Minute)}), nil)
+	from := time.Now()
+	at := func(seconds ...int) time.Duration {
+		var ops []*operation
+		for _, s := range seconds {
+			ops = append(ops, &operation{deadline: from.Add(time.Duration(s) * time.Second)})
+		}
+
+		return m.until(ops).Sub(from).Round(time.Second)
+	}
+
+	assert.Equal(t, 60*time.Second, at(60))
+	assert.Equal(t, 5*time.Second, at(5))
+	assert.Equal(t, 35*time.Second, at(60, 35))
+	assert.Equal(t, 30*time.Second, at(5, 60, 60))
+	assert.Equal(t, 20*time.Second, at(5, 20))
 }
 
 // lateIPTables commits and then goes on until it is killed.

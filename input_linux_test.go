@@ -88,7 +88,7 @@ func TestAddressesFromBefore(t *testing.T) {
 					rows[0].Pod = netip.AddrPortFrom(netip.MustParseAddr(ip), 80)
 				}
 
-				n.do(func() { require.NoError(t, fm.add(rows, "")) })
+				n.do(func() { require.NoError(t, fm.add(t.Context(), rows, "")) })
 
 				pods = append(pods, &PodPortMapping{IP: rows[0].Pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm}})
 			}

@@ -21,6 +21,7 @@ import (
 // methods are to be called in the network namespace that it was made in, the node's:
 // Add, Remove, Sync, Check and Run fail on a thread in another one, and change nothing.
 type Manager struct {
+	cfg      config
 	families []*hostportManager
 	opener   *opener
 	lock     *nodeLock // of both families, taken before that of either
@@ -64,9 +65,9 @@ func New(opts ...Option) (*Manager, error) {
 // for another manager.
 func newManager(opts []Option, wait bool) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
+	m := &Manager{cfg: cfg, opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
 
-	ctx, cancel := context.WithTimeout(context.Background(), cfg.timeout)
+	ctx, cancel := cfg.withTimeout(context.Background())
 	defer cancel()
 
 	var errs []error
@@ -102,23 +103,54 @@ func newManager(opts []Option, wait bool) (*Manager, error) {
 	return m, nil
 }
 
-// Add implements HostPortManager.
+// Add implements HostPortManager. It is AddContext without a context.
 func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error {
+	return m.AddContext(context.Background(), id, podPortMapping, natInterfaceName)
+}
+
+// AddContext is Add, and waits for others no longer than until ctx ends. A transaction
+// that has begun then is finished all the same, unless ctx's deadline passes. One that Add
+// shares with other operations has the time that those have; see WithTimeout.
+func (m *Manager) AddContext(ctx context.Context, id string, podPortMapping *PodPortMapping, natInterfaceName string) error {
 	rows, err := rowsOf(id, podPortMapping)
 	if err != nil || len(rows) == 0 {
 		return err
 	}
 
-	return m.familyOf(rows).add(rows, natInterfaceName)
+	ctx, cancel := m.cfg.withTimeout(ctx)
+	defer cancel()
+
+	return m.familyOf(rows).add(ctx, rows, natInterfaceName)
 }
 
-// Remove implements HostPortManager. It goes on past an error and returns all.
+// Remove implements HostPortManager. It goes on past an error and returns all. It is
+// RemoveContext without a context.
 func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
+	return m.RemoveContext(context.Background(), id, podPortMapping)
+}
+
+// RemoveContext is Remove, and ctx is to it what it is to AddContext. Where it fails
+// because ctx has ended, Run, or the next operation that wants the ports, does it.
+func (m *Manager) RemoveContext(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
+	allowed := sync.OnceValue(m.families[0].namespace.isCurrent) // both were made in one namespace
+
+	return m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+		return fm.remove(ctx, id, podPortMapping, allowed)
+	})
+}
+
+// eachFamily does the same for both families, each with its share of the time.
+func (m *Manager) eachFamily(ctx context.Context, do func(context.Context, *hostportManager) error) error {
+	ctx, cancel := m.cfg.withTimeout(ctx)
+	defer cancel()
+
 	var errs []error
 
-	allowed := sync.OnceValue(m.families[0].namespace.isCurrent) // both were made in one namespace
-	for _, fm := range m.families {
-		errs = append(errs, fm.remove(id, podPortMapping, allowed))
+	for i, fm := range m.families {
+		part, cancel := partOf(ctx, len(m.families)-i)
+		errs = append(errs, do(part, fm))
+
+		cancel()
 	}
 
 	return errors.Join(errs...)
@@ -158,9 +190,9 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 		}
 	}
 
-	for i, fm := range m.families {
-		errs = append(errs, fm.sync(ctx, wanted[i]))
-	}
+	errs = append(errs, m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+		return fm.sync(ctx, wanted[slices.Index(m.families, fm)])
+	}))
 
 	return errors.Join(errs...)
 }
@@ -178,6 +210,9 @@ func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortM
 	if err != nil || len(rows) == 0 {
 		return err
 	}
+
+	ctx, cancel := m.cfg.withTimeout(ctx)
+	defer cancel()
 
 	missing, err := m.familyOf(rows).check(ctx, rows)
 	if err != nil {

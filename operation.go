@@ -22,6 +22,8 @@ type operation struct {
 	// plan does the operation to the table and the sockets. It may be called
 	// again after its change has been undone.
 	plan func(*change) error
+	// deadline is when its caller wants it done.
+	deadline time.Time
 
 	change *change
 	done   bool // guarded by commitLock, as is err
@@ -30,17 +32,20 @@ type operation struct {
 
 // do brings op into the kernel, together with whatever else waits, unless allowed says
 // why not.
-func (m *hostportManager) do(op *operation, allowed func() error) error {
+func (m *hostportManager) do(ctx context.Context, op *operation, allowed func() error) error {
 	if err := allowed(); err != nil {
 		return m.wrap(op, err)
 	}
 
 	start := time.Now()
+	op.deadline, _ = ctx.Deadline()
 
-	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
-	defer cancel()
+	err := m.lockNode(ctx, true)
+	if err == nil {
+		err = ctx.Err()
+	}
 
-	if err := m.lockNode(ctx, true); err != nil {
+	if err != nil {
 		if op.remove {
 			m.remember(op)
 		}
@@ -52,15 +57,16 @@ func (m *hostportManager) do(op *operation, allowed func() error) error {
 	m.queue = append(m.queue, op)
 	m.queueMu.Unlock()
 
-	select {
-	case m.commitLock <- struct{}{}:
-	case <-ctx.Done():
+	wait, cancel := partOf(ctx, 2) // the other half is for the transaction
+	defer cancel()
+
+	if err := m.lockCommit(wait); err != nil {
 		if m.withdraw(op) {
 			if op.remove {
 				m.remember(op)
 			}
 
-			return m.wrap(op, fmt.Errorf("waiting for operations before it: %w", ctx.Err()))
+			return m.wrap(op, err)
 		}
 
 		m.commitLock <- struct{}{} // somebody is at it already
@@ -69,7 +75,7 @@ func (m *hostportManager) do(op *operation, allowed func() error) error {
 	defer func() { <-m.commitLock }()
 
 	if !op.done {
-		m.commit(m.takeQueue())
+		m.commit(m.takeQueue()) //nolint:contextcheck // not of one caller alone
 	}
 
 	if op.err != nil {
@@ -185,9 +191,19 @@ func (m *hostportManager) logDone(op *operation, took time.Duration) {
 	}
 }
 
+// until is how long a transaction of ops may take: until the first of them wants to be done.
+// But one in a hurry does not leave the others less than what they have not waited.
+func (m *hostportManager) until(ops []*operation) time.Time {
+	byDeadline := func(a, b *operation) int { return a.deadline.Compare(b.deadline) }
+	first, last := slices.MinFunc(ops, byDeadline).deadline, slices.MaxFunc(ops, byDeadline).deadline
+	half := time.Now().Add(m.cfg.timeout / 2) // the other half is for waiting
+
+	return slices.MaxFunc([]time.Time{first, slices.MinFunc([]time.Time{half, last}, time.Time.Compare)}, time.Time.Compare)
+}
+
 // commit gives each operation its outcome. The caller has the commit lock.
 func (m *hostportManager) commit(ops []*operation) {
-	ctx, cancel := context.WithTimeout(context.Background(), m.cfg.timeout)
+	ctx, cancel := context.WithDeadline(context.Background(), m.until(ops))
 	defer cancel()
 
 	err := m.ready(ctx)

@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"context"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -61,6 +62,18 @@ func newConfig(opts []Option) config {
 	return cfg
 }
 
+// withTimeout is ctx with the time that a call may take.
+func (c config) withTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, c.timeout)
+}
+
+// partOf is ctx for the next of so many steps that share what is left of its time.
+func partOf(ctx context.Context, steps int) (context.Context, context.CancelFunc) {
+	deadline, _ := ctx.Deadline()
+
+	return context.WithTimeout(ctx, time.Until(deadline)/time.Duration(steps))
+}
+
 // WithBackend forces a backend for new rows. Those that another one carries
 // from before are kept, held and removed there all the same, and moved over by
 // their pod's next Add, or Sync. The default is BackendAuto. With any other than
@@ -86,13 +99,18 @@ func WithoutLocalhost() Option {
 	return func(c *config) { c.localhost = false }
 }
 
-// WithTimeout bounds how long Add and Remove wait for others' operations, or for another
-// manager to close, and then how long the transaction may take, in each family; the
-// default is 30 seconds each. For Sync and Check it bounds all of that together, and for
-// New how long it waits for another manager. Up to five seconds more go into ending UDP
-// and SCTP flows. An operation that runs out of it returns an error with
-// context.DeadlineExceeded in its chain. Durations that are not positive stand for
-// the default.
+// WithTimeout bounds how long a call of Add, Remove, Sync or Check takes as a whole, both
+// families together; the default is 30 seconds. Half of it may go into waiting for
+// operations of others, and all of it into waiting for another manager to close. Of Remove
+// and Sync each family has half.
+//
+// Up to five seconds more for each family go into ending UDP and SCTP flows, or into taking
+// back what was half done. Where the caller's context has less time than the manager, and the
+// call shares a transaction with others, that may take half of the manager's time all the same.
+//
+// New waits for another manager as long, and then lists rows from before for as long in each
+// family. A call that runs out of time returns an error with context.DeadlineExceeded in its
+// chain. Durations that are not positive stand for the default.
 func WithTimeout(d time.Duration) Option {
 	return func(c *config) {
 		if d <= 0 {

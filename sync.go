@@ -26,9 +26,6 @@ type podRows struct {
 // sync makes the table, the kernel and the sockets what pods, in the order of
 // their ids, say. The error joins what could not be done.
 func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
-	defer cancel()
-
 	start := time.Now()
 
 	if err := m.enter(ctx); err != nil {
@@ -246,7 +243,7 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 	}
 	defer func() { <-m.commitLock }()
 
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
+	ctx, cancel := m.cfg.withTimeout(ctx)
 	defer cancel()
 
 	if err := m.ready(ctx); errors.Is(err, os.ErrClosed) {
@@ -350,9 +347,6 @@ func (m *hostportManager) repair(ctx context.Context) {
 
 // check names what is missing of rows that a pod ought to have.
 func (m *hostportManager) check(ctx context.Context, rows []*row.Row) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.timeout)
-	defer cancel()
-
 	if err := m.enter(ctx); err != nil {
 		return nil, err
 	}
