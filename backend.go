@@ -34,7 +34,7 @@ type backend interface {
 
 	// Reconcile makes the kernel hold what the target says, in one transaction, or where
 	// that would be too large in several. It returns what it has put right besides what the
-	// deltas ask for, in words, even if it fails then.
+	// deltas ask for, even if it fails then.
 	//
 	// An *outcome.RefusedError says which delta is at fault: nothing has changed. After any
 	// other error the outcome is unknown, for a process that was killed may have committed
@@ -42,7 +42,7 @@ type backend interface {
 	// be tried alone. With an *outcome.PartlyError some of it may be committed, and a Reconcile
 	// of the whole is to follow. A *leftBehindError is migration's: the backend in use holds
 	// what it is to hold.
-	Reconcile(ctx context.Context, t row.Target) (repairs []string, err error)
+	Reconcile(ctx context.Context, t row.Target) (repairs []row.Repair, err error)
 
 	// Exempt makes the transactions to come leave addresses of Services untranslated,
 	// which are local and not the node's. due is set if that takes one.
@@ -158,7 +158,7 @@ func (l *migration) OwnedBy(id string, r *row.Row) bool { return l.of(r).OwnedBy
 
 // Reconcile takes the backend in use first, so that a row that moves over is at all times
 // in one of the two.
-func (l *migration) Reconcile(ctx context.Context, t row.Target) (repairs []string, err error) {
+func (l *migration) Reconcile(ctx context.Context, t row.Target) (repairs []row.Repair, err error) {
 	if !t.Whole {
 		return l.commit(ctx, t)
 	}
@@ -179,7 +179,7 @@ func (l *migration) Reconcile(ctx context.Context, t row.Target) (repairs []stri
 }
 
 // commit commits deltas.
-func (l *migration) commit(ctx context.Context, t row.Target) (repairs []string, err error) {
+func (l *migration) commit(ctx context.Context, t row.Target) (repairs []row.Repair, err error) {
 	committed := false
 
 	for b, layer := range l.each() {
@@ -240,9 +240,9 @@ func isUnseen(err error) bool {
 
 // reconcilePrevious reconciles the backends that have rows from before. With exactly, one is
 // forgotten once nothing of ours is left in it; so is one that could not be looked at before.
-func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]string, error) {
+func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]row.Repair, error) {
 	var (
-		all  []string
+		all  []row.Repair
 		errs []error
 		stay []backend
 	)
@@ -259,7 +259,7 @@ func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]stri
 		part.Base = hasRows(part.Rows)
 
 		var (
-			repairs []string
+			repairs []row.Repair
 			err     error
 		)
 
@@ -295,20 +295,20 @@ func hasRows(rows iter.Seq[*row.Row]) bool {
 }
 
 // removeUnseen takes out what is in backends that have no rows of the table.
-func (l *migration) removeUnseen(ctx context.Context) ([]string, error) {
+func (l *migration) removeUnseen(ctx context.Context) ([]row.Repair, error) {
 	if len(l.previous) == 0 { // somebody may have restored it
 		l.unseen = l.others
 	}
 
 	var (
-		all  []string
+		all  []row.Repair
 		errs []error
 	)
 
 	l.unseen = slices.DeleteFunc(slices.Clone(l.unseen), func(find finder) bool {
 		b, err := find(ctx, true)
 		if err == nil && b != nil {
-			var repairs []string
+			var repairs []row.Repair
 
 			repairs, err = b.Reconcile(ctx, row.Nothing())
 			all = append(all, repairs...)

@@ -120,7 +120,7 @@ func (o *opener) nftables(f ipFamily) (*nftables.Backend, error) {
 		return nil, err
 	}
 
-	return nftables.New(o.ruleset, f, o.cfg.log, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
+	return nftables.New(o.ruleset, f, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
 }
 
 // others find the backends besides the one in use that may carry rows. They start no process

@@ -199,7 +199,7 @@ func (b *memory) List(context.Context) ([]*row.Row, bool, error) {
 	return slices.Clone(b.rows), true, nil
 }
 
-func (b *memory) Reconcile(_ context.Context, t row.Target) ([]string, error) {
+func (b *memory) Reconcile(_ context.Context, t row.Target) ([]row.Repair, error) {
 	if b.fail != nil {
 		return nil, b.fail
 	}

@@ -180,7 +180,7 @@ func (n *node) flowsBy(fm *hostportManager, dial func() (flows.Conn, error)) {
 
 	fm.flows.Stop()
 	require.NoError(n.t, fm.flows.Close(fm.view()))
-	fm.flows = flows.New(fm.family, testLogger(n.t), fm.withView, dial)
+	fm.flows = flows.New(fm.family, fm.cannotEnd, fm.withView, dial)
 }
 
 // noneLate keeps a family from ending connections until it is called again: there is one

@@ -155,6 +155,6 @@ func TestRemoveBeforeReady(t *testing.T) {
 // refusingBackend changes nothing.
 type refusingBackend struct{ backend }
 
-func (refusingBackend) Reconcile(context.Context, row.Target) ([]string, error) {
+func (refusingBackend) Reconcile(context.Context, row.Target) ([]row.Repair, error) {
 	return nil, syscall.EPERM
 }

@@ -8,11 +8,11 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/flows"
 	"github.com/cri-o/hostport/internal/links"
@@ -67,6 +67,7 @@ type HostPortManager interface {
 type hostportManager struct {
 	family    ipFamily
 	cfg       config
+	log       klog.Logger
 	open      func(ctx context.Context) (backend, error)
 	addrs     *nodeaddr.Table
 	namespace namespace // in which operations are to be called
@@ -106,8 +107,10 @@ type hostportManager struct {
 	// past the node. relocation is set if rows may have been made for something else.
 	bridges    map[string]bool
 	relocation bool
-	warned     bool // of a node that does not forward, or it does
+	forwards   answer // whether the node does, as last told
 	health     health
+	starting   bool // rows from before have yet to be adopted
+	synced     bool // Sync has told whose rows are whose
 }
 
 // NewHostportManager returns the manager of one IP family that works through
@@ -132,6 +135,8 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 	m := &hostportManager{
 		family:     f,
 		cfg:        cfg,
+		log:        cfg.log.WithValues("family", f),
+		starting:   true,
 		open:       open,
 		addrs:      nodeaddr.New(f == IPv6),
 		locks:      []*nodeLock{newNodeLock(cfg, f)},
@@ -144,7 +149,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		links:     links.New(f),
 		bridges:   map[string]bool{},
 	}
-	m.flows = flows.New(f, cfg.log.WithValues("family", f), m.withView, flows.Dial)
+	m.flows = flows.New(f, m.cannotEnd, m.withView, flows.Dial)
 
 	return m
 }
@@ -267,8 +272,6 @@ func (m *hostportManager) planAdd(c *change, w *row.Row) error {
 				HostIP: w.HostIP(m.family).String(), OtherHostIP: r.HostIP(m.family).String(),
 			}
 		default:
-			m.cfg.log.Info("Replacing a host port whose owner is unknown",
-				"row", r, "podIDHash", r.OwnerMark(), "label", r.Label, "pod", w.Owner)
 			c.del(r)
 		}
 	}
@@ -359,7 +362,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	}
 
 	if err != nil {
-		m.cfg.log.Error(err, "Cannot look for all host ports from before", "family", m.family)
+		m.log.Error(oneLineError{err}, "Cannot look for all host ports from before")
 	}
 
 	m.flows.Open()
@@ -368,7 +371,7 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	m.health.looked(err)
 	m.adopt(rows)
 
-	m.cfg.log.Info("Host port manager ready", "family", m.family, "backend", b.Kind(nil), "rows", len(rows))
+	m.log.Info("Host port manager ready", "backend", b.Kind(nil), "count", len(rows), "rows", listWithPods(rows))
 
 	due := b.Exempt(m.node.Services())
 
@@ -378,14 +381,16 @@ func (m *hostportManager) ready(ctx context.Context) error {
 		m.flushAllFlows(ctx, nil)
 	}
 
+	m.starting = false
+
 	return nil
 }
 
 // adopt takes over rows that stand, whether or not their ports can be held now.
 func (m *hostportManager) adopt(rows []*row.Row) {
 	var (
-		what  []string
-		first error
+		unheld []*row.Row
+		why    error
 	)
 
 	m.relocation = m.relocation || len(rows) > 0
@@ -394,17 +399,11 @@ func (m *hostportManager) adopt(rows []*row.Row) {
 		m.setRows(r.PortKey, append(m.rows[r.PortKey], r))
 
 		if err := m.sockets.Adopt(r.Endpoint); err != nil {
-			what = append(what, fmt.Sprintf("%s (%s)", r, cmp.Or(r.Label, r.OwnerMark())))
-			first = cmp.Or(first, err)
+			unheld, why = append(unheld, r), cmp.Or(why, err)
 		}
 	}
 
-	if len(what) > 0 {
-		const some = 5 // of what may be thousands
-
-		m.cfg.log.Error(first, "Cannot hold the ports of rows from before", "family", m.family, "count", len(what),
-			"rows", strings.Join(what[:min(len(what), some)], "; "))
-	}
+	m.tellUnheld(unheld, why)
 }
 
 // lookAgain looks for the rows from before that could not be looked at, and fails if they
@@ -429,7 +428,7 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 	m.adopt(rows)
 
 	if len(rows) > 0 {
-		m.cfg.log.Info("Found more host ports from before", "family", m.family, "rows", len(rows))
+		m.log.Info("Found more host ports from before", "count", len(rows), "rows", listWithPods(rows))
 	}
 
 	m.disownRemoved(rows)
@@ -447,7 +446,7 @@ func (m *hostportManager) lookAgain(ctx context.Context) error {
 	m.commitAll(ctx, []*operation{replaced})
 
 	if replaced.err != nil {
-		m.cfg.log.Error(replaced.err, "Cannot take out what other rows have replaced", "family", m.family)
+		m.log.Error(oneLineError{replaced.err}, "Cannot take out what other rows have replaced", "rows", listWithPods(rows))
 	}
 
 	if !intact {
@@ -487,7 +486,7 @@ func (m *hostportManager) start() error {
 	}
 
 	m.commitLock <- struct{}{}
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	return m.ready(ctx)
 }

@@ -21,7 +21,6 @@ import (
 // methods are to be called in the network namespace that it was made in, the node's:
 // Add, Remove, Sync, Check and Run fail on a thread in another one, and change nothing.
 type Manager struct {
-	cfg      config
 	families []*hostportManager
 	opener   *opener
 	lock     *nodeLock // of both families, taken before that of either
@@ -65,7 +64,7 @@ func New(opts ...Option) (*Manager, error) {
 // for another manager.
 func newManager(opts []Option, wait bool) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{cfg: cfg, opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
+	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
 
 	ctx, cancel := cfg.withTimeout(context.Background())
 	defer cancel()
@@ -117,7 +116,7 @@ func (m *Manager) AddContext(ctx context.Context, id string, podPortMapping *Pod
 		return err
 	}
 
-	ctx, cancel := m.cfg.withTimeout(ctx)
+	ctx, cancel := m.withTimeout(ctx)
 	defer cancel()
 
 	return m.familyOf(rows).add(ctx, rows, natInterfaceName)
@@ -139,9 +138,14 @@ func (m *Manager) RemoveContext(ctx context.Context, id string, podPortMapping *
 	})
 }
 
+// withTimeout is ctx with the time that a call may take.
+func (m *Manager) withTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
+	return m.families[0].cfg.withTimeout(ctx)
+}
+
 // eachFamily does the same for both families, each with its share of the time.
 func (m *Manager) eachFamily(ctx context.Context, do func(context.Context, *hostportManager) error) error {
-	ctx, cancel := m.cfg.withTimeout(ctx)
+	ctx, cancel := m.withTimeout(ctx)
 	defer cancel()
 
 	var errs []error
@@ -211,7 +215,7 @@ func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortM
 		return err
 	}
 
-	ctx, cancel := m.cfg.withTimeout(ctx)
+	ctx, cancel := m.withTimeout(ctx)
 	defer cancel()
 
 	missing, err := m.familyOf(rows).check(ctx, rows)

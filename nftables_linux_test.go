@@ -246,7 +246,7 @@ func nftOver(t testing.TB, conn nftables.Conn, f ipFamily) *nftables.Backend {
 	ruleset := nftables.NewRuleset(func() (nftables.Conn, error) { return conn, nil })
 	require.NoError(t, ruleset.Open())
 
-	return nftables.New(ruleset, f, testLogger(t), f == IPv4, f == IPv4)
+	return nftables.New(ruleset, f, f == IPv4, f == IPv4)
 }
 
 // viaFake returns a Manager whose families share a fake connection.

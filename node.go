@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/cri-o/hostport/internal/flows"
-	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
 )
@@ -28,7 +27,7 @@ func (m *hostportManager) flushFlows(ctx context.Context, deltas []row.Delta) {
 
 	err := m.flows.Flush(ctx, deltas, before, m.view())
 	if err != nil {
-		m.flows.CannotEnd(err)
+		m.cannotEnd(err)
 	}
 
 	switch {
@@ -67,7 +66,7 @@ func (m *hostportManager) observeNode(ctx context.Context) {
 	now, err := m.addrs.Now(ctx)
 	if err != nil {
 		if m.nodeErr != err.Error() {
-			m.cfg.log.Error(err, "Cannot look at the node's addresses", "family", m.family)
+			m.log.Error(oneLineError{err}, "Cannot look at the node's addresses")
 		}
 
 		m.nodeErr = err.Error()
@@ -94,7 +93,7 @@ func (m *hostportManager) observeNode(ctx context.Context) {
 // it cannot, Run still looks, if later.
 func (m *hostportManager) watchNode(ctx context.Context, news chan<- struct{}) {
 	if err := m.addrs.Watch(ctx, news); err != nil && !errors.Is(err, net.ErrClosed) {
-		m.cfg.log.Error(err, "No news of the node's addresses", "family", m.family)
+		m.log.Error(oneLineError{err}, "No news of the node's addresses")
 	}
 }
 
@@ -112,7 +111,7 @@ func (m *hostportManager) prepareNode(r *row.Row) {
 	}
 
 	if err := m.localhost.Open(r.Device); err != nil {
-		m.cfg.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "pod", r.Owner, "podIP", r.Pod.Addr())
+		m.log.Error(err, "Host ports cannot be reached through 127.0.0.0/8", "rows", listWithPods([]*row.Row{r}))
 	}
 }
 
@@ -124,8 +123,8 @@ func (m *hostportManager) locate(rows []*row.Row, named string) {
 
 	device, bypassed, err := m.find(named, pod)
 	if err != nil {
-		m.cfg.log.Error(err, "The interface to a pod is not known: its neighbours and 127.0.0.0/8 may not reach its host ports",
-			"pod", rows[0].Owner, "podIP", pod)
+		m.log.Error(err, "The interface to a pod is not known: its neighbours and 127.0.0.0/8 may not reach its host ports",
+			"rows", listWithPods(rows))
 
 		m.relocation = true
 
@@ -215,23 +214,4 @@ func (m *hostportManager) relocate() (changed bool) {
 	}
 
 	return changed
-}
-
-// warnOfForwarding says once if the node does not forward.
-func (m *hostportManager) warnOfForwarding() {
-	if m.warned {
-		return
-	}
-
-	set, err := localhost.IsSet(localhost.Forwarding(m.family))
-	if err != nil { // there will be another time
-		return
-	}
-
-	m.warned = true
-
-	if !set {
-		m.cfg.log.Info("Host ports can only be reached from the node itself: it does not forward",
-			"family", m.family, "sysctl", localhost.Forwarding(m.family))
-	}
 }

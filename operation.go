@@ -72,7 +72,7 @@ func (m *hostportManager) do(ctx context.Context, op *operation, allowed func() 
 		m.commitLock <- struct{}{} // somebody is at it already
 	}
 
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	if !op.done {
 		m.commit(m.takeQueue()) //nolint:contextcheck // not of one caller alone
@@ -82,7 +82,7 @@ func (m *hostportManager) do(ctx context.Context, op *operation, allowed func() 
 		return m.wrap(op, op.err)
 	}
 
-	m.logDone(op, time.Since(start))
+	m.tellDone(op, time.Since(start))
 
 	return nil
 }
@@ -164,33 +164,6 @@ func (m *hostportManager) wrap(op *operation, err error) error {
 	return fmt.Errorf("%s IPv%s host ports of pod %s: %w", op.name, m.family, op.owner, err)
 }
 
-func (m *hostportManager) logDone(op *operation, took time.Duration) {
-	log := m.cfg.log.WithValues("pod", op.owner, "podSandboxID", op.owner.ID, "family", m.family)
-
-	c := op.change
-	if c == nil || c.delta.Empty() {
-		log.V(4).Info("No host ports to "+op.name, "took", took)
-
-		return
-	}
-
-	done := "Added host ports"
-	if op.remove {
-		done = "Removed host ports"
-	}
-
-	log.Info(done, "podIDHash", row.ShortHash(op.owner.ID),
-		"added", len(c.delta.Add), "removed", len(c.delta.Del), "kept", len(c.delta.Keep), "took", took)
-
-	if v := log.V(4); v.Enabled() {
-		for i, rows := range [][]*row.Row{c.delta.Del, c.delta.Add, c.delta.Keep} {
-			for _, r := range rows {
-				v.Info("Host port row", "row", r, "change", []string{"removed", "added", "kept"}[i])
-			}
-		}
-	}
-}
-
 // until is how long a transaction of ops may take: until the first of them wants to be done.
 // But one in a hurry does not leave the others less than what they have not waited.
 func (m *hostportManager) until(ops []*operation) time.Time {
@@ -250,6 +223,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 		}
 
 		if len(repairs) > 0 {
+			m.tellRepaired(repairs)
 			m.flushAllFlows(ctx, nil)
 		}
 
@@ -354,8 +328,8 @@ func (m *hostportManager) finish(ctx context.Context, changes ...*change) {
 	for _, c := range changes {
 		c.finish()
 
-		if len(c.delta.Add)+len(c.delta.Keep) > 0 {
-			m.warnOfForwarding()
+		if len(c.delta.Add)+len(c.delta.Keep) > 0 && m.forwards == unknown {
+			m.tellForwarding()
 		}
 	}
 }

@@ -323,7 +323,8 @@ func TestBystander(t *testing.T) {
 		n.serve(0, "udp", f, 80)
 
 		for _, network := range []string{"tcp", "udp"} {
-			m := n.manager()
+			log, logged := logs(t)
+			m := n.manager(log)
 
 			var conn net.Conn
 
@@ -349,6 +350,7 @@ func TestBystander(t *testing.T) {
 
 				return err
 			}
+			assert.Contains(t, line(t, logged(), "not held yet"), ":8080 -> ")
 			require.ErrorContains(t, check(), "socket of "+strings.ToUpper(network)+" "+netip.AddrPortFrom(f.AnyAddr(), 8080).String())
 			n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 
@@ -365,6 +367,7 @@ func TestBystander(t *testing.T) {
 			}
 
 			assert.True(t, m.Mappings()[0].Held, "held later")
+			assert.Contains(t, line(t, logged(), "held now"), ":8080 -> ")
 			require.NoError(t, check())
 			require.NoError(t, n.remove(m, "id", nil))
 			require.NoError(t, m.Close())

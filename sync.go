@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/cri-o/hostport/internal/outcome"
@@ -31,7 +30,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	if err := m.enter(ctx); err != nil {
 		return m.inFamily(err)
 	}
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	pods = slices.DeleteFunc(pods, func(p podRows) bool { return len(p.rows) == 0 && !p.invalid })
 
@@ -82,8 +81,8 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		}
 	}
 
-	m.cfg.log.Info("Synced host ports", "family", m.family, "pods", len(pods), "added", len(c.delta.Add),
-		"removed", len(c.delta.Del), "kept", len(c.delta.Keep), "changes", len(repairs), "failed", len(errs), "took", time.Since(start))
+	m.tellSynced(c.delta, repairs, len(pods), len(errs), time.Since(start))
+	m.synced = true
 
 	return errors.Join(errs...)
 }
@@ -168,12 +167,12 @@ func (m *hostportManager) planPod(c *change, rows []*row.Row) error {
 // reconcile makes the kernel hold the table, and exactly that if asked: nothing else of
 // ours, and where no rules are needed nothing at all. What it cannot do is for Run, or the
 // next Sync.
-func (m *hostportManager) reconcile(ctx context.Context, exactly bool) (repairs []string, err error) {
+func (m *hostportManager) reconcile(ctx context.Context, exactly bool) (repairs []row.Repair, err error) {
 	return m.reconcileAfter(ctx, nil, exactly)
 }
 
 // reconcileAfter is reconcile, and takes out rows that are not in the table.
-func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row.Row, exactly bool) (repairs []string, err error) {
+func (m *hostportManager) reconcileAfter(ctx context.Context, gone []*row.Row, exactly bool) (repairs []row.Repair, err error) {
 	t := row.Target{Rows: m.table(), Base: m.needsRules() || !exactly, Whole: true, Exactly: exactly}
 	if len(gone) > 0 {
 		t.Deltas = []row.Delta{{Del: gone}}
@@ -241,7 +240,7 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 	if err := m.lockCommit(ctx); err != nil {
 		return err
 	}
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	ctx, cancel := m.cfg.withTimeout(ctx)
 	defer cancel()
@@ -278,6 +277,10 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 
 	m.prune(ctx)
 
+	if len(m.rows) > 0 {
+		m.tellForwarding()
+	}
+
 	return nil
 }
 
@@ -304,13 +307,9 @@ func (m *hostportManager) prune(ctx context.Context) {
 	m.health.pruned(op.err)
 
 	if op.err != nil {
-		m.cfg.log.Error(op.err, "Cannot remove host ports of pods that are gone", "family", m.family, "rows", len(rows), "first", rows[0])
-
-		return
-	}
-
-	for _, r := range rows {
-		m.cfg.log.Info("Removed a host port whose pod is gone", "row", r, "podIDHash", r.OwnerMark(), "label", r.Label)
+		m.log.Error(oneLineError{op.err}, "Cannot remove host ports of pods that are gone", "rows", listWithPods(rows))
+	} else if len(rows) > 0 {
+		m.log.Info("Removed host ports of pods that are gone", "rows", listWithPods(rows))
 	}
 }
 
@@ -326,6 +325,7 @@ func (m *hostportManager) exempt(ctx context.Context) {
 	}
 
 	if len(repairs) > 0 {
+		m.tellRepaired(repairs)
 		m.flushAllFlows(ctx, nil)
 	}
 }
@@ -333,15 +333,10 @@ func (m *hostportManager) exempt(ctx context.Context) {
 // repair reconciles all rows, and tells of it.
 func (m *hostportManager) repair(ctx context.Context) {
 	repairs, err := m.reconcile(ctx, m.health.leftovers)
-
-	switch news := m.health.repaired(err); {
-	case news:
-		m.cfg.log.Error(err, "Cannot repair host ports", "family", m.family)
-	case err == nil && len(repairs) > 0:
-		const some = 5 // of what may be thousands
-
-		m.cfg.log.Info("Repaired host ports", "family", m.family, "count", len(repairs),
-			"what", strings.Join(repairs[:min(len(repairs), some)], "; "))
+	if m.health.repaired(err) {
+		m.log.Error(oneLineError{err}, "Cannot repair host ports")
+	} else if err == nil {
+		m.tellRepaired(repairs)
 	}
 }
 
@@ -350,7 +345,7 @@ func (m *hostportManager) check(ctx context.Context, rows []*row.Row) ([]string,
 	if err := m.enter(ctx); err != nil {
 		return nil, err
 	}
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	if err := m.ready(ctx); err != nil {
 		return nil, err

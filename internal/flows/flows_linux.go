@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"k8s.io/klog/v2"
-
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/row"
@@ -27,7 +25,9 @@ import (
 // milliseconds even where there are none. Their next packet meets no row then, and is
 // answered with a reset.
 type Ender struct {
-	log  klog.Logger
+	// cannotEnd is told why flows go on.
+	cannotEnd func(error)
+
 	view Viewer // with the commit lock held
 
 	datagrams flowTable
@@ -53,11 +53,11 @@ const (
 )
 
 // New returns what ends flows of a family, as view has it, by what dial returns.
-func New(f row.Family, log klog.Logger, view Viewer, dial func() (Conn, error)) *Ender {
+func New(f row.Family, cannotEnd func(error), view Viewer, dial func() (Conn, error)) *Ender {
 	ctx, cancel := context.WithCancel(context.Background())
 
 	return &Ender{
-		log: log, view: view, background: ctx, stopped: cancel,
+		cannotEnd: cannotEnd, view: view, background: ctx, stopped: cancel,
 		datagrams: flowTable{family: f, dial: dial}, connections: flowTable{family: f, dial: dial},
 	}
 }
@@ -105,7 +105,7 @@ func (f *Ender) schedule(t turnover, early []nfnetlink.Flow, delay time.Duration
 	}
 
 	if err := f.connections.open(); err != nil { // here: the timer's thread may be in another namespace
-		f.CannotEnd(err)
+		f.cannotEnd(err)
 
 		return
 	}
@@ -159,7 +159,7 @@ func (f *Ender) endConnections(tries int) {
 	case tries > 1 || f.background.Err() != nil: // then Close does it
 		f.schedule(t, early, lateRetry, tries-1)
 	default:
-		f.CannotEnd(err)
+		f.cannotEnd(err)
 	}
 }
 
@@ -184,11 +184,6 @@ func (f *Ender) Resume() {
 	}
 }
 
-// CannotEnd has it in the log that flows go on.
-func (f *Ender) CannotEnd(err error) {
-	f.log.Error(err, "Cannot end stale flows")
-}
-
 // Stop ends what runs behind operations. It is called without the commit lock, and before
 // Close.
 func (f *Ender) Stop() {
@@ -207,7 +202,7 @@ func (f *Ender) Stop() {
 func (f *Ender) Close(v View) error {
 	t, early := f.take()
 	if err := f.endLate(context.Background(), t, early, atHand(v)); err != nil {
-		f.CannotEnd(err)
+		f.cannotEnd(err)
 	}
 
 	return errors.Join(f.datagrams.close(), f.connections.close())

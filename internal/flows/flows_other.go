@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 
-	"k8s.io/klog/v2"
-
 	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/row"
 )
@@ -20,10 +18,9 @@ type Conn any
 
 func Dial() (Conn, error) { return nil, errors.ErrUnsupported }
 
-func New(row.Family, klog.Logger, Viewer, func() (Conn, error)) *Ender { return nil }
+func New(row.Family, func(error), Viewer, func() (Conn, error)) *Ender { return nil }
 
 func (*Ender) Flush(context.Context, []row.Delta, *nodeaddr.Addresses, View) error { return nil }
-func (*Ender) CannotEnd(error)                                                     {}
 func (*Ender) Stop()                                                               {}
 func (*Ender) Open()                                                               {}
 func (*Ender) Resume()                                                             {}

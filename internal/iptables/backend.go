@@ -29,6 +29,9 @@ type Backend struct {
 	// taken out.
 	previous bool
 	watch    tableWatch
+	// made is set once what rows share stands: what lacks of it from then on, others have
+	// taken out.
+	made bool
 	// ruleset is what the kernel holds; nil: not known, has to be read.
 	ruleset *Ruleset
 	// inDoubt are rows, by hash, of transactions that failed: a process that
@@ -119,6 +122,8 @@ func (b *Backend) List(ctx context.Context) (rows []*row.Row, intact bool, err e
 
 	intact = whole && len(rs.Misplaced) == 0 && rs.nat.pruned()
 
+	b.made = intact && len(rows) > 0
+
 	if whole { // else the first operation repairs it
 		b.ruleset = rs
 		rs.lookOver()
@@ -163,7 +168,7 @@ func (b *Backend) save(ctx context.Context, table string) (*Table, error) {
 
 // Reconcile commits what the model says, if that will do, and else what it takes after a
 // look. It tries again what may have failed because somebody else has come between.
-func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string, err error) {
+func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []row.Repair, err error) {
 	partly := false
 
 	for try := -1; try <= outcome.MaxOvertaken; try++ {
@@ -176,7 +181,10 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string
 		}
 
 		if err == nil {
-			repairs = s.repairs()
+			if repairs = s.repairs(); !b.made {
+				repairs = slices.DeleteFunc(repairs, func(r row.Repair) bool { return r.Row == nil })
+			}
+
 			err = b.run(ctx, s)
 			partly = partly || err != nil && s.transactions > 1
 		}
@@ -184,7 +192,7 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string
 		if err == nil {
 			clear(b.inDoubt)
 
-			if !t.Base {
+			if b.made = t.Base; !t.Base {
 				b.ruleset = nil
 			}
 

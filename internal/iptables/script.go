@@ -105,16 +105,16 @@ func (s *script) input() []byte {
 }
 
 // repairs are the lines that change something and belong to no delta.
-func (s *script) repairs() []string {
-	var lines []string
+func (s *script) repairs() []row.Repair {
+	var list []row.Repair
 
 	for _, l := range s.lines {
 		if l.delta == row.Shared && changes(l.text) {
-			lines = append(lines, l.text)
+			list = append(list, row.Repair{What: l.text, Row: l.row, Shared: l.row == nil})
 		}
 	}
 
-	return lines
+	return list
 }
 
 // blame finds the delta that an error of iptables-restore is about. Where

@@ -11,7 +11,6 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/outcome"
@@ -114,7 +113,6 @@ type Backend struct {
 	Layout
 
 	ruleset *Ruleset
-	log     klog.Logger
 	epoch   int // in which what follows was true
 	// made is set once our table stands. Seen is how it looked when it was last found or
 	// made to be as ours, and zero if nobody knows.
@@ -131,9 +129,9 @@ type Backend struct {
 
 // New returns a backend that translates what comes from loopback addresses, and
 // guards them, if told so.
-func New(ruleset *Ruleset, f row.Family, log klog.Logger, localhost, guard bool) *Backend {
+func New(ruleset *Ruleset, f row.Family, localhost, guard bool) *Backend {
 	b := &Backend{
-		Layout: NewLayout(f), ruleset: ruleset, log: log,
+		Layout: NewLayout(f), ruleset: ruleset,
 		hairpins: map[netip.Addr]hairpin{}, inDoubt: map[ElementKey]*wanted{},
 		services: map[netip.Addr]bool{}, exempted: map[netip.Addr]bool{},
 	}
@@ -318,7 +316,7 @@ func (b *Backend) Exempt(services []netip.Addr) (due bool) {
 
 // Reconcile commits on the generation that it knows, if that proves what it relies on, and
 // else on what it has looked at.
-func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []string, err error) {
+func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []row.Repair, err error) {
 	b.ruleset.mu.Lock()
 	defer b.ruleset.mu.Unlock()
 
@@ -515,6 +513,8 @@ func (b *Backend) knows(o Observed) bool { return o.exists() && o.equal(b.Seen) 
 
 // ours is what a plan for an element has to know of the one that is there.
 func (b *Backend) ours(w *wanted, there Element, exactly bool) Element {
+	w.replaced = Element{}
+
 	// What several pods share is ours whoever it is called after.
 	foreign := there.There() && there.isRow() && there.Comment != w.have.Comment && there.Comment != w.want.Comment
 
@@ -523,8 +523,7 @@ func (b *Backend) ours(w *wanted, there Element, exactly bool) Element {
 	case !w.want.There():
 		return Element{} // none of our business: the kernel deletes what has the key, whatever its comment
 	default:
-		b.log.Info("Replacing a host port whose owner is unknown",
-			"row", b.Describe(there), "podIDHash", there.Comment, "pod", w.row.Owner)
+		w.replaced = there
 	}
 
 	return there

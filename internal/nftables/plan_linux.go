@@ -42,6 +42,7 @@ type wanted struct {
 	known      bool // the kernel has it as long as nobody else commits anything
 	delta      int
 	row        *row.Row // the last that it was touched for
+	replaced   Element  // a row of others in its place
 }
 
 // plan works out what deltas come to if the kernel holds what it should.

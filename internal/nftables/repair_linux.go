@@ -171,21 +171,25 @@ func (p *plan) takeOutForeign(ctx context.Context, b *Backend) error {
 }
 
 // repairs are what the plan changes besides what deltas ask for, in words.
-func (p *plan) repairs(b *Backend) []string {
-	var list []string
+func (p *plan) repairs(b *Backend) []row.Repair {
+	var list []row.Repair
 
 	for _, key := range p.order {
 		switch w := p.wanted[key]; {
+		case w.replaced.There():
+			list = append(list, row.Repair{What: "replaced " + b.Describe(w.replaced) + " of podIDHash " + w.replaced.Comment, Row: w.row})
 		case w.delta != row.Shared || w.have == w.want:
 		case w.want.There():
-			list = append(list, "missing "+b.Describe(w.want))
+			list = append(list, row.Repair{What: "missing " + b.Describe(w.want), Row: w.row})
 		default:
-			list = append(list, "unknown "+b.Describe(w.have))
+			list = append(list, row.Repair{What: "unknown " + b.Describe(w.have)})
 		}
 	}
 
 	if b.made || p.observed.exists() {
-		list = append(list, p.differences...)
+		for _, difference := range p.differences {
+			list = append(list, row.Repair{What: difference, Shared: true})
+		}
 	}
 
 	return list
@@ -213,13 +217,13 @@ func (b *Backend) Describe(e Element) string {
 }
 
 // deleteTable takes out everything that bears our names.
-func (b *Backend) deleteTable(ctx context.Context) ([]string, error) {
+func (b *Backend) deleteTable(ctx context.Context) ([]row.Repair, error) {
 	answers, err := b.ruleset.conn.Get(ctx, b.Table.Get())
 	if err != nil || answers[0] == nil {
 		return nil, err
 	}
 
-	repairs := []string{"unknown " + b.tableName()}
+	repairs := []row.Repair{{What: "unknown " + b.tableName()}}
 
 	// It may go meanwhile.
 	if err := b.ruleset.conn.Commit(ctx, 0, []netlink.Message{b.Table.Create(), b.Table.Delete()}); err != nil {

@@ -309,5 +309,13 @@ func Harmless(s, others string) string {
 	}, s)
 }
 
+// Repair is what a backend has put right besides what it was asked for.
+type Repair struct {
+	What string
+	Row  *Row // nil where it is not about one of the table
+	// Shared is set where it may be about what all rows share, so that none of them worked.
+	Shared bool
+}
+
 // HostPrefix is the network of one address alone.
 func HostPrefix(ip netip.Addr) netip.Prefix { return netip.PrefixFrom(ip, ip.BitLen()) }

@@ -20,6 +20,7 @@ type Set struct {
 	Held   map[row.PortKey][]*Holder
 	// waiting are the holders without a socket.
 	waiting map[*Holder]bool
+	gained  []row.Endpoint // of those that were waiting, since Gained has last told
 }
 
 // Holder is the socket of one endpoint, shared by the rows that stand for it
@@ -191,7 +192,16 @@ func (s *Set) fill(h *Holder, fd int) {
 	if fd >= 0 {
 		h.fd = fd
 		delete(s.waiting, h)
+		s.gained = append(s.gained, h.Endpoint)
 	}
+}
+
+// Gained returns the endpoints that could not be held and have been since it was last called.
+func (s *Set) Gained() []row.Endpoint {
+	gained := s.gained
+	s.gained = nil
+
+	return gained
 }
 
 // Close releases everything.

@@ -19,3 +19,4 @@ func (*Set) Retry()                     {}
 func (*Set) Holds(row.Endpoint) bool    { return false }
 func (*Set) Lacks(row.Endpoint) bool    { return false }
 func (*Set) Close()                     {}
+func (*Set) Gained() []row.Endpoint     { return nil }
