@@ -6,11 +6,16 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 
 	v1 "k8s.io/api/core/v1"
 
 	"github.com/cri-o/hostport/internal/outcome"
 )
+
+// ErrUnavailable is in the chain of errors that say that a node lacks what a backend or an IP
+// family is made of, such as IPv6 or nf_tables. Another one may be there.
+var ErrUnavailable = outcome.ErrUnavailable
 
 // ErrInvalidMapping is in the chain of every error that Add, Sync or Check returns for
 // arguments it cannot accept. The error's text names the pod, the row and the
@@ -64,6 +69,45 @@ func (e *ConflictError) Error() string {
 		pod, hostPortText(e.Protocol, e.HostIP, e.HostPort),
 		otherPod, hostPortText(e.Protocol, e.OtherHostIP, e.HostPort))
 }
+
+// MissingError says what Check has found to be missing of a pod.
+type MissingError struct {
+	// Pod is "namespace/name" where these are known, and else the sandbox id, which ID is.
+	Pod, ID string
+	// Rows are those that the pod does not have, such as
+	// "TCP 0.0.0.0:8080 -> 10.88.0.2:80". Add puts them in.
+	Rows []string
+	// Sockets are the rows whose ports are not held, each with the reason: who has the port.
+	Sockets []string
+	// Rules says what is wrong in the kernel, such as "table ip crio-hostports is missing" or
+	// "chain KUBE-HOSTPORTS is empty". Run, the next Add of the pod and Sync put it right.
+	Rules []string
+}
+
+// Error names everything that is missing.
+func (e *MissingError) Error() string {
+	var what []string
+	for _, r := range e.Rows {
+		what = append(what, "row "+r+" is missing")
+	}
+
+	for _, s := range e.Sockets {
+		what = append(what, "not held: "+s)
+	}
+
+	return fmt.Sprintf("host ports of pod %s: %s", e.Pod, strings.Join(append(what, e.Rules...), "; "))
+}
+
+// PodError is what Sync has to say of one pod.
+type PodError struct {
+	// ID is its sandbox id.
+	ID string
+	// Err is an error of Add's, and names the pod.
+	Err error
+}
+
+func (e *PodError) Error() string { return e.Err.Error() }
+func (e *PodError) Unwrap() error { return e.Err }
 
 func hostPortText(protocol v1.Protocol, hostIP string, port int32) string {
 	ip, err := netip.ParseAddr(hostIP)

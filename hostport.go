@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	v1 "k8s.io/api/core/v1"
@@ -166,38 +167,87 @@ func refusal(id string, podIP net.IP, badIP string, pm *PortMapping, e row.Endpo
 	}
 }
 
-// rowsOfPod is rowsOf for all IPs of a pod, by family.
-func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily][]*row.Row, row.Owner, error) {
-	o := row.Owner{ID: id}
-	rows := map[ipFamily][]*row.Row{}
-	seen := map[ipFamily]map[row.Endpoint]netip.AddrPort{IPv4: {}, IPv6: {}}
+// podRows are the rows of one pod in one family, as it is to have them.
+type podRows struct {
+	owner row.Owner
+	rows  []*row.Row
+	// stays is set where that cannot be told: what stands of the pod stays as it is.
+	stays bool
+}
 
-	for _, pod := range mappings {
-		if pod == nil {
+// rowsOfPod is rowsOf for all IPs of a pod, by family. Where that fails, or the IP of a family
+// is not known, what stands there stays.
+func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily]podRows, error) {
+	var (
+		owner     = row.Owner{ID: id}
+		rows      = map[ipFamily][]*row.Row{}
+		ipUnknown bool
+		err       error
+	)
+
+	for _, mapping := range mappings {
+		if mapping == nil {
 			continue
 		}
 
-		o.Namespace, o.Name = pod.Namespace, pod.Name
+		owner.Namespace, owner.Name = mapping.Namespace, mapping.Name
 
-		some, err := rowsOf(id, pod)
-		if err != nil {
-			return nil, o, err
+		if len(mapping.IP) == 0 && hasHostPorts(mapping) {
+			ipUnknown = true
+
+			continue
 		}
 
-		for _, r := range some {
-			f := r.Family()
+		var some []*row.Row
 
-			if other, twice := seen[f][r.Endpoint]; !twice {
-				seen[f][r.Endpoint] = r.Pod
-				rows[f] = append(rows[f], r)
-			} else if other != r.Pod {
-				return nil, o, fmt.Errorf("pod %s: %w: row %s: want %s, as in an earlier mapping of the pod",
-					o, ErrInvalidMapping, r, other)
-			}
+		if some, err = rowsOf(id, mapping); err == nil && len(some) > 0 {
+			f := some[0].Family()
+			rows[f], err = merge(rows[f], some)
+		}
+
+		if err != nil {
+			rows = nil
+
+			break
 		}
 	}
 
-	return rows, o, nil
+	pod := map[ipFamily]podRows{}
+	for _, f := range []ipFamily{IPv4, IPv6} {
+		pod[f] = podRows{owner: owner, rows: rows[f], stays: err != nil || ipUnknown && len(rows[f]) == 0}
+	}
+
+	return pod, err
+}
+
+// merge returns a pod's rows in one family with more of its rows there. Of several IPs the first
+// one counts.
+func merge(rows, more []*row.Row) ([]*row.Row, error) {
+	if len(rows) == 0 {
+		return more, nil
+	}
+
+	byEndpoint := map[row.Endpoint]*row.Row{}
+	for _, r := range rows {
+		byEndpoint[r.Endpoint] = r
+	}
+
+	for _, r := range more {
+		switch first := byEndpoint[r.Endpoint]; {
+		case r.Pod.Addr() != rows[0].Pod.Addr():
+		case first == nil:
+			rows = append(rows, r)
+		case first.Pod != r.Pod:
+			return nil, fmt.Errorf("pod %s: %w: row %s: want %s, as in an earlier mapping of the pod",
+				r.Owner, ErrInvalidMapping, r, first.Pod)
+		}
+	}
+
+	return rows, nil
+}
+
+func hasHostPorts(pod *PodPortMapping) bool {
+	return !pod.HostNetwork && slices.ContainsFunc(pod.PortMappings, func(pm *PortMapping) bool { return pm != nil && pm.HostPort != 0 })
 }
 
 // ref is a row as Remove names it: without the pod's side.

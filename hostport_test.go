@@ -225,11 +225,62 @@ func TestRowsOfInvalid(t *testing.T) {
 func TestRowsOfPodInvalid(t *testing.T) {
 	t.Parallel()
 
-	pm := &PortMapping{HostPort: 80, ContainerPort: 8080}
-	_, _, err := rowsOfPod("id", []*PodPortMapping{podAt("10.0.0.1", pm), podAt("fd00::1", pm), podAt("10.0.0.2", pm)})
+	pm, other := &PortMapping{HostPort: 80, ContainerPort: 8080}, &PortMapping{HostPort: 80, ContainerPort: 8081}
+	pod, err := rowsOfPod("id", []*PodPortMapping{podAt("10.0.0.1", pm), podAt("fd00::1", pm), podAt("10.0.0.1", other)})
 	require.ErrorIs(t, err, ErrInvalidMapping)
-	assert.EqualError(t, err, "pod ns/pod: invalid port mapping: row TCP 0.0.0.0:80 -> 10.0.0.2:8080: "+
+	assert.EqualError(t, err, "pod ns/pod: invalid port mapping: row TCP 0.0.0.0:80 -> 10.0.0.1:8081: "+
 		"want 10.0.0.1:8080, as in an earlier mapping of the pod")
+
+	for f, p := range pod {
+		assert.True(t, p.stays, f)
+		assert.Empty(t, p.rows, f)
+	}
+}
+
+// Of several IPs of a family the first counts, and where none is known, what stands stays.
+func TestRowsOfPod(t *testing.T) {
+	t.Parallel()
+
+	pm, more := &PortMapping{HostPort: 80, ContainerPort: 8080}, &PortMapping{HostPort: 81, ContainerPort: 8081}
+	unknown := podAt("", pm)
+
+	for _, tc := range []struct {
+		name  string
+		pod   []*PodPortMapping
+		want  map[ipFamily]string
+		stays map[ipFamily]bool
+	}{
+		{name: "none"},
+		{name: "nil", pod: []*PodPortMapping{nil}},
+		{
+			name: "two IPs of a family",
+			pod:  []*PodPortMapping{podAt("10.0.0.1", pm), podAt("fd00::1", pm), podAt("10.0.0.2", pm, more), podAt("10.0.0.1", more)},
+			want: map[ipFamily]string{
+				IPv4: "TCP 0.0.0.0:80 -> 10.0.0.1:8080; TCP 0.0.0.0:81 -> 10.0.0.1:8081", IPv6: "TCP [::]:80 -> [fd00::1]:8080",
+			},
+		},
+		{name: "no IP", pod: []*PodPortMapping{unknown}, stays: map[ipFamily]bool{IPv4: true, IPv6: true}},
+		{
+			name:  "one IP",
+			pod:   []*PodPortMapping{unknown, podAt("10.0.0.1", pm)},
+			want:  map[ipFamily]string{IPv4: "TCP 0.0.0.0:80 -> 10.0.0.1:8080"},
+			stays: map[ipFamily]bool{IPv6: true},
+		},
+		{name: "no IP and no host port", pod: []*PodPortMapping{podAt("", &PortMapping{ContainerPort: 80}, nil)}},
+		{name: "host network", pod: []*PodPortMapping{{HostNetwork: true, PortMappings: []*PortMapping{pm}}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+
+			pod, err := rowsOfPod("id", tc.pod)
+			require.NoError(t, err)
+
+			for _, f := range []ipFamily{IPv4, IPv6} {
+				assert.Equal(t, tc.want[f], listRows(pod[f].rows), f)
+				assert.Equal(t, tc.stays[f], pod[f].stays, f)
+			}
+		})
+	}
 }
 
 // What Add refuses may be there from before: Remove finds whatever can be an address.

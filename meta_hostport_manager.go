@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -171,26 +170,34 @@ func (m *Manager) eachFamily(ctx context.Context, do func(context.Context, *host
 // thousand rows that change. To call it again changes nothing.
 // Without pods it takes everything out.
 //
-// A pod that is invalid is reported, and what stands of it stays. Where two pods
+// A runtime calls it when it starts, before its first Add. Until then nobody knows whose
+// the rows from before are, and the Add of another pod takes their ports.
+//
+// What stands of a pod stays as it is where it cannot be told what it is to have: if its
+// IP is nil, because it is not known, which is no error, and if it is invalid. A pod has
+// one IP in each family: of several the first one counts. Where two pods
 // want one port, the one that has it keeps it, else the one with the smaller id
-// gets it, and the other is reported. The error joins these and does not mean that
+// gets it.
+//
+// Each pod that does not have what it wants is a *PodError among those that the error joins,
+// with an error of Add's. It does not mean that
 // the other pods' rows are not there, unless a transaction failed as a whole: then
 // nothing of that family has changed. If only what another backend carries from
 // before could not be taken out, the new rows stand, and Run or the next Sync
-// tries again. It ends with ctx. The errors are those of Add.
+// tries again. It ends with ctx. What it has changed is in the log.
 func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) error {
 	var errs []error
 
 	wanted := make([][]podRows, len(m.families))
 
 	for _, id := range slices.Sorted(maps.Keys(pods)) {
-		rows, o, err := rowsOfPod(id, pods[id])
+		pod, err := rowsOfPod(id, pods[id])
 		if err != nil {
-			errs = append(errs, err)
+			errs = append(errs, &PodError{ID: id, Err: err})
 		}
 
 		for i, fm := range m.families {
-			wanted[i] = append(wanted[i], podRows{owner: o, rows: rows[fm.family], invalid: err != nil})
+			wanted[i] = append(wanted[i], pod[fm.family])
 		}
 	}
 
@@ -203,8 +210,8 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 
 // Check returns nil if all rows that Add would make of podPortMapping stand in the
 // kernel, their ports are held, and what they share with others is there too.
-// Else the error names each thing that is missing; a port that an outgoing
-// connection keeps from being held is. It changes nothing, but that a family that
+// Else the error is a *MissingError; a port that an outgoing connection keeps from being
+// held is among what is missing. It changes nothing, but that a family that
 // could not work when the manager was made may be taken over, for which it waits as
 // Add does. The sysctl route_localnet is the interface's, not the pod's: it is not
 // looked at.
@@ -218,16 +225,12 @@ func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortM
 	ctx, cancel := m.withTimeout(ctx)
 	defer cancel()
 
-	missing, err := m.familyOf(rows).check(ctx, rows)
-	if err != nil {
-		return fmt.Errorf("check host ports of pod %s: %w", rows[0].Owner, err)
+	err = m.familyOf(rows).check(ctx, rows)
+	if missing := (*MissingError)(nil); err == nil || errors.As(err, &missing) {
+		return err
 	}
 
-	if len(missing) > 0 {
-		return fmt.Errorf("host ports of pod %s: missing: %s", rows[0].Owner, strings.Join(missing, "; "))
-	}
-
-	return nil
+	return fmt.Errorf("check host ports of pod %s: %w", rows[0].Owner, err)
 }
 
 // How Run looks after the host ports.

@@ -351,7 +351,11 @@ func TestBystander(t *testing.T) {
 				return err
 			}
 			assert.Contains(t, line(t, logged(), "not held yet"), ":8080 -> ")
-			require.ErrorContains(t, check(), "socket of "+strings.ToUpper(network)+" "+netip.AddrPortFrom(f.AnyAddr(), 8080).String())
+			missing := (*MissingError)(nil)
+			require.ErrorAs(t, check(), &missing)
+			assert.Empty(t, append(missing.Rows, missing.Rules...))
+			assert.Equal(t, []string{fmt.Sprintf("%s %s -> %s: an outgoing connection has it", strings.ToUpper(network),
+				netip.AddrPortFrom(f.AnyAddr(), 8080), netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 80))}, missing.Sockets)
 			n.answers(n.Client, network, netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 
 			if tcp, ok := conn.(*net.TCPConn); ok {

@@ -13,15 +13,6 @@ import (
 	"github.com/cri-o/hostport/internal/row"
 )
 
-// podRows are the rows of one pod in one family, as it is to have them.
-type podRows struct {
-	owner row.Owner
-	rows  []*row.Row
-	// invalid is set where the pod's mappings could not be accepted: what stands
-	// of it stays as it is.
-	invalid bool
-}
-
 // sync makes the table, the kernel and the sockets what pods, in the order of
 // their ids, say. The error joins what could not be done.
 func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
@@ -32,7 +23,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 	}
 	defer m.unlock()
 
-	pods = slices.DeleteFunc(pods, func(p podRows) bool { return len(p.rows) == 0 && !p.invalid })
+	pods = slices.DeleteFunc(pods, func(p podRows) bool { return len(p.rows) == 0 && !p.stays })
 
 	if err := m.ready(ctx); err != nil {
 		if holdsNothing(err) && !slices.ContainsFunc(pods, func(p podRows) bool { return len(p.rows) > 0 }) {
@@ -54,7 +45,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 
 	for _, pod := range pods {
 		if err := m.planPod(c, pod.rows); err != nil {
-			errs = append(errs, m.wrap(&operation{name: "sync", owner: pod.owner}, err))
+			errs = append(errs, &PodError{ID: pod.owner.ID, Err: m.wrap(&operation{name: "sync", owner: pod.owner}, err)})
 		}
 	}
 
@@ -81,7 +72,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 		}
 	}
 
-	m.tellSynced(c.delta, repairs, len(pods), len(errs), time.Since(start))
+	m.tellSynced(c.delta, repairs, pods, len(errs), time.Since(start))
 	m.synced = true
 
 	return errors.Join(errs...)
@@ -116,13 +107,13 @@ func (m *hostportManager) lockCommit(ctx context.Context) error {
 
 // planRemovals takes out of the table what none of pods is to have.
 func (m *hostportManager) planRemovals(c *change, pods []podRows) {
-	var invalid []row.Owner
+	var stay []row.Owner
 
 	wanted := map[row.PortKey][]*row.Row{}
 
 	for _, pod := range pods {
-		if pod.invalid {
-			invalid = append(invalid, pod.owner)
+		if pod.stays {
+			stay = append(stay, pod.owner)
 		}
 
 		for _, w := range pod.rows {
@@ -131,7 +122,7 @@ func (m *hostportManager) planRemovals(c *change, pods []podRows) {
 	}
 
 	for r := range m.table() {
-		stays := slices.ContainsFunc(invalid, func(o row.Owner) bool { return c.claim(o, "", r) }) ||
+		stays := slices.ContainsFunc(stay, func(o row.Owner) bool { return c.claim(o, "", r) }) ||
 			slices.ContainsFunc(wanted[r.PortKey], func(w *row.Row) bool { return r.Endpoint == w.Endpoint && c.claim(w.Owner, w.Hash, r) })
 		if !stays {
 			c.del(r)
@@ -340,20 +331,22 @@ func (m *hostportManager) repair(ctx context.Context) {
 	}
 }
 
-// check names what is missing of rows that a pod ought to have.
-func (m *hostportManager) check(ctx context.Context, rows []*row.Row) ([]string, error) {
+// check looks for rows that a pod ought to have. Its error is a *MissingError, or says why it
+// could not look at everything.
+func (m *hostportManager) check(ctx context.Context, rows []*row.Row) error {
 	if err := m.enter(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	defer m.unlock()
 
 	if err := m.ready(ctx); err != nil {
-		return nil, err
+		return err
 	}
 
 	var (
-		missing []string
+		missing MissingError
 		stand   []*row.Row
+		err     error
 	)
 
 	for _, w := range rows {
@@ -366,19 +359,22 @@ func (m *hostportManager) check(ctx context.Context, rows []*row.Row) ([]string,
 		}
 
 		if !found {
-			missing = append(missing, "row "+w.String())
+			missing.Rows = append(missing.Rows, w.String())
 		}
 
 		if m.sockets.Lacks(w.Endpoint) {
-			missing = append(missing, "socket of "+w.String())
+			missing.Sockets = append(missing.Sockets, w.String()+": "+m.sockets.Obstacle(w.Endpoint))
 		}
 	}
 
-	more, err := m.backend.Missing(ctx, stand)
-
-	if len(stand) < len(rows) { // it may be where nobody could look
-		err = errors.Join(err, m.health.unseen)
+	if missing.Rules, err = m.backend.Missing(ctx, stand); err == nil && len(stand) < len(rows) {
+		err = m.health.unseen // the row may be where nobody could look
 	}
 
-	return append(missing, more...), err
+	if err == nil && len(missing.Rows)+len(missing.Sockets)+len(missing.Rules) > 0 {
+		missing.Pod, missing.ID = rows[0].Owner.String(), rows[0].Owner.ID
+		err = &missing
+	}
+
+	return err
 }

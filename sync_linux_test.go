@@ -192,10 +192,10 @@ func rowsOfAll(t *testing.T, f ipFamily, pods map[string][]*PodPortMapping) []*r
 	var rows []*row.Row
 
 	for id, mappings := range pods {
-		some, _, err := rowsOfPod(id, mappings)
+		some, err := rowsOfPod(id, mappings)
 		require.NoError(t, err)
 
-		rows = append(rows, some[f]...)
+		rows = append(rows, some[f].rows...)
 	}
 
 	return rows
@@ -606,32 +606,57 @@ func TestSyncReports(t *testing.T) {
 
 		require.NoError(t, n.add(m, "z", named("z", port(8001), port(8002))[0]))
 		require.NoError(t, n.add(m, "bad", named("bad", port(8003))[0]))
+		require.NoError(t, n.add(m, "unknown", named("unknown", port(8008))[0]))
+
+		unknown := named("unknown", port(8008))
+		unknown[0].IP = nil
 
 		s := n.hostService("tcp", "192.0.2.1:8005")
 		err := n.sync(m, map[string][]*PodPortMapping{
-			"a":      named("a", port(8000), port(8001)), // z has it
-			"b":      named("b", port(8004)),
-			"c":      named("c", port(8004)), // b comes first
-			"z":      named("z", port(8001)),
-			"bad":    named("bad", port(8003), port(70000)),
-			"double": append(named("double", port(8006)), &PodPortMapping{IP: n.Pods[1].IPv4.AsSlice(), PortMappings: []*PortMapping{port(8006)}}),
-			"taken":  named("taken", port(8007), port(8005)),
+			"a":       named("a", port(8000), port(8001)), // z has it
+			"b":       named("b", port(8004)),
+			"c":       named("c", port(8004)), // b comes first
+			"z":       named("z", port(8001)),
+			"bad":     named("bad", port(8003), port(70000)),
+			"double":  named("double", port(8006), &PortMapping{HostPort: 8006, ContainerPort: 81}),
+			"taken":   named("taken", port(8007), port(8005)),
+			"d":       named("d", port(8008)), // which has an IP, though nobody knows it now
+			"unknown": unknown,
 		})
 		conflict := (*ConflictError)(nil)
 		require.ErrorAs(t, err, &conflict)
 		require.ErrorIs(t, err, ErrInvalidMapping)
 		require.ErrorIs(t, err, syscall.EADDRINUSE)
 
+		assert.Equal(t, []string{"a", "bad", "c", "d", "double", "taken"}, podsOf(err))
+
 		for _, text := range []string{"pod a:", "pod c:", "pod bad", "pod double", "pod taken"} {
 			assert.ErrorContains(t, err, text)
 		}
 
-		assert.NotContains(t, err.Error(), "pod b:")
 		n.exactly(m, map[string][]*PodPortMapping{
 			"b": named("b", port(8004)), "z": named("z", port(8001)), "bad": named("bad", port(8003)),
+			"unknown": named("unknown", port(8008)),
 		})
 		require.NoError(t, s.Close())
 	})
+}
+
+// podsOf are the ids in the PodErrors that an error joins, sorted.
+func podsOf(err error) (ids []string) {
+	if pod := (*PodError)(nil); errors.As(err, &pod) {
+		if joined, ok := err.(interface{ Unwrap() []error }); ok {
+			for _, err := range joined.Unwrap() {
+				ids = append(ids, podsOf(err)...)
+			}
+		} else {
+			ids = []string{pod.ID}
+		}
+	}
+
+	slices.Sort(ids)
+
+	return ids
 }
 
 // What stays of a pod that cannot be had as wanted keeps its ports.
@@ -1015,13 +1040,31 @@ func TestCheck(t *testing.T) {
 		require.NoError(t, check(nil))
 		require.NoError(t, check(n.pod(0, IPv4)))
 		require.ErrorIs(t, check(n.pod(0, IPv4, &PortMapping{HostPort: -1, ContainerPort: 80})), ErrInvalidMapping)
-		require.ErrorContains(t, check(pod), "row TCP 0.0.0.0:8080")
+
+		missing := (*MissingError)(nil)
+		require.ErrorAs(t, check(pod), &missing)
+		assert.Equal(t, MissingError{
+			Pod: "ns/web", ID: "id", Rows: []string{"TCP 0.0.0.0:8080 -> 10.88.0.2:80", "SCTP 192.0.2.11:8081 -> 10.88.0.2:80"},
+			Sockets: []string{"TCP 0.0.0.0:8080 -> 10.88.0.2:80: nothing is in the way any more"}, Rules: missing.Rules,
+		}, *missing)
+		require.EqualError(t, &MissingError{Pod: "ns/web", Rows: []string{"a", "b"}, Sockets: []string{"c"}, Rules: []string{"d is gone"}},
+			"host ports of pod ns/web: row a is missing; row b is missing; not held: c; d is gone")
+
+		s := n.hostService("tcp", "0.0.0.0:8080")
+		require.ErrorAs(t, check(pod), &missing)
+		assert.Contains(t, missing.Sockets[0], fmt.Sprintf("in use by process %d (", os.Getpid()))
+		require.NoError(t, s.Close())
 
 		broken := func(want string, how func()) {
 			t.Helper()
 			require.NoError(t, n.add(m, "id", pod))
 			require.NoError(t, check(pod))
 			how()
+
+			missing := (*MissingError)(nil)
+			require.ErrorAs(t, check(pod), &missing)
+			assert.Contains(t, strings.Join(missing.Rules, "; "), want)
+			assert.Empty(t, append(missing.Rows, missing.Sockets...))
 			assert.ErrorContains(t, check(pod), want)
 			assert.ErrorContains(t, check(pod), "pod ns/web")
 			require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}))
@@ -1035,7 +1078,7 @@ func TestCheck(t *testing.T) {
 			table := nftables.NewLayout(IPv4).Table
 			for _, r := range rows {
 				e := nftables.RowElement(r)
-				broken("host port "+r.String(), func() { n.commit(table.DeleteElement(e.Set, e.Element())) })
+				broken("host port "+r.String()+" is missing", func() { n.commit(table.DeleteElement(e.Set, e.Element())) })
 			}
 
 			broken("hairpin of "+n.Pods[0].IPv4.String(), func() {
@@ -1046,20 +1089,20 @@ func TestCheck(t *testing.T) {
 				broken("rule of chain "+chain, func() { n.commit(table.FlushChain(chain)) })
 			}
 
-			broken("host port "+rows[0].String(), func() { n.commit(table.Delete()) })
+			broken("table ip crio-hostports is missing", func() { n.commit(table.Delete()) })
 
 			return
 		}
 
 		for _, r := range rows {
-			broken("rule "+iptables.DNATChain(r), func() { n.iptables(IPv4, "-F", iptables.DNATChain(r)) })
-			broken("rule "+iptables.MasqChain(r), func() { n.iptables(IPv4, "-F", iptables.MasqChain(r)) })
-			broken(" -j "+iptables.RangeChain(r, iptables.DNATPrefix, 0), func() { n.iptables(IPv4, "-F", iptables.DNATDispatch) })
+			broken("chain "+iptables.DNATChain(r)+" is empty", func() { n.iptables(IPv4, "-F", iptables.DNATChain(r)) })
+			broken("chain "+iptables.MasqChain(r)+" is empty", func() { n.iptables(IPv4, "-F", iptables.MasqChain(r)) })
+			broken("chain KUBE-HOSTPORTS is empty", func() { n.iptables(IPv4, "-F", iptables.DNATDispatch) })
 		}
 
-		broken(rows[0].String()+", alone", func() { n.feed("-I " + iptables.DNATChain(rows[0]) + " -j RETURN") })
+		broken(rows[0].String()+" are not alone", func() { n.feed("-I " + iptables.DNATChain(rows[0]) + " -j RETURN") })
 		broken("rule "+iptables.PreRouting, func() { n.iptables(IPv4, "-F", iptables.PreRouting) })
-		broken("chain "+iptables.DNATChain(rows[0]), func() { n.wipeAll() })
+		broken("chain "+iptables.DNATChain(rows[0])+" is missing", func() { n.wipeAll() })
 		broken(iptables.GuardComment, func() { n.command("iptables-"+string(n.variant), "-t", iptables.RawTable, "-F") })
 
 		n.feed(iptables.CmdAppend + iptables.NATRules(IPv4, true)[0].String())

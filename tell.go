@@ -109,8 +109,16 @@ func (m *hostportManager) tellDone(op *operation, took time.Duration) {
 
 // tellSynced tells of a Sync, and whose rows it has taken out. What it has changed in the
 // kernel is what it was for, and what others had broken; where that is all, it is a repair.
-func (m *hostportManager) tellSynced(delta row.Delta, changes []row.Repair, pods, failed int, took time.Duration) {
-	m.log.Info("Synced host ports", "pods", pods, "rows", listWithPods(delta.Add),
+func (m *hostportManager) tellSynced(delta row.Delta, changes []row.Repair, pods []podRows, failed int, took time.Duration) {
+	stay := 0
+
+	for _, pod := range pods {
+		if pod.stays {
+			stay++
+		}
+	}
+
+	m.log.Info("Synced host ports", "pods", len(pods), "leftAsTheyAre", stay, "rows", listWithPods(delta.Add),
 		"added", len(delta.Add), "removed", len(delta.Del), "kept", len(delta.Keep),
 		"changes", len(changes), "failed", failed, "took", took)
 

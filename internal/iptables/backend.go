@@ -388,12 +388,12 @@ func (b *Backend) Missing(ctx context.Context, rows []*row.Row) ([]string, error
 	for _, rule := range slices.Concat(b.guard, b.nat) {
 		found, misplaced := rs.Misplaced[rule.String()]
 		if misplaced && !found.inPlace && !(b.previous && rs.nat.leadsInto(rule.Chain, rule.Target)) { // CRI-O's will do
-			what := "rule " + rule.String()
+			what := " is missing"
 			if len(found.Lines) > 0 {
-				what += ", alone and in its place"
+				what = " is not alone and in its place"
 			}
 
-			missing = append(missing, what)
+			missing = append(missing, "rule "+rule.String()+what)
 		}
 	}
 
@@ -404,7 +404,7 @@ func (b *Backend) Missing(ctx context.Context, rows []*row.Row) ([]string, error
 
 		some := rs.nat.missing(r)
 		if len(some) == 0 && !rs.nat.Holds(r) {
-			some = []string{"row " + r.String() + ", alone and in its place"}
+			some = []string{"the rules of row " + r.String() + " are not alone and in their place"}
 		}
 
 		missing = append(missing, some...)

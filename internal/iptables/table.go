@@ -205,10 +205,13 @@ func (t *Table) leadsInto(chain, target string) bool {
 func (t *Table) missing(r *row.Row) (missing []string) {
 	for _, side := range SidesOf(r) {
 		for _, rule := range append(side.Path, side.Jump, side.Rule) {
-			if _, ok := t.Chains[rule.Chain]; !ok {
-				missing = append(missing, "chain "+rule.Chain)
-			} else if t.find(rule.Chain, rule.String()) < 0 {
-				missing = append(missing, "rule "+rule.String())
+			switch rules, ok := t.Chains[rule.Chain]; {
+			case !ok:
+				missing = append(missing, "chain "+rule.Chain+" is missing")
+			case len(rules) == 0:
+				missing = append(missing, "chain "+rule.Chain+" is empty")
+			case t.find(rule.Chain, rule.String()) < 0:
+				missing = append(missing, "rule "+rule.String()+" is missing")
 			}
 		}
 	}

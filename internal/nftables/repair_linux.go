@@ -286,14 +286,14 @@ func (b *Backend) Missing(ctx context.Context, rows []*row.Row) ([]string, error
 		}
 
 		if have[e.ElementKey] != e {
-			missing = append(missing, b.Describe(e))
+			missing = append(missing, b.Describe(e)+" is missing")
 		}
 	}
 
 	exempted, err := b.dumpSets(ctx, Services)
 	for _, e := range exempted {
 		if ip, _ := netip.AddrFromSlice([]byte(e.Key)); !b.services[ip] {
-			missing = append(missing, "unknown "+b.Describe(e))
+			missing = append(missing, b.Describe(e)+" is none of the node's")
 		}
 	}
 

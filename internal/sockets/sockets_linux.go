@@ -169,6 +169,22 @@ func (s *Set) wants(e row.Endpoint) bool {
 // Lacks reports whether an endpoint is to be held and is not.
 func (s *Set) Lacks(e row.Endpoint) bool { return s.wants(e) && !s.Holds(e) }
 
+// Obstacle says why an endpoint is not held.
+func (s *Set) Obstacle(e row.Endpoint) string {
+	fd, err := s.bindOrName(e)
+
+	switch {
+	case err != nil:
+		return err.Error()
+	case fd >= 0:
+		_ = unix.Close(fd)
+
+		return "nothing is in the way any more"
+	default:
+		return "an outgoing connection has it"
+	}
+}
+
 // Retry tries again to bind some of what is waiting.
 func (s *Set) Retry() {
 	const some = 16 // so that an operation's cost stays its own
