@@ -22,6 +22,9 @@ type backend interface {
 	// rows go to.
 	Kind(r *row.Row) string
 
+	// Variant is that of iptables, where the backend drives one that is known, and else "".
+	Variant() string
+
 	// Name is what names r in the kernel, where two rows with different
 	// endpoints may come to have the same; else it is "".
 	Name(r *row.Row) string

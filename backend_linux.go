@@ -123,22 +123,68 @@ func (o *opener) nftables(f ipFamily) (*nftables.Backend, error) {
 	return nftables.New(o.ruleset, f, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
 }
 
+// list lists the rows of a family in all backends.
+func (o *opener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
+	if err := haveNetAdmin(); err != nil {
+		return nil, err
+	}
+
+	if err := haveFamily(f); err != nil {
+		if errors.Is(err, outcome.ErrUnavailable) {
+			return nil, nil
+		}
+
+		return nil, err
+	}
+
+	var (
+		list []Mapping
+		errs []error
+	)
+
+	for _, find := range append(o.variants(f, ""), o.nftablesWithRows(f)) {
+		b, err := find(ctx, false)
+		if err != nil || b == nil {
+			errs = append(errs, err)
+
+			continue
+		}
+
+		rows, _, err := b.List(ctx)
+		for _, r := range rows {
+			list = append(list, mappingOf(r, b, false))
+		}
+
+		errs = append(errs, err)
+	}
+
+	return list, errors.Join(errs...)
+}
+
 // others find the backends besides the one in use that may carry rows. They start no process
 // for one that does not.
 func (o *opener) others(f ipFamily, inUse iptables.Variant) []finder {
-	var finders []finder
-
-	if inUse != "" {
-		finders = append(finders, func(ctx context.Context, _ bool) (backend, error) {
-			nft, chains, err := o.chains(ctx, f)
-			if err != nil || nft == nil || !nft.IsThere(chains) {
-				return nil, err
-			}
-
-			return nft, nil
-		})
+	if inUse == "" {
+		return o.variants(f, "")
 	}
 
+	return append([]finder{o.nftablesWithRows(f)}, o.variants(f, inUse)...)
+}
+
+// nftablesWithRows finds nftables.
+func (o *opener) nftablesWithRows(f ipFamily) finder {
+	return func(ctx context.Context, _ bool) (backend, error) {
+		nft, chains, err := o.chains(ctx, f)
+		if err != nil || nft == nil || !nft.IsThere(chains) {
+			return nil, err
+		}
+
+		return nft, nil
+	}
+}
+
+// variants find the variants of iptables that are not in use.
+func (o *opener) variants(f ipFamily, inUse iptables.Variant) (finders []finder) {
 	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		if v != inUse {
 			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.previous(ctx, f, v, all) })

@@ -80,7 +80,7 @@ func TestRemoveFails(t *testing.T) {
 				n.run(m)
 				n.soon(func() bool { return len(m.Mappings()) == 1 })
 				n.refused(n.Client, "tcp", at(8081))
-				assert.Contains(t, logged(), "Removed a host port whose pod is gone")
+				assert.Contains(t, logged(), "Removed host ports of pods that are gone")
 
 				require.NoError(t, n.remove(m, "next", nil))
 				assert.Empty(t, n.leftOver(f))

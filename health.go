@@ -127,3 +127,17 @@ func (h *health) pruned(err error) {
 		h.pruneAt = time.Now().Add(leftoverPause)
 	}
 }
+
+// public is what others are told of it.
+func (h *health) public() Health {
+	switch {
+	case h.condition == inDoubt:
+		return HealthInDoubt
+	case h.condition == suspect:
+		return HealthSuspect
+	case h.leftovers || h.unseen != nil || !h.pruneAt.IsZero():
+		return HealthLeftovers
+	default:
+		return HealthInSync
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -75,6 +76,8 @@ type hostportManager struct {
 	// are taken. The last one is this manager's own.
 	locks []*nodeLock
 
+	unavailable atomic.Pointer[error] // why the family could not work at the last try, if it could not
+
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
 	// unfinished are Removes that have failed, until the table knows, and as long as there
@@ -109,6 +112,7 @@ type hostportManager struct {
 	relocation bool
 	forwards   answer // whether the node does, as last told
 	health     health
+	healthTold Health
 	starting   bool // rows from before have yet to be adopted
 	synced     bool // Sync has told whose rows are whose
 }
@@ -329,6 +333,8 @@ func (m *hostportManager) hold(c *change, since savepoint) error {
 func (m *hostportManager) lockNode(ctx context.Context, wait bool) error {
 	for _, l := range m.locks {
 		if err := l.take(ctx, wait); err != nil {
+			m.noteUnavailable(err)
+
 			return err
 		}
 	}
@@ -336,9 +342,18 @@ func (m *hostportManager) lockNode(ctx context.Context, wait bool) error {
 	return nil
 }
 
+// noteUnavailable notes why the family cannot work, for Status.
+func (m *hostportManager) noteUnavailable(err error) {
+	if err == nil {
+		m.unavailable.Store(nil)
+	} else {
+		m.unavailable.Store(&err)
+	}
+}
+
 // ready opens the backend, if that has not succeeded yet, and adopts the rows
 // that the kernel holds. The caller has locked the node.
-func (m *hostportManager) ready(ctx context.Context) error {
+func (m *hostportManager) ready(ctx context.Context) (err error) {
 	if m.closed {
 		return errClosed
 	}
@@ -346,6 +361,8 @@ func (m *hostportManager) ready(ctx context.Context) error {
 	if m.backend != nil {
 		return nil
 	}
+
+	defer func() { m.noteUnavailable(err) }()
 
 	b, err := m.open(ctx)
 	if err != nil {
@@ -556,15 +573,7 @@ func (m *hostportManager) mappings() []Mapping {
 	var list []Mapping
 
 	for r := range m.table() {
-		list = append(list, Mapping{
-			PodID: r.Owner.ID, Namespace: r.Owner.Namespace, Name: r.Owner.Name,
-			PodIDHash: r.OwnerMark(),
-			Protocol:  v1.Protocol(r.Proto.API()),
-			HostIP:    r.HostIP(m.family).String(), HostPort: int32(r.Port),
-			PodIP: r.Pod.Addr().AsSlice(), ContainerPort: int32(r.Pod.Port()),
-			Backend: Backend(m.backend.Kind(r)),
-			Held:    m.sockets.Holds(r.Endpoint),
-		})
+		list = append(list, mappingOf(r, m.backend, m.sockets.Holds(r.Endpoint)))
 	}
 
 	return list

@@ -88,7 +88,9 @@ func TestAddressesFromBefore(t *testing.T) {
 					rows[0].Pod = netip.AddrPortFrom(netip.MustParseAddr(ip), 80)
 				}
 
-				n.do(func() { require.NoError(t, fm.add(t.Context(), rows, "")) })
+				ctx, cancel := fm.cfg.withTimeout(t.Context())
+				n.do(func() { require.NoError(t, fm.add(ctx, rows, "")) })
+				cancel()
 
 				pods = append(pods, &PodPortMapping{IP: rows[0].Pod.Addr().AsSlice(), PortMappings: []*PortMapping{pm}})
 			}

@@ -1,12 +1,10 @@
 package hostport
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"runtime"
 	"slices"
 	"sync"
@@ -326,22 +324,7 @@ func (m *Manager) Mappings() []Mapping {
 		list = append(list, fm.mappings()...)
 	}
 
-	slices.SortFunc(list, func(a, b Mapping) int {
-		return cmp.Or(
-			cmp.Compare(a.HostPort, b.HostPort),
-			cmp.Compare(a.Protocol, b.Protocol),
-			parsed(a.HostIP).Compare(parsed(b.HostIP)),
-			cmp.Compare(a.PodIDHash, b.PodIDHash),
-		)
-	})
-
-	return list
-}
-
-func parsed(ip string) netip.Addr {
-	addr, _ := netip.ParseAddr(ip)
-
-	return addr
+	return inOrder(list)
 }
 
 // Close releases the sockets and leaves the rules, so that traffic goes on

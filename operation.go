@@ -32,16 +32,17 @@ type operation struct {
 
 // do brings op into the kernel, together with whatever else waits, unless allowed says
 // why not.
-func (m *hostportManager) do(ctx context.Context, op *operation, allowed func() error) error {
+func (m *hostportManager) do(ctx context.Context, op *operation, allowed func() error) (err error) {
+	start := time.Now()
+	defer func() { m.observeOperation(op, time.Since(start), err) }()
+
 	if err := allowed(); err != nil {
 		return m.wrap(op, err)
 	}
 
-	start := time.Now()
 	op.deadline, _ = ctx.Deadline()
 
-	err := m.lockNode(ctx, true)
-	if err == nil {
+	if err = m.lockNode(ctx, true); err == nil {
 		err = ctx.Err()
 	}
 

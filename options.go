@@ -38,6 +38,7 @@ type config struct {
 	localhost bool
 	timeout   time.Duration
 	log       klog.Logger
+	observer  Observer
 }
 
 // localhostIn reports whether host ports of a family are to be reached from
@@ -124,4 +125,9 @@ func WithTimeout(d time.Duration) Option {
 // WithLogger sets the logger. The default is klog.Background().
 func WithLogger(log klog.Logger) Option {
 	return func(c *config) { c.log = log }
+}
+
+// WithObserver has an Observer told what the manager does. The default is none.
+func WithObserver(o Observer) Option {
+	return func(c *config) { c.observer = o }
 }

@@ -15,8 +15,17 @@ import (
 
 // sync makes the table, the kernel and the sockets what pods, in the order of
 // their ids, say. The error joins what could not be done.
-func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
-	start := time.Now()
+func (m *hostportManager) sync(ctx context.Context, pods []podRows) (err error) {
+	var (
+		start = time.Now()
+		c     = &change{m: m}
+	)
+
+	defer func() {
+		e := Event{Kind: EventSync, Took: time.Since(start), Err: err}
+		e.count(c.delta)
+		m.observe(e)
+	}()
 
 	if err := m.enter(ctx); err != nil {
 		return m.inFamily(err)
@@ -40,7 +49,6 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) error {
 
 	var errs []error
 
-	c := &change{m: m}
 	m.planRemovals(c, pods)
 
 	for _, pod := range pods {
@@ -326,6 +334,7 @@ func (m *hostportManager) repair(ctx context.Context) {
 	repairs, err := m.reconcile(ctx, m.health.leftovers)
 	if m.health.repaired(err) {
 		m.log.Error(oneLineError{err}, "Cannot repair host ports")
+		m.observe(Event{Kind: EventRepair, Err: err})
 	} else if err == nil {
 		m.tellRepaired(repairs)
 	}

@@ -152,6 +152,8 @@ func (m *hostportManager) tellTakenOver(rows []*row.Row, by row.Owner) {
 		return
 	}
 
+	m.observe(Event{Kind: EventTakeover, PodID: by.ID, Namespace: by.Namespace, Name: by.Name, Removed: len(unknown)})
+
 	advice := "no pod of the last Sync had them"
 	if !m.synced {
 		advice = "their pod may be running: the runtime has to call Sync when it starts"
@@ -191,6 +193,8 @@ func (m *hostportManager) tellRepaired(repairs []row.Repair) {
 	if len(repairs) == 0 {
 		return
 	}
+
+	m.observe(Event{Kind: EventRepair, Repairs: len(repairs)})
 
 	var rows []*row.Row
 
@@ -265,8 +269,14 @@ func yesIf(is bool) answer {
 	return no
 }
 
-// unlock lets the next operation commit, and tells of ports that are held since.
+// unlock lets the next operation commit, and tells of ports that are held since, and of health.
 func (m *hostportManager) unlock() {
 	m.tellHeld()
+
+	if now := m.healthNow(); now != m.healthTold {
+		m.healthTold = now
+		m.observe(Event{Kind: EventHealth, Health: now})
+	}
+
 	<-m.commitLock
 }

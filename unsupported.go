@@ -25,6 +25,8 @@ func (*opener) open(ipFamily) func(context.Context) (backend, error) {
 	}
 }
 
+func (*opener) list(context.Context, ipFamily) ([]Mapping, error) { return nil, errors.ErrUnsupported }
+
 func (*opener) close() error { return nil }
 
 func (*opener) watch(context.Context) <-chan nfnetlink.Transaction { return nil }

@@ -28,6 +28,7 @@ type Backend struct {
 	// previous is set for a backend that is not the one in use: rows are only
 	// taken out.
 	previous bool
+	variant  string
 	watch    tableWatch
 	// made is set once what rows share stands: what lacks of it from then on, others have
 	// taken out.
@@ -87,6 +88,9 @@ func New(ipt Programs, localhost, guard bool) *Backend {
 
 // Kind is the same for all rows.
 func (b *Backend) Kind(*row.Row) string { return "iptables" }
+
+// Variant is that of the programs, "" where it is not known.
+func (b *Backend) Variant() string { return b.variant }
 
 // Name is in the names of a row's chains.
 func (b *Backend) Name(r *row.Row) string { return r.Hash }

@@ -172,6 +172,7 @@ func (t *Installed) NewBackend(
 	localhost, guard bool, generation func(context.Context) (uint32, error), ours *nfnetlink.Generations,
 ) *Backend {
 	b := New(t, localhost, guard)
+	b.variant = string(t.Variant)
 
 	switch {
 	case t.Variant == Legacy:

@@ -168,6 +168,9 @@ func (b *Backend) Usable(ctx context.Context) error {
 // Kind is the same for all rows.
 func (b *Backend) Kind(*row.Row) string { return "nftables" }
 
+// Variant is none.
+func (b *Backend) Variant() string { return "" }
+
 // Name is empty: an element is named by its row's endpoint.
 func (b *Backend) Name(*row.Row) string { return "" }
 
