@@ -69,7 +69,7 @@ func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
 			if kind == BackendIPTables {
 				var reason any = "WithBackend"
 				if len(errs) > 0 {
-					reason = errs
+					reason = oneLineError{errs}
 				}
 
 				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "reason", reason)

@@ -37,6 +37,9 @@ type HostPortManager interface {
 	// and moves rows whose pod IP or container port has changed, without a
 	// packet in between that meets neither. Rows it does not name stay.
 	//
+	// A row from before a restart whose pod nobody has named makes way, so a runtime that
+	// starts calls Sync first.
+	//
 	// A pod without host ports, on the host network, or nil costs nothing.
 	//
 	// Errors: ErrInvalidMapping; *ConflictError, where another pod has the

@@ -3,6 +3,7 @@ package hostport
 import (
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -376,4 +377,18 @@ func FuzzRowsOf(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The README shows a program that compiles.
+func TestEmbedIt(t *testing.T) {
+	t.Parallel()
+
+	program, err := os.ReadFile("examples/embed/main.go")
+	require.NoError(t, err)
+
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+
+	_, code, _ := strings.Cut(string(program), "\n") // the first line is a comment
+	assert.Contains(t, string(readme), "```go\n"+code+"```\n")
 }

@@ -48,6 +48,8 @@ func NewMetaHostportManager(opts ...Option) HostPortManager {
 // fails where neither family can work, and says why for each. For another manager it
 // waits as long as WithTimeout says, for both families together. A family that the other
 // one still has then cannot work.
+//
+// Sync comes next, before the first Add: until then the rows from before are nobody's.
 func New(opts ...Option) (*Manager, error) {
 	m, err := newManager(opts, true)
 	if err != nil {
@@ -93,7 +95,7 @@ func newManager(opts []Option, wait bool) (*Manager, error) {
 	}
 
 	if err != nil {
-		cfg.log.Error(err, "Host ports cannot be mapped in one of the families")
+		cfg.log.Error(oneLineError{err}, "Host ports cannot be mapped in one of the families")
 	}
 
 	return m, nil

@@ -1,0 +1,58 @@
+// Command embed is the README's "Embed it": what a container runtime does with host ports.
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/cri-o/hostport"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+
+	if err := serve(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+}
+
+func serve(ctx context.Context) error {
+	manager, err := hostport.New()
+	if err != nil {
+		return err // neither IP family can work here, and why
+	}
+	defer manager.Close() // releases the ports; the rules stay
+
+	// At the start: the pods that run, by sandbox id. The ports of others go.
+	running := map[string][]*hostport.PodPortMapping{}
+	if err := manager.Sync(ctx, running); err != nil {
+		fmt.Fprintln(os.Stderr, err) // each pod that lacks a port; the others have theirs
+	}
+
+	go manager.Run(ctx) // repairs what others break, until ctx ends
+
+	// When a sandbox is set up, once for each IP of the pod:
+	web := &hostport.PodPortMapping{
+		Namespace: "default",
+		Name:      "web",
+		IP:        net.ParseIP("10.88.0.2"),
+		PortMappings: []*hostport.PortMapping{
+			{HostPort: 8080, ContainerPort: 80, Protocol: v1.ProtocolTCP},
+			{HostPort: 5353, ContainerPort: 53, Protocol: v1.ProtocolUDP, HostIP: "192.0.2.1"},
+		},
+	}
+	if err := manager.Add("sandbox-1", web, ""); err != nil {
+		return err // and nothing has changed
+	}
+
+	<-ctx.Done()
+
+	// When it is torn down: all its ports, of both families.
+	return manager.Remove("sandbox-1", nil)
+}
