@@ -5,12 +5,14 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 
 	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/testbed"
@@ -221,7 +223,6 @@ func TestOthersChange(t *testing.T) {
 	assert.Empty(t, news)
 }
 
-// Whoever watches is told, as often as there is something new to be read.
 // What was there for a moment is not forgotten where others change meanwhile, so that the
 // addresses have to be read again.
 func TestBrieflyAmongOthers(t *testing.T) {
@@ -262,6 +263,7 @@ func TestBrieflyAmongOthers(t *testing.T) {
 	require.NoError(t, <-done)
 }
 
+// Whoever watches is told, as often as there is something new to be read.
 func TestWatch(t *testing.T) {
 	host, both := node(t)
 	news := make(chan struct{}, 1)
@@ -290,17 +292,62 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// Where more has come than fits, what is lost is not missed.
+// Where more has come than fits, what is lost is not missed, be it gone by now.
 func TestOverflow(t *testing.T) {
 	host, both := node(t)
 	gateway := netip.MustParseAddr("192.0.2.2")
-
-	for i := range 6000 { // of no concern
-		require.NoError(t, host.AddRoute(netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 32), gateway))
+	flood := func(network byte) {
+		for i := range 6000 { // of no concern
+			require.NoError(t, host.AddRoute(netip.PrefixFrom(netip.AddrFrom4([4]byte{203, network, byte(i >> 8), byte(i)}), 32), gateway))
+		}
 	}
+	address := netip.MustParsePrefix("198.18.0.1/32")
 
-	require.NoError(t, host.AddLocalRoute("eth0", netip.MustParsePrefix("198.18.0.1/32")))
-	assert.True(t, both.now(t, false).Has(netip.MustParseAddr("198.18.0.1")))
+	flood(0)
+	require.NoError(t, host.AddLocalRoute("eth0", address))
+	before := both.now(t, false)
+	assert.True(t, before.Has(address.Addr()))
+
+	flood(1)
+	require.NoError(t, host.RemoveLocalRoute("eth0", address))
+	require.NoError(t, host.AddLocalRoute("eth0", address))
+	assert.NotSame(t, before, both.now(t, false))
+}
+
+// What does not fit into the buffer may be about an address of the node.
+func TestLargeEvent(t *testing.T) {
+	host, both := node(t)
+	before := both.now(t, false)
+
+	require.NoError(t, host.Do(func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+
+		route := &netlink.Route{Dst: &net.IPNet{IP: net.IPv4(203, 0, 113, 0), Mask: net.CIDRMask(24, 32)}}
+		for range 300 { // of 16 bytes each
+			route.MultiPath = append(route.MultiPath, &netlink.NexthopInfo{LinkIndex: link.Attrs().Index, Gw: net.IPv4(192, 0, 2, 2)})
+		}
+
+		return netlink.RouteAdd(route)
+	}))
+	assert.NotSame(t, before, both.now(t, false))
+}
+
+// Addresses that could not be read are read by the next look.
+func TestReadFails(t *testing.T) {
+	host, both := node(t)
+	address := netip.MustParsePrefix("203.0.113.9/32")
+	late, cancel := context.WithDeadline(t.Context(), time.Now())
+
+	defer cancel()
+
+	require.NoError(t, host.AddLocalRoute("eth0", address))
+
+	_, err := both[0].Now(late)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	assert.True(t, both.now(t, false).Has(address.Addr()))
 }
 
 func TestClosed(t *testing.T) {
