@@ -5,11 +5,13 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/links"
 	"github.com/cri-o/hostport/internal/nftables"
@@ -147,6 +149,86 @@ func TestBridgeCallsOfItsOwn(t *testing.T) {
 		a := n.answers(n.Pods[1].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 		assert.Equal(t, n.Pods[1].IP(f == IPv6), a.Source.Addr())
 		n.answers(n.Pods[0].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+	})
+}
+
+// mountOver hides a sysctl of the host, or a directory of them, until show is called.
+func (n *node) mountOver(hidden, by, kind string, flags uintptr) (show func()) {
+	n.t.Helper()
+	n.do(func() { require.NoError(n.t, unix.Mount(by, hidden, kind, flags, "")) })
+
+	show = sync.OnceFunc(func() {
+		n.do(func() { assert.NoError(n.t, unix.Unmount(hidden, unix.MNT_DETACH)) })
+	})
+	n.t.Cleanup(show)
+
+	return show
+}
+
+const bridgeSysctls = "/proc/sys/net/bridge"
+
+// Without br_netfilter there are no sysctls of bridges, and no bridge calls iptables.
+func TestNeighboursWithoutBridgeNetfilter(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.bridgeCalls(f, false)
+		n.mountOver(bridgeSysctls, "none", "tmpfs", 0)
+
+		log, logged := logs(t)
+		require.NoError(t, n.add(n.manager(log), "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		n.answers(n.Pods[1].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+		assert.NotContains(t, logged(), "The interface to a pod is not known")
+	})
+}
+
+// Whether bridges call iptables is looked at again by Run where it could not be found out, be
+// it for Add or for rows from before.
+func TestBridgesLookedAtAgain(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.bridgeCalls(f, true)
+
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		unreadable := func(n *node) (show func()) {
+			n.t.Helper()
+
+			file := bridgeSysctls + "/bridge-nf-call-" + map[ipFamily]string{IPv4: "iptables", IPv6: "ip6tables"}[f]
+
+			return n.mountOver(file, "/proc/self/mem", "", unix.MS_BIND) // which has nothing at 0
+		}
+		seenAgain := func(n *node, m *Manager, show func()) {
+			n.t.Helper()
+
+			fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+			n.runOnce(fm, false)
+			assert.False(n.t, n.masqueradesNeighbours(f))
+			show()
+			n.bridgeCalls(f, false)
+			n.runOnce(fm, false)
+			n.answers(n.Pods[1].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+		}
+
+		t.Run("rows from before", func(t *testing.T) {
+			n := n.within(t)
+			n.leftBehind("id", pod)
+
+			show := unreadable(n)
+			m := n.manager()
+			seenAgain(n, m, show)
+			require.NoError(t, n.remove(m, "id", nil))
+			require.NoError(t, m.Close())
+		})
+		t.Run("Add", func(t *testing.T) {
+			n := n.within(t)
+			n.bridgeCalls(f, true)
+
+			show := unreadable(n)
+			log, logged := logs(t)
+			m := n.manager(log)
+			require.NoError(t, n.add(m, "id", pod))
+			assert.Contains(t, logged(), "The interface to a pod is not known")
+			seenAgain(n, m, show)
+		})
 	})
 }
 

@@ -1150,6 +1150,12 @@ func (n *node) run(m *Manager) {
 	})
 }
 
+// runOnce does what Run does each time it looks.
+func (n *node) runOnce(m *hostportManager, disturbed bool) {
+	n.t.Helper()
+	n.do(func() { require.NoError(n.t, m.runOnce(n.t.Context(), func(backend) bool { return disturbed })) })
+}
+
 // Whatever ends it, it ends all of it.
 func TestRunEnds(t *testing.T) {
 	n := newNode(t, viaNFTables)

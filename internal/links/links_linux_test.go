@@ -1,6 +1,8 @@
 package links
 
 import (
+	"os"
+	"path/filepath"
 	"strconv"
 	"testing"
 
@@ -36,4 +38,39 @@ func TestBound(t *testing.T) {
 	kind, err := l.kind("lo")
 	require.NoError(t, err)
 	assert.Equal(t, map[string]string{"lo": kind}, l.kinds)
+}
+
+// Behind what is no veth there may be neighbours whose answers do not come by the node.
+func TestKinds(t *testing.T) {
+	t.Parallel()
+
+	l := New(row.IPv4)
+	defer l.Close()
+
+	for kind, want := range map[string]bool{"veth": false, "macvlan": true, "ipvlan": true} { // not every kernel has these
+		l.kinds["pods"] = kind
+
+		bypassed, err := l.Bypassed("pods")
+		require.NoError(t, err)
+		assert.Equal(t, want, bypassed, kind)
+	}
+}
+
+// The sysctl of bridges goes with br_netfilter, and is another file when that is back.
+func TestSysctlIsAnotherFile(t *testing.T) {
+	t.Parallel()
+
+	l := New(row.IPv4)
+	defer l.Close()
+
+	gone, err := os.Open(os.DevNull) // reads as nothing
+	require.NoError(t, err)
+
+	l.calls = gone
+	path := filepath.Join(t.TempDir(), "sysctl")
+	require.NoError(t, os.WriteFile(path, []byte("1\n"), 0o600))
+
+	calls, err := l.readCalls(path)
+	require.NoError(t, err)
+	assert.True(t, calls)
 }
