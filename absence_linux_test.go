@@ -408,6 +408,50 @@ func TestRunLooksAgain(t *testing.T) {
 	})
 }
 
+// Run looks again after a while, not each time; what Sync was to take out after a longer one.
+func TestRunLooksInTime(t *testing.T) {
+	n, _, _ := unreadable(t, viaNFTables, IPv4, map[string]*PodPortMapping{"id": podOn(0, IPv4, 8080)})
+	m := n.manager().families[0]
+	started := countProcesses(t)
+	looked := func() bool {
+		n.runOnce(m, false)
+
+		return started() > 0
+	}
+
+	assert.True(t, looked())
+	assert.False(t, looked(), "at once")
+
+	m.health.lookAt = time.Time{}
+
+	assert.True(t, looked())
+
+	require.Error(t, n.syncFamily(m, nil))
+
+	started()
+
+	m.health.lookAt, m.health.repairAt = time.Time{}, time.Now().Add(-repairPause)
+
+	assert.False(t, looked(), "operations would wait behind it")
+
+	m.health.repairAt = time.Now().Add(-leftoverPause - time.Nanosecond)
+
+	assert.True(t, looked())
+}
+
+// What is found later is looked over as at the start.
+func TestFoundLaterIsRepaired(t *testing.T) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": podOn(0, f, 8080)})
+		old.iptables(f, "-F", iptables.PostRouting)
+
+		m := n.manager()
+		release()
+		require.NoError(t, n.remove(m, "another", nil))
+		assert.Contains(t, strings.Join(old.ours(f), "\n"), iptables.CmdAppend+iptables.PostRouting)
+	})
+}
+
 // A Remove that failed because nobody could look is carried out by Run, once somebody can. A
 // pod that has the port meanwhile keeps it.
 func TestRunRemovesWhatItFinds(t *testing.T) {

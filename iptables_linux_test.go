@@ -487,6 +487,8 @@ func TestNoIPTables(t *testing.T) {
 	pod := podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80})
 	require.ErrorIs(t, m.Add("id", pod, ""), exec.ErrNotFound)
 	require.NoError(t, m.Remove("id", pod))
+	require.ErrorIs(t, m.Sync(t.Context(), map[string][]*PodPortMapping{"id": {pod}}), exec.ErrNotFound)
+	require.NoError(t, m.Sync(t.Context(), nil), "there is nothing")
 }
 
 // A process that hangs is killed, with its children, when time is up.

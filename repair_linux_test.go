@@ -19,6 +19,7 @@ import (
 
 	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
@@ -93,6 +94,107 @@ func TestRemoveLeavesBehind(t *testing.T) {
 	require.NoError(t, n.remove(m, "id", nil))
 	assert.Empty(t, parsedRows(t, n))
 	assert.NotContains(t, old.iptablesSave(IPv4), "-A "+iptables.DNATDispatch, "it could not be put right")
+}
+
+// A repair that fails is told once and not tried again at once, and neither is one that ends
+// with Run told.
+func TestRepairFails(t *testing.T) {
+	n := newNode(t, iptables.NFT)
+	fake := &fakeIPTables{IPTables: n.realIPTables()}
+	log, logged := logs(t)
+	m := n.oneFamily(fake, log)
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+	told := func() int { return strings.Count(logged(), "Cannot repair host ports") }
+	tried := func() bool {
+		before := fake.saves.Load()
+		n.runOnce(m, true)
+
+		return fake.saves.Load() > before
+	}
+
+	for i := range 2 { // with a success in between
+		fake.save = func() error { return errInjected }
+
+		assert.True(t, tried())
+		assert.Equal(t, i+1, told())
+		assert.False(t, tried(), "at once")
+
+		m.health.repairAt = time.Time{}
+
+		assert.True(t, tried(), "later")
+		assert.Equal(t, i+1, told(), "the same error")
+
+		m.health.repairAt = time.Time{}
+		fake.save = nil
+
+		assert.True(t, tried())
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	fake.save = func() error {
+		cancel()
+
+		return ctx.Err()
+	}
+
+	n.do(func() { require.NoError(t, m.runOnce(ctx, func(backend) bool { return true })) })
+	require.Error(t, ctx.Err())
+	assert.Equal(t, 2, told())
+}
+
+// countingBackend counts transactions for operations, and refuses them if told so.
+type countingBackend struct {
+	backend
+
+	refuses bool
+	count   int
+}
+
+func (b *countingBackend) Reconcile(ctx context.Context, t row.Target) ([]row.Repair, error) {
+	if len(t.Deltas) > 0 {
+		b.count++
+		if b.refuses {
+			return nil, &outcome.RefusedError{Err: syscall.EPERM}
+		}
+	}
+
+	return b.backend.Reconcile(ctx, t)
+}
+
+// What a Remove could not take out Run tries to, each time after a while, also if more comes
+// to that meanwhile.
+func TestPruneFails(t *testing.T) {
+	n := anyNode(t)
+	m := n.manager().families[0]
+
+	for i, id := range []string{"a", "b"} {
+		require.NoError(t, n.add(m, id, n.pod(i, IPv4, &PortMapping{HostPort: 8080 + int32(i), ContainerPort: 80})))
+	}
+
+	counting := &countingBackend{backend: m.backend, refuses: true}
+	m.backend = counting
+	tried := func() bool {
+		before := counting.count
+		n.runOnce(m, false)
+
+		return counting.count > before
+	}
+
+	require.ErrorIs(t, n.remove(m, "a", nil), syscall.EPERM)
+	assert.True(t, tried())
+	assert.False(t, tried(), "at once")
+	require.ErrorIs(t, n.remove(m, "b", nil), syscall.EPERM)
+	assert.False(t, tried(), "at once, for what another Remove has left")
+
+	counting.refuses = false
+	require.False(t, m.health.pruneAt.IsZero())
+
+	m.health.pruneAt = time.Now().Add(-time.Nanosecond)
+
+	assert.True(t, tried())
+	assert.Empty(t, m.mappings())
+	assert.Empty(t, n.leftOver(IPv4))
 }
 
 // Nothing of ours gets into tables that are not in use.

@@ -873,6 +873,47 @@ func TestSyncFails(t *testing.T) {
 	assert.Contains(t, n.deviations(IPv6, rowsOfAll(t, IPv6, other)), "left over chains or sets")
 }
 
+// What a Sync has added whose outcome nobody knew, and what it was to take out, goes with the
+// next Remove.
+func TestSyncIsLost(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager()
+		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		works := fm.backend
+		other := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})
+
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+
+		fm.backend = losingBackend{works}
+		require.ErrorIs(t, n.syncFamily(fm, []*PodPortMapping{other}, "other"), errInjected)
+
+		fm.backend = works
+		require.NoError(t, n.remove(m, "other", other))
+		assert.NotContains(t, strings.Join(n.leftOver(f), "\n"), "9090")
+
+		n.leak(f)
+
+		fm.backend = refusingBackend{works}
+		require.ErrorIs(t, n.syncFamily(fm, []*PodPortMapping{other}, "other"), syscall.EPERM)
+
+		fm.backend = works
+		require.NoError(t, n.remove(m, "other", other))
+		assert.Empty(t, n.deviations(f, rowsOfAll(t, f, map[string][]*PodPortMapping{"id": {pod}})))
+	})
+}
+
+// losingBackend does what it is told, and nobody hears of that.
+type losingBackend struct{ backend }
+
+func (b losingBackend) Reconcile(ctx context.Context, t row.Target) ([]row.Repair, error) {
+	if repairs, err := b.backend.Reconcile(ctx, t); err != nil {
+		return repairs, err
+	}
+
+	return nil, errInjected
+}
+
 // A chain in place of one of ours is noticed at once, by whom has not seen ours.
 func TestSyncAfterChainReplaced(t *testing.T) {
 	n := newNode(t, viaNFTables)
@@ -1002,6 +1043,12 @@ func TestRunRepairsBefore(t *testing.T) {
 				require.Equal(t, context.Canceled, <-ended)
 				n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 			}
+
+			// While Run is at it: its first look is at everything.
+			n.run(m)
+			untilLooked(t, m)
+			before.wipeAll()
+			n.soon(func() bool { return check() == nil })
 		})
 	}
 }
