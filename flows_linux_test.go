@@ -137,6 +137,30 @@ func TestFlowsFollowAddresses(t *testing.T) {
 	})
 }
 
+// Flows that the row for an address has led end with the address, also if its pod has a row for
+// any address besides.
+func TestFlowsOfRowForAddress(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		n.peerHas(f, 5353)
+		require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(f))))
+
+		m := n.manager()
+		for _, pm := range []*PortMapping{
+			{HostPort: 5353, ContainerPort: 53, Protocol: "UDP", HostIP: vip(f).String()},
+			{HostPort: 5353, ContainerPort: 54, Protocol: "UDP"},
+		} {
+			require.NoError(t, n.add(m, "id", n.pod(0, f, pm)))
+		}
+
+		s := n.send(netip.AddrPortFrom(vip(f), 5353))
+		s.reaches(t, "web")
+		require.NoError(t, n.Host.RemoveAddress("eth1", row.HostPrefix(vip(f))))
+		n.look(m, f)
+		s.reaches(t, "peer")
+	})
+}
+
 // An address that comes and goes, or goes and comes back, before anybody looks: flows of
 // that moment are not for ever.
 func TestFlowsOfBriefAddresses(t *testing.T) {
@@ -181,6 +205,67 @@ func (n *node) flowsBy(fm *hostportManager, dial func() (flows.Conn, error)) {
 	fm.flows.Stop()
 	require.NoError(n.t, fm.flows.Close(fm.view()))
 	fm.flows = flows.New(fm.family, fm.cannotEnd, fm.withView, dial)
+}
+
+// failingFlows cannot list flows as long as it fails.
+type failingFlows struct {
+	flows.Conn
+
+	fails *atomic.Bool
+	lists *atomic.Int64
+}
+
+func (c failingFlows) Flows(ctx context.Context, family, protocol uint8, port uint16) ([]nfnetlink.Flow, error) {
+	c.lists.Add(1)
+
+	if c.fails.Load() {
+		return nil, errInjected
+	}
+
+	return c.Conn.Flows(ctx, family, protocol, port)
+}
+
+// Flows to an address that has gone end later if they cannot now, also if others come and go
+// until then. They are not tried each time: others wait.
+func TestFlowsFollowLater(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "udp", f, 53)
+		n.peerHas(f, 5353)
+
+		m := n.manager()
+		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		failing := failingFlows{fails: &atomic.Bool{}, lists: &atomic.Int64{}}
+
+		n.flowsBy(fm, func() (flows.Conn, error) {
+			conn, err := flows.Dial()
+
+			return failingFlows{conn, failing.fails, failing.lists}, err
+		})
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"})))
+		require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(f))))
+		n.runOnce(fm, false)
+
+		s := n.send(netip.AddrPortFrom(vip(f), 5353))
+		s.reaches(t, "web")
+		failing.fails.Store(true)
+		require.NoError(t, n.Host.RemoveAddress("eth1", row.HostPrefix(vip(f))))
+		n.runOnce(fm, false)
+
+		lists := failing.lists.Load()
+
+		for _, ip := range []netip.Addr{vip(f).Next(), vip(f).Next().Next()} {
+			require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(ip)))
+			n.runOnce(fm, false)
+		}
+
+		assert.Equal(t, lists, failing.lists.Load(), "at once")
+		failing.fails.Store(false)
+
+		fm.flushAt = time.Time{}
+
+		n.runOnce(fm, false)
+		s.reaches(t, "peer")
+	})
 }
 
 // noneLate keeps a family from ending connections until it is called again: there is one
@@ -568,8 +653,22 @@ func TestTakeoverEndsConnections(t *testing.T) {
 	})
 }
 
-// What an Add has led whose outcome nobody knew ends with the Remove.
+// What an Add has led whose outcome nobody knew ends with the Remove, also if the row has been
+// taken out meanwhile.
 func TestFlowsOfLostAdd(t *testing.T) {
+	for name, meanwhile := range map[string]func(n *node, m *Manager){
+		"Remove": func(*node, *Manager) {},
+		"another pod's Add": func(n *node, m *Manager) {
+			require.NoError(n.t, n.add(m, "another", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+		},
+	} {
+		t.Run(name, func(t *testing.T) { testFlowsOfLostAdd(t, meanwhile) })
+	}
+}
+
+func testFlowsOfLostAdd(t *testing.T, meanwhile func(n *node, m *Manager)) {
+	t.Helper()
+
 	n := newNode(t, viaNFTables)
 	n.serve(0, "udp", IPv4, 53)
 
@@ -587,6 +686,7 @@ func TestFlowsOfLostAdd(t *testing.T) {
 	fake.commit = nil
 
 	n.send(netip.AddrPortFrom(n.nodeIP(IPv4), 5353)).reaches(t, "web")
+	meanwhile(n, m)
 	require.NoError(t, n.remove(m, "id", pod))
 	eventually(t, func() bool {
 		list, err := n.nfnetlink().Flows(t.Context(), unix.NFPROTO_IPV4, unix.IPPROTO_UDP, 5353)

@@ -449,6 +449,38 @@ func pathWith(t *testing.T, programs ...string) string {
 	return dir
 }
 
+// A row that stands twice, as CRI-O makes it of one address in two spellings, stands once when
+// its pod has been added again.
+func TestRowTwice(t *testing.T) {
+	eachVariant(t, func(t *testing.T, n *node) {
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		n.leftBehind("id", pod)
+
+		var twice []string
+
+		for _, line := range n.rules(IPv4) {
+			again := strings.ReplaceAll(line, row.HashOf("id", 8080, "", ""), row.HashOf("id", 8080, "", "0.0.0.0"))
+			if chain, isChain := strings.CutPrefix(again, ":"); isChain {
+				again = "-N " + chain
+			}
+
+			if strings.Contains(again, row.HashOf("id", 8080, "", "0.0.0.0")) {
+				twice = append(twice, again)
+			}
+		}
+
+		n.feed(twice...)
+
+		m := n.manager()
+		require.Len(t, m.Mappings(), 2)
+		require.NoError(t, n.add(m, "id", pod))
+		assert.Len(t, m.Mappings(), 1)
+		assert.Len(t, parsedRows(t, n), 1)
+		require.NoError(t, n.remove(m, "id", nil))
+		n.onlyBase(IPv4)
+	})
+}
+
 // Without ip6tables IPv4 works, and IPv6 says what is missing.
 func TestNoIP6Tables(t *testing.T) {
 	n := newNode(t, iptables.NFT)

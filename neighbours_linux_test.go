@@ -274,6 +274,33 @@ func TestCloseAgain(t *testing.T) {
 	}
 }
 
+// An interface that is made again may be another kind of thing, for Add as well once Run has
+// looked.
+func TestInterfaceMadeAgain(t *testing.T) {
+	n := anyNode(t)
+	n.bridgeCalls(IPv4, false)
+
+	m := n.manager()
+	add := func(id string, pod int) {
+		n.do(func() {
+			require.NoError(t, m.Add(id, n.pod(pod, IPv4, &PortMapping{HostPort: 8080 + int32(pod), ContainerPort: 80}), "d0"))
+		})
+	}
+
+	n.do(func() {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "d0"
+		require.NoError(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "d1"}))
+	})
+	add("a", 0)
+	assert.False(t, n.masqueradesNeighbours(IPv4))
+	require.NoError(t, n.Host.RemoveDevice("d0"))
+	require.NoError(t, n.Host.AddDevice("d0", true)) // a bridge
+	n.runOnce(m.families[0], false)
+	add("b", 1)
+	assert.True(t, n.masqueradesNeighbours(IPv4))
+}
+
 // An interface that is made again may be another kind of thing.
 func TestLinksLookAgain(t *testing.T) {
 	n := anyNode(t)

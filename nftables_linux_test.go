@@ -312,6 +312,21 @@ func TestOneTransactionPerOperation(t *testing.T) {
 	assert.Equal(t, before, n.dump(m))
 }
 
+// That the table is made again when all has been taken out puts nothing right.
+func TestTableMadeAgain(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	b := nftOver(t, n.nfnetlink(), IPv4)
+
+	for range 2 {
+		repairs, err := b.Reconcile(t.Context(), row.Target{Rows: slices.Values([]*row.Row(nil)), Base: true, Whole: true})
+		require.NoError(t, err)
+		assert.Empty(t, repairs)
+
+		_, err = b.Reconcile(t.Context(), row.Nothing())
+		require.NoError(t, err)
+	}
+}
+
 // Whatever somebody does to our table between two operations, the next one
 // puts it right, for all rows.
 func TestTableIsRepaired(t *testing.T) {
@@ -410,6 +425,14 @@ func TestHairpinOfTwo(t *testing.T) {
 	require.NoError(t, n.add(m, "new", n.pod(0, IPv4, &PortMapping{HostPort: 8081, ContainerPort: 80})))
 	assert.Equal(t, 1, strings.Count(strings.Join(n.elements(IPv4), "\n"), nftables.Hairpins))
 	assert.Equal(t, 2, strings.Count(strings.Join(n.elements(IPv4), "\n"), row.ShortHash("new")))
+
+	worked := n.countWork()
+
+	for range 20 { // it would be by chance
+		n.runOnce(m.families[0], true)
+	}
+
+	assert.Zero(t, worked(), "it keeps its name")
 
 	require.NoError(t, n.remove(m, "new", nil))
 	assert.Len(t, n.elements(IPv4), 2)

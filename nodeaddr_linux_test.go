@@ -1,8 +1,10 @@
 package hostport
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -146,6 +148,57 @@ func TestServiceAddressSeenBefore(t *testing.T) {
 		require.NoError(t, m.families[0].runOnce(t.Context(), func(backend) bool { return false }))
 	})
 	assert.Contains(t, n.command("nft", "list", "set", "ip", nftables.TableName, nftables.Services), serviceIP(IPv4, 1).String())
+}
+
+// failingOnce fails the next time.
+type failingOnce struct {
+	backend
+
+	done bool
+}
+
+func (b *failingOnce) Reconcile(ctx context.Context, t row.Target) ([]row.Repair, error) {
+	if !b.done {
+		b.done = true
+
+		return nil, errInjected
+	}
+
+	return b.backend.Reconcile(ctx, t)
+}
+
+// Where that fails, the repair that follows does it.
+func TestServiceAddressFails(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 443, ContainerPort: 80})))
+	n.assignService(serviceIP(IPv4, 1))
+
+	m.families[0].backend = &failingOnce{backend: m.families[0].backend}
+	n.runOnce(m.families[0], false)
+	assert.Contains(t, n.command("nft", "list", "set", "ip", nftables.TableName, nftables.Services), serviceIP(IPv4, 1).String())
+}
+
+// That the node's addresses cannot be looked at is told once, and again when it could be
+// meanwhile.
+func TestAddressesUnknown(t *testing.T) {
+	n := anyNode(t)
+	log, logged := logs(t)
+	m := n.manager(log)
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+
+	for i := range 2 {
+		require.NoError(t, m.families[0].addrs.Close())
+		require.NoError(t, n.add(m, "id", pod))
+		require.NoError(t, n.remove(m, "id", pod))
+		assert.Equal(t, i+1, strings.Count(logged(), "Cannot look at the node's addresses"))
+
+		m.families[0].addrs = nodeaddr.New(false)
+
+		require.NoError(t, n.add(m, "id", pod))
+	}
 }
 
 // Where that makes a flushed table again, flows that have begun without it follow.

@@ -465,6 +465,8 @@ func TestTimeWait(t *testing.T) {
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		assert.True(t, m.Mappings()[0].Held)
+		n.wipe(f)
+		n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080))
 	})
 }
 

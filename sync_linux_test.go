@@ -1375,6 +1375,22 @@ func TestRunLeavesOthersAlone(t *testing.T) {
 	})
 }
 
+// To know its own transactions it need not look.
+func TestRunKnowsItsOwn(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	log, logged := logs(t)
+	m, fake := n.viaFake(log)
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	n.runs(m, logged)
+	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+	untilLooked(t, m)
+	fake.others.Store(0)
+	require.NoError(t, n.add(m, "again", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+	require.NoError(t, n.remove(m, "again", nil))
+	untilLooked(t, m)
+	assert.Zero(t, fake.others.Load())
+}
+
 // A port that the source of a connection kept from being held is held when that
 // has gone, without any operation.
 func TestRunHoldsPorts(t *testing.T) {
