@@ -257,7 +257,6 @@ func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]row.
 
 	for _, b := range l.previous {
 		part := t
-		part.Deltas = nil // no row is added here
 		part.Rows = l.rows(t.Rows, b)
 		part.Base = hasRows(part.Rows)
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -112,6 +113,26 @@ func TestFailedAddOfRemovedPod(t *testing.T) {
 
 		n.run(m)
 		n.soon(func() bool { return len(m.Mappings()) == 1 })
+	})
+}
+
+// A pod that Sync names has its rows, whatever Remove was to take out before.
+func TestSyncAfterRemoveFails(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
+		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+
+		fm.commitLock <- struct{}{}
+
+		require.ErrorIs(t, n.remove(m, "id", nil), context.DeadlineExceeded)
+		<-fm.commitLock
+
+		require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}))
+		n.runOnce(fm, true)
+		require.Len(t, m.Mappings(), 1)
+		assert.Equal(t, "id", m.Mappings()[0].PodID)
 	})
 }
 

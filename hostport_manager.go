@@ -393,10 +393,10 @@ func (m *hostportManager) ready(ctx context.Context) (err error) {
 
 	m.log.Info("Host port manager ready", "backend", b.Kind(nil), "count", len(rows), "rows", listWithPods(rows))
 
-	due := b.Exempt(m.node.Services())
+	b.Exempt(m.node.Services()) // with the next transaction
 
 	// The rules may be of an earlier version, or nobody may have watched.
-	if (!intact || due) && m.needsRules() {
+	if !intact && m.needsRules() {
 		m.repair(ctx)
 		m.flushAllFlows(ctx, nil)
 	}

@@ -201,7 +201,7 @@ func (m *hostportManager) commit(ops []*operation) {
 			op.err = err
 		}
 
-		if op.remove && op.err != nil && !m.closed {
+		if op.remove && op.err != nil {
 			m.remember(op)
 		}
 	}
@@ -241,7 +241,7 @@ func (m *hostportManager) commitAll(ctx context.Context, ops []*operation) {
 			return
 		case refused != nil:
 			ops = fail(ops, batch[refused.Delta:refused.Delta+1], err)
-		case len(batch) > 1 && ctx.Err() == nil: // nobody knows whose fault it is
+		case len(batch) > 1: // nobody knows whose fault it is
 			for _, op := range ops {
 				m.commitAll(ctx, []*operation{op})
 			}

@@ -42,7 +42,6 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) (err error) 
 		return m.inFamily(err)
 	}
 
-	m.disownRemoved(nil)
 	m.observeNode(ctx)
 
 	_ = m.lookAgain(ctx) // what it cannot look at, reconcile tells
@@ -302,7 +301,6 @@ func (m *hostportManager) prune(ctx context.Context) {
 	rows := m.removedBy(op) // none if their pods have them again
 
 	m.commitAll(ctx, []*operation{op})
-	m.removeInDoubt(ctx, []*operation{op})
 	m.health.pruned(op.err)
 
 	if op.err != nil {

@@ -329,7 +329,7 @@ func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []row.Re
 
 	p := b.plan(t.Deltas)
 
-	if !t.Whole && b.made && b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && len(b.inDoubt) == 0 && p.provesItself() {
+	if !t.Whole && b.made && b.epoch == b.ruleset.epoch && b.ruleset.gen != 0 && p.provesItself() {
 		err := b.commit(ctx, b.ruleset.gen, p)
 		if !overtaken(err) {
 			return nil, err

@@ -230,10 +230,7 @@ func (b *Backend) deleteTable(ctx context.Context) ([]row.Repair, error) {
 		return repairs, err
 	}
 
-	b.made = false
-	clear(b.hairpins)
-	clear(b.inDoubt)
-	b.exempted = map[netip.Addr]bool{}
+	b.made = false // and the next plan is for the whole table
 
 	return repairs, nil
 }

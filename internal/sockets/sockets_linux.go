@@ -331,7 +331,7 @@ func (s *Set) bindBeside(fd int, e row.Endpoint) error {
 	case e.Proto == row.UDP && len(ours) > 0:
 		err = s.bindUDPBeside(fd, e, addr, ours)
 	case e.Proto == row.TCP && len(ours) > 0:
-		err = s.bindTCPBeside(fd, e, addr, ours)
+		err = s.bindTCPBeside(fd, e, addr)
 	case e.Proto == row.TCP:
 		err = bindBesideConnections(fd, addr)
 	}
@@ -363,14 +363,13 @@ func bindBesideConnections(fd int, addr unix.Sockaddr) error {
 // bindTCPBeside binds a TCP socket where ours have the port. TCP_REPAIR binds it
 // without a look at others, so that ours let nobody in meanwhile. It takes
 // CAP_NET_ADMIN, as rules do.
-func (s *Set) bindTCPBeside(fd int, e row.Endpoint, addr unix.Sockaddr, ours []*Holder) error {
+func (s *Set) bindTCPBeside(fd int, e row.Endpoint, addr unix.Sockaddr) error {
 	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 1); err != nil {
 		return unix.EADDRINUSE
 	}
 
-	err := errors.Join(unix.Bind(fd, addr), unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 0))
-	if err != nil || !ours[0].IP.IsValid() {
-		return err // where one of ours is on any address, there are no others
+	if err := errors.Join(unix.Bind(fd, addr), unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 0)); err != nil {
+		return err
 	}
 
 	if inode, err := s.findServer(e, fd); err != nil || inode != 0 {
