@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -437,6 +438,43 @@ func TestRunLooksInTime(t *testing.T) {
 	m.health.repairAt = time.Now().Add(-leftoverPause - time.Nanosecond)
 
 	assert.True(t, looked())
+}
+
+// Operations that wait for each other look again once.
+func TestLooksAgainOnce(t *testing.T) {
+	n, _, _ := unreadable(t, viaNFTables, IPv4, map[string]*PodPortMapping{"id": podOn(0, IPv4, 8080)})
+	m := n.manager()
+	started := countProcesses(t)
+
+	require.NoError(t, n.add(m, "first", podNumber(99)))
+
+	once := started()
+	require.Positive(t, once)
+
+	const pods = 5
+
+	m.families[0].commitLock <- struct{}{}
+
+	done := make(chan []error)
+
+	go func() {
+		done <- n.atOnce(pods, func(i int) error { return m.Add(strconv.Itoa(i), podNumber(i), "") })
+	}()
+
+	eventually(t, func() bool {
+		m.families[0].queueMu.Lock()
+		defer m.families[0].queueMu.Unlock()
+
+		return len(m.families[0].queue) == pods
+	})
+
+	<-m.families[0].commitLock
+
+	for _, err := range <-done {
+		require.NoError(t, err)
+	}
+
+	assert.Equal(t, once, started())
 }
 
 // What is found later is looked over as at the start.

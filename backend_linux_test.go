@@ -257,6 +257,33 @@ func TestLayersTakeBack(t *testing.T) {
 	assert.Empty(t, b.rows)
 }
 
+// What is from before and could not be taken out is not forgotten, also if another backend
+// keeps rows.
+func TestLayersTakeOutLater(t *testing.T) {
+	t.Parallel()
+
+	rows, err := rowsOf("id", podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80}))
+	require.NoError(t, err)
+
+	stays, goes := &memory{rows: slices.Clone(rows[:1])}, &memory{rows: slices.Clone(rows[1:]), fail: errInjected}
+	l := newMigration(&memory{},
+		func(context.Context, bool) (backend, error) { return stays, nil },
+		func(context.Context, bool) (backend, error) { return goes, nil })
+	_, _, err = l.List(t.Context())
+	require.NoError(t, err)
+
+	target := row.Target{Rows: slices.Values(rows[:1]), Base: true, Whole: true, Exactly: true}
+	_, err = l.Reconcile(t.Context(), target)
+	require.True(t, isLeftBehind(err))
+
+	goes.fail = nil
+
+	_, err = l.Reconcile(t.Context(), target)
+	require.NoError(t, err)
+	assert.Empty(t, goes.rows)
+	assert.Equal(t, rows[:1], stays.rows)
+}
+
 // By default it is nftables, and iptables where that cannot be; if neither can
 // be, New and Add say why for both.
 func TestBackendAuto(t *testing.T) {

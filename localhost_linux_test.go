@@ -279,6 +279,15 @@ func TestLocalhostOfEachInterface(t *testing.T) {
 	})
 }
 
+// The loopback interface is left as it is, also if it leads to a pod: on the host's network.
+func TestLoopbackInterface(t *testing.T) {
+	n := anyNode(t)
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	pod.IP = n.nodeIP(IPv4).AsSlice()
+	require.NoError(t, n.add(n.manager(), "id", pod))
+	assert.Empty(t, n.localnet())
+}
+
 // What the attacks of TestLoopbackIsGuarded come to where nobody stops them.
 func TestLoopbackUnguarded(t *testing.T) {
 	n := anyNode(t)

@@ -327,6 +327,14 @@ func TestTableMadeAgain(t *testing.T) {
 	}
 }
 
+// What the kernel could not tell of may have been about our table.
+func TestLostNewsDisturbs(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	b := nftOver(t, n.nfnetlink(), IPv4)
+	assert.False(t, b.Disturbed([]nfnetlink.Transaction{{Generation: 1}}))
+	assert.True(t, b.Disturbed([]nfnetlink.Transaction{{}}))
+}
+
 // Whatever somebody does to our table between two operations, the next one
 // puts it right, for all rows.
 func TestTableIsRepaired(t *testing.T) {

@@ -150,6 +150,19 @@ func TestServiceAddressSeenBefore(t *testing.T) {
 	assert.Contains(t, n.command("nft", "list", "set", "ip", nftables.TableName, nftables.Services), serviceIP(IPv4, 1).String())
 }
 
+// Sync exempts it as well.
+func TestServiceAddressSync(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
+
+	m := n.manager()
+	pods := map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: 443, ContainerPort: 80})}}
+	require.NoError(t, n.sync(m, pods))
+	n.assignService(serviceIP(IPv4, 1))
+	require.NoError(t, n.sync(m, pods))
+	assert.Contains(t, n.command("nft", "list", "set", "ip", nftables.TableName, nftables.Services), serviceIP(IPv4, 1).String())
+}
+
 // failingOnce fails the next time.
 type failingOnce struct {
 	backend

@@ -315,6 +315,29 @@ func TestPortsOfOthers(t *testing.T) {
 	})
 }
 
+// So does whoever has bound a port and does not listen yet, where the kernel shows that.
+func TestPortBoundByOthers(t *testing.T) {
+	if !kernelHas(t, 6, 8) {
+		return
+	}
+
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.do(func() {
+			fd, err := unix.Socket(map[ipFamily]int{IPv4: unix.AF_INET, IPv6: unix.AF_INET6}[f], unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			require.NoError(t, err)
+
+			defer unix.Close(fd)
+
+			require.NoError(t, unix.Bind(fd, sockaddrOf(f.AnyAddr(), 8080)))
+
+			m := metaManager(t, WithBackend(n.backend()))
+			err = m.Add("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}), "")
+			require.ErrorIs(t, err, unix.EADDRINUSE)
+			assert.ErrorContains(t, err, fmt.Sprintf("by process %d (", os.Getpid()))
+		})
+	})
+}
+
 // An outgoing connection that happens to have a port as its source is no
 // server: the row works, and is held as soon as that has gone.
 func TestBystander(t *testing.T) {

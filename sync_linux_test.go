@@ -914,6 +914,32 @@ func (b losingBackend) Reconcile(ctx context.Context, t row.Target) ([]row.Repai
 	return nil, errInjected
 }
 
+// What others put in place of what is about to be taken out goes as well.
+func TestSyncOvertaken(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m, fake := n.viaFake()
+		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+
+		l := nftables.NewLayout(f)
+		theirs := elementKey(l, nftables.HostPorts, 9999)
+		theirs.Data = append(n.Pods[1].IP(f == IPv6).AsSlice(), 0, 80, 0, 0)
+		n.commit(l.Table.AddElement(nftables.HostPorts, theirs))
+
+		fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+			fake.commit = nil
+			again := theirs
+			again.Comment = "another"
+
+			n.commit(l.Table.DeleteElement(nftables.HostPorts, theirs), l.Table.AddElement(nftables.HostPorts, again))
+
+			return msgs, nil
+		}
+		require.NoError(t, n.sync(m, nil))
+		require.Nil(t, fake.commit)
+		n.exactly(m, nil)
+	})
+}
+
 // A chain in place of one of ours is noticed at once, by whom has not seen ours.
 func TestSyncAfterChainReplaced(t *testing.T) {
 	n := newNode(t, viaNFTables)
@@ -1071,6 +1097,21 @@ func TestSyncFindsWhatIsFromBefore(t *testing.T) {
 	require.NoError(t, n.sync(m, nil))
 	n.change(iptables.NFT)
 	assert.Empty(t, n.ours(IPv4))
+}
+
+// Where no row stands any more, nothing is missing.
+func TestCheckOfWhatHasMoved(t *testing.T) {
+	n := newNode(t, iptables.NFT)
+	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+	n.leftBehind("id", pod)
+
+	before := *n
+	n.change(viaNFTables)
+
+	m := n.manager()
+	require.NoError(t, n.add(m, "id", pod))
+	before.wipeAll()
+	n.do(func() { require.NoError(t, m.Check(t.Context(), "id", pod)) })
 }
 
 // What is missing is named.
