@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"iter"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -73,7 +72,7 @@ type migration struct {
 	listed   bool     // the one in use is
 	unseen   []finder // of others, what could not be looked at
 	previous []backend
-	location map[*row.Row]backend // where the rows stand that are in one of previous
+	location map[*row.Row]backend // where rows stand, or stood, that are not in the one in use
 }
 
 // finder returns a backend besides the one in use, or nil if that has no rows; with all, nil
@@ -207,12 +206,6 @@ func (l *migration) commit(ctx context.Context, t row.Target) (repairs []row.Rep
 		committed = true
 	}
 
-	for _, d := range t.Deltas {
-		for _, r := range d.Del {
-			delete(l.location, r)
-		}
-	}
-
 	return repairs, nil
 }
 
@@ -277,13 +270,6 @@ func (l *migration) reconcilePrevious(ctx context.Context, t row.Target) ([]row.
 	}
 
 	l.previous = stay
-
-	standing := map[*row.Row]bool{}
-	for r := range t.Rows {
-		standing[r] = true
-	}
-
-	maps.DeleteFunc(l.location, func(r *row.Row, _ backend) bool { return !standing[r] })
 
 	return all, errors.Join(errs...)
 }

@@ -268,9 +268,6 @@ func (b *Backend) dumpSets(ctx context.Context, sets ...string) (map[ElementKey]
 func (b *Backend) adopt(elements map[ElementKey]Element) []*row.Row {
 	var rows []*row.Row
 
-	clear(b.hairpins)
-	b.exempted = map[netip.Addr]bool{}
-
 	for _, e := range elements {
 		switch e.Set {
 		case Hairpins:

@@ -174,12 +174,6 @@ func (h hairpin) neighbour(ip netip.Addr) Element {
 
 // wantAll extends the plan to all rows that are to stand, and to what they share.
 func (p *plan) wantAll(b *Backend, rows iter.Seq[*row.Row], have map[ElementKey]Element) {
-	for key, w := range p.wanted {
-		if !key.isRow() {
-			w.want = Element{} // unless it is asked for below
-		}
-	}
-
 	clear(p.hairpins)
 
 	for ip := range b.hairpins {
