@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/outcome"
 )
 
 // Group is an NFLOG group that stands for something that one manager has at a time. The
@@ -97,7 +98,7 @@ func (l *Lock) TryTake(ctx context.Context) error {
 
 	if l.conn == nil {
 		conn, err := nfnetlink.Dial()
-		if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
+		if outcome.IsAbsence(err) {
 			return fmt.Errorf("%w: %w", errors.ErrUnsupported, err)
 		}
 
