@@ -136,6 +136,23 @@ func TestNeighbours(t *testing.T) {
 	})
 }
 
+// Where bridges have changed for a part of a pod's rows, the others take nothing from these when
+// they go.
+func TestNeighboursOfPart(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+		n.bridgeCalls(f, true)
+
+		m := n.manager()
+		stays, goes := &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80}
+		require.NoError(t, n.add(m, "id", n.pod(0, f, stays, goes)))
+		n.bridgeCalls(f, false)
+		require.NoError(t, n.add(m, "id", n.pod(0, f, stays)))
+		require.NoError(t, n.remove(m, "id", n.pod(0, f, goes)))
+		n.answers(n.Pods[1].Namespace, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+	})
+}
+
 // Where the sysctl is off, a bridge of its own accord may call iptables all the same.
 func TestBridgeCallsOfItsOwn(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {

@@ -327,6 +327,30 @@ func TestTableMadeAgain(t *testing.T) {
 	}
 }
 
+// A look after which there is nothing to do is no transaction: the next one is somebody else's.
+func TestNothingToDoIsNoTransaction(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	conn := n.nfnetlink()
+	b := nftOver(t, conn, IPv4)
+
+	for range 2 {
+		_, err := b.Reconcile(t.Context(), row.Target{Rows: slices.Values([]*row.Row(nil)), Base: true, Whole: true})
+		require.NoError(t, err)
+	}
+
+	n.wipe(IPv4)
+
+	gen, err := conn.Generation(t.Context())
+	require.NoError(t, err)
+
+	table := nftables.NewLayout(IPv4).Table
+	change := nfnetlink.Change{Family: table.Family, Table: table.Name, Chain: nftables.HostPorts}
+
+	for _, g := range []uint32{gen - 1, gen} {
+		assert.True(t, b.Disturbed([]nfnetlink.Transaction{{Generation: g, Changes: map[nfnetlink.Change]bool{change: true}}}))
+	}
+}
+
 // What the kernel could not tell of may have been about our table.
 func TestLostNewsDisturbs(t *testing.T) {
 	n := newNode(t, viaNFTables)

@@ -937,6 +937,21 @@ func TestSyncOvertaken(t *testing.T) {
 		require.NoError(t, n.sync(m, nil))
 		require.Nil(t, fake.commit)
 		n.exactly(m, nil)
+
+		// What was to be taken out has gone, with the whole table.
+		pods := map[string][]*PodPortMapping{"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
+		require.NoError(t, n.sync(m, pods))
+		n.commit(l.Table.CreateChain(nfnetlink.Chain{Name: "alien"}))
+
+		fake.commit = func(msgs []netlink.Message) ([]netlink.Message, error) {
+			fake.commit = nil
+
+			n.commit(l.Table.Delete())
+
+			return msgs, nil
+		}
+		require.NoError(t, n.sync(m, pods))
+		n.exactly(m, pods)
 	})
 }
 
