@@ -116,6 +116,23 @@ func TestFailedAddOfRemovedPod(t *testing.T) {
 	})
 }
 
+// The next Add wins at once, whether or not anybody has looked at the table.
+func TestAddAfterRemoveFails(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
+		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
+		require.NoError(t, n.add(m, "gone", n.pod(0, f, port)))
+
+		fm.commitLock <- struct{}{}
+
+		require.ErrorIs(t, n.remove(m, "gone", nil), context.DeadlineExceeded)
+		<-fm.commitLock
+
+		require.NoError(t, n.add(m, "next", n.pod(1, f, port)))
+	})
+}
+
 // A pod that Sync names has its rows, whatever Remove was to take out before.
 func TestSyncAfterRemoveFails(t *testing.T) {
 	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {

@@ -279,6 +279,17 @@ func TestLocalhostOfEachInterface(t *testing.T) {
 	})
 }
 
+// Sync sees to a row from before as well.
+func TestLocalhostOfRowFromBefore(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		n.leftBehind("id", pod)
+		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
+		require.NoError(t, n.sync(n.manager(), map[string][]*PodPortMapping{"id": {pod}}))
+		assert.Equal(t, []string{"cni0"}, n.localnet())
+	})
+}
+
 // The loopback interface is left as it is, also if it leads to a pod: on the host's network.
 func TestLoopbackInterface(t *testing.T) {
 	n := anyNode(t)

@@ -327,6 +327,24 @@ func TestTableMadeAgain(t *testing.T) {
 	}
 }
 
+// A table from before without rows is looked over by the first Add.
+func TestTableFromBeforeWithoutRows(t *testing.T) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+		n.serve(0, "tcp", f, 80)
+
+		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		before := n.manager(WithoutLocalhost()) // which may have it looked over at the start
+		require.NoError(t, n.add(before, "id", pod))
+		require.NoError(t, n.remove(before, "id", pod))
+		require.NoError(t, before.Close())
+
+		table := nftables.NewLayout(f).Table
+		n.commit(table.FlushChain(nftables.HostPorts))
+		require.NoError(t, n.add(n.manager(WithoutLocalhost()), "id", pod))
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
+	})
+}
+
 // A look after which there is nothing to do is no transaction: the next one is somebody else's.
 func TestNothingToDoIsNoTransaction(t *testing.T) {
 	n := newNode(t, viaNFTables)

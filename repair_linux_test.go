@@ -341,6 +341,20 @@ func TestFlowsAfterRestart(t *testing.T) {
 	s.reaches(t, "web")
 }
 
+// So are those of a time in between, of which nothing else is left: somebody has put the rules
+// back.
+func TestFlowsAfterRestore(t *testing.T) {
+	n := newNode(t, viaNFTables)
+	n.serve(0, "udp", IPv4, 53)
+	n.leftBehind("id", n.pod(0, IPv4, &PortMapping{HostPort: 5353, ContainerPort: 53, Protocol: "UDP"}))
+	n.wipe(IPv4)
+
+	s := n.sendUntranslated(t, 5353)
+	n.commit(nftOver(t, n.nfnetlink(), IPv4).Objects()...)
+	n.manager()
+	s.reaches(t, "web")
+}
+
 // Somebody who comes between the look and the transaction is looked at again, also
 // where everything is to go.
 func TestDemolishOvertaken(t *testing.T) {
