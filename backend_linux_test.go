@@ -284,6 +284,24 @@ func TestLayersTakeOutLater(t *testing.T) {
 	assert.Equal(t, rows[:1], stays.rows)
 }
 
+// The backend in use comes first: where it fails, what is from before stays.
+func TestLayersInOrder(t *testing.T) {
+	t.Parallel()
+
+	rows, err := rowsOf("id", podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80}))
+	require.NoError(t, err)
+
+	before := &memory{rows: slices.Clone(rows[:1])}
+	l := newMigration(&memory{fail: errInjected}, func(context.Context, bool) (backend, error) { return before, nil })
+	l.listed = true
+	_, _, err = l.List(t.Context())
+	require.NoError(t, err)
+
+	_, err = l.Reconcile(t.Context(), row.Target{Rows: slices.Values(rows[1:]), Base: true, Whole: true, Exactly: true})
+	require.ErrorIs(t, err, errInjected)
+	assert.Equal(t, rows[:1], before.rows)
+}
+
 // By default it is nftables, and iptables where that cannot be; if neither can
 // be, New and Add say why for both.
 func TestBackendAuto(t *testing.T) {

@@ -290,6 +290,21 @@ func TestLocalhostOfRowFromBefore(t *testing.T) {
 	})
 }
 
+// Where a sysctl cannot be read, it may be on.
+func TestGuardStaysWhereUnreadable(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		m := n.manager()
+		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		n.sysctl("net/ipv4/conf/cni0/route_localnet", "0")
+		show := n.mountOver(routeLocalnetOf("cni0"), "/proc/self/mem", "", unix.MS_BIND) // which has nothing at 0
+		require.NoError(t, n.sync(m, nil))
+		n.guarded()
+		show()
+		require.NoError(t, n.sync(m, nil))
+		assert.Empty(t, n.ours(IPv4))
+	})
+}
+
 // The loopback interface is left as it is, also if it leads to a pod: on the host's network.
 func TestLoopbackInterface(t *testing.T) {
 	n := anyNode(t)

@@ -627,6 +627,26 @@ func TestDescriptorLeaks(t *testing.T) {
 	})
 }
 
+// A closed manager has nothing open any more.
+func TestCloseClosesAll(t *testing.T) {
+	eachBackend(t, func(t *testing.T, n *node) {
+		one := func() {
+			m := n.manager()
+			require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+			require.NoError(t, m.Close())
+		}
+		one()
+
+		before := openFiles(t)
+
+		for range 5 {
+			one()
+		}
+
+		assert.Equal(t, before, openFiles(t))
+	})
+}
+
 func openFiles(t *testing.T) int {
 	t.Helper()
 

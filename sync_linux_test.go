@@ -1448,8 +1448,21 @@ func TestRunKnowsItsOwn(t *testing.T) {
 }
 
 // A port that the source of a connection kept from being held is held when that
-// has gone, without any operation.
+// has gone, without any operation, or with the next one of another pod.
 func TestRunHoldsPorts(t *testing.T) {
+	for name, next := range map[string]func(n *node, m *Manager){
+		"Run": (*node).run,
+		"another pod's Add": func(n *node, m *Manager) {
+			require.NoError(n.t, n.add(m, "another", n.pod(1, IPv4, &PortMapping{HostPort: 9090, ContainerPort: 80})))
+		},
+	} {
+		t.Run(name, func(t *testing.T) { testHoldsPorts(t, next) })
+	}
+}
+
+func testHoldsPorts(t *testing.T, next func(n *node, m *Manager)) {
+	t.Helper()
+
 	n := anyNode(t)
 	n.serve(0, "tcp", IPv4, 80)
 
@@ -1464,7 +1477,6 @@ func TestRunHoldsPorts(t *testing.T) {
 
 	m := n.manager()
 	require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
-	n.run(m)
 
 	held := func() bool { return m.Mappings()[0].Held }
 	assert.False(t, held())
@@ -1473,6 +1485,7 @@ func TestRunHoldsPorts(t *testing.T) {
 	require.True(t, ok)
 	require.NoError(t, tcpConn.SetLinger(0)) // no TIME_WAIT
 	require.NoError(t, conn.Close())
+	next(n, m)
 	n.soon(held)
 }
 
