@@ -627,6 +627,22 @@ func TestDescriptorLeaks(t *testing.T) {
 	})
 }
 
+// A port is held in each family for itself, whichever comes first.
+func TestHeldInEachFamily(t *testing.T) {
+	for _, families := range [][]ipFamily{{IPv4, IPv6}, {IPv6, IPv4}} {
+		n := anyNode(t)
+		m := n.manager()
+
+		for i, f := range families {
+			require.NoError(t, n.add(m, "id"+string(f), n.pod(i, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
+		}
+
+		for _, mapping := range m.Mappings() {
+			assert.True(t, mapping.Held, mapping)
+		}
+	}
+}
+
 // A closed manager has nothing open any more.
 func TestCloseClosesAll(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
