@@ -50,9 +50,17 @@
 // says whose turn it is when its time is up. See [New].
 //
 // [Manager.Sync] makes the node exactly what the runtime says is running: it is
-// restart recovery and garbage collection. [Manager.Run] watches, until its context
+// restart recovery and garbage collection. A runtime calls it when it starts, before its
+// first Add. [Manager.Run] watches, until its context
 // ends, and repairs what others break. [Manager.Check] says what is missing of a
 // pod.
+//
+// # What programs are told
+//
+// [Manager.Mappings] lists the rows and [Manager.Status] says how each family stands. An
+// [Observer] is told each operation, repair, takeover and change of health. [List] lists what
+// the kernel holds, without a manager and beside one. The log names ports and pods, and what
+// an operator has to act on is an error there.
 //
 // # Errors
 //
