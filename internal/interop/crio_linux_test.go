@@ -41,7 +41,7 @@ func (c crio) add(id string, i int, mappings ...*hostport.PortMapping) {
 		}
 
 		tx.Add(&knftables.Element{
-			Set: hairpins, Key: []string{pod.String(), pod.String()}, Comment: new(hashOf(id)),
+			Set: hairpins, Key: []string{pod.String(), pod.String()}, Comment: knftables.PtrTo(hashOf(id)),
 		})
 
 		require.NoError(c.node.t, c.nft.Run(c.node.t.Context(), tx))
@@ -54,7 +54,7 @@ func crioElement(id string, pod netip.Addr, pm *hostport.PortMapping) *knftables
 		Map:     hostPorts,
 		Key:     []string{strings.ToLower(string(pm.Protocol)), strconv.Itoa(int(pm.HostPort))},
 		Value:   []string{pod.String(), strconv.Itoa(int(pm.ContainerPort))},
-		Comment: new(hashOf(id)),
+		Comment: knftables.PtrTo(hashOf(id)),
 	}
 	if pm.HostIP != "" {
 		e.Map, e.Key = hostIPPorts, slices.Insert(e.Key, 0, pm.HostIP)
@@ -82,17 +82,17 @@ func (c crio) ensure(tx *knftables.Transaction) {
 		}
 	}
 	hook := func(name string, hook knftables.BaseChainHook, priority knftables.BaseChainPriority) knftables.Chain {
-		return knftables.Chain{Name: name, Type: new(knftables.NATType), Hook: &hook, Priority: &priority}
+		return knftables.Chain{Name: name, Type: knftables.PtrTo(knftables.NATType), Hook: &hook, Priority: &priority}
 	}
 
-	tx.Add(&knftables.Table{Comment: new("HostPort rules created by CRI-O")})
+	tx.Add(&knftables.Table{Comment: knftables.PtrTo("HostPort rules created by CRI-O")})
 	tx.Add(&knftables.Map{
 		Name: hostPorts, Type: port + " : " + pod,
-		Comment: new("hostports on all local IPs (protocol . hostPort -> podIP . podPort)"),
+		Comment: knftables.PtrTo("hostports on all local IPs (protocol . hostPort -> podIP . podPort)"),
 	})
 	tx.Add(&knftables.Map{
 		Name: hostIPPorts, Type: addr + " . " + port + " : " + pod,
-		Comment: new("hostports on specific IPs (hostIP . protocol . hostPort -> podIP . podPort)"),
+		Comment: knftables.PtrTo("hostports on specific IPs (hostIP . protocol . hostPort -> podIP . podPort)"),
 	})
 
 	chain(knftables.Chain{Name: hostPorts},
@@ -104,7 +104,7 @@ func (c crio) ensure(tx *knftables.Transaction) {
 	chain(hook("output", knftables.OutputHook, "-100"), local)
 	chain(hook("masquerading", knftables.PostroutingHook, "100"))
 
-	tx.Add(&knftables.Set{Name: hairpins, Type: addr + " . " + addr, Comment: new("hostport hairpin connections")})
+	tx.Add(&knftables.Set{Name: hairpins, Type: addr + " . " + addr, Comment: knftables.PtrTo("hostport hairpin connections")})
 
 	// nft reads (status & dnat) | snat, where the bit of snat is always set: this
 	// never matches, and CRI-O's pods do not reach themselves.
