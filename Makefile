@@ -25,7 +25,7 @@ DEPS := hack/install-deps.sh
 INSIDE := hack/in-namespace.sh
 
 .NOTPARALLEL:
-.PHONY: help demo test test-kernels lint fmt cross bench fuzz chaos verify tidy-check clean lint-tool
+.PHONY: help demo test test-kernels lint fmt cross bench fuzz chaos oldest newest verify tidy-check clean lint-tool
 
 help:
 	@echo "hostport: host ports for container runtimes. None of this needs root or touches the host's network."
@@ -68,6 +68,14 @@ chaos: ## the fault suite for long, on nftables, nft and legacy (CHAOSTIME=, BAC
 	@$(DEPS) go iptables nft unshare
 	@HOSTPORT_CHAOS='$(CHAOSTIME)' HOSTPORT_KILLS='$(KILLS)' HOSTPORT_CHAOS_SEED='$(SEED)' \
 		$(INSIDE) hack/test.sh -timeout=0 -v -run '^Test(Chaos|Kills)$$/^$(BACKEND)$$' .
+
+oldest: ## go vet with the oldest Go that can build it, and a caller on the modules of an old Kubernetes
+	@$(DEPS) go
+	@hack/oldest.sh
+
+newest: ## go vet, and the tests that dependencies can break, with the newest Go and dependencies
+	@$(DEPS) go iptables nft unshare
+	@hack/newest.sh
 
 verify: ## everything that CI runs
 	@.ci/run
