@@ -37,7 +37,8 @@ type PodPortMapping struct {
 	IP net.IP
 }
 
-// PortMapping maps one host port.
+// PortMapping maps one host port. Its JSON, which has the names of the fields, stays as it
+// is: CRI-O stores it in an annotation of the sandbox.
 type PortMapping struct {
 	// HostPort is 1 to 65535; 0 stands for none, and the mapping is skipped.
 	HostPort int32

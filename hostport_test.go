@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"encoding/json"
 	"net"
 	"net/netip"
 	"os"
@@ -391,4 +392,33 @@ func TestEmbedIt(t *testing.T) {
 
 	_, code, _ := strings.Cut(string(program), "\n") // the first line is a comment
 	assert.Contains(t, string(readme), "```go\n"+code+"```\n")
+}
+
+// CRI-O stores a sandbox's mappings in the annotation io.kubernetes.cri-o.PortMappings, which
+// another version of the runtime reads after a restart.
+func TestJSONOfPortMappings(t *testing.T) {
+	t.Parallel()
+
+	mappings := []*PortMapping{
+		{HostPort: 8080, ContainerPort: 80, Protocol: v1.ProtocolTCP},
+		{HostPort: 5353, ContainerPort: 53, Protocol: v1.ProtocolUDP, HostIP: "2001:db8::1"},
+	}
+
+	const annotation = `[
+		{"HostPort": 8080, "ContainerPort": 80, "Protocol": "TCP", "HostIP": ""},
+		{"HostPort": 5353, "ContainerPort": 53, "Protocol": "UDP", "HostIP": "2001:db8::1"}]`
+
+	got, err := json.Marshal(mappings)
+	require.NoError(t, err)
+	assert.JSONEq(t, annotation, string(got))
+
+	for name, stored := range map[string]string{
+		"as now":                 annotation,
+		"of CRI-O 1.18 or older": strings.ReplaceAll(annotation, "{", `{"Name": "",`),
+	} {
+		var read []*PortMapping
+
+		require.NoError(t, json.Unmarshal([]byte(stored), &read), name)
+		assert.Equal(t, mappings, read, name)
+	}
 }
