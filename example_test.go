@@ -51,3 +51,20 @@ func Example() {
 	// pod default/other: host port TCP 0.0.0.0:8080 is taken by pod default/web (TCP 0.0.0.0:8080)
 	// <nil>
 }
+
+// A runtime that is configured to map no host ports takes them like any others.
+func ExampleNewNoopHostportManager() {
+	enabled := false // as the configuration says
+
+	manager := hostport.NewNoopHostportManager()
+	if enabled {
+		manager = hostport.NewMetaHostportManager()
+	}
+
+	web := &hostport.PodPortMapping{
+		IP:           net.ParseIP("10.88.0.2"),
+		PortMappings: []*hostport.PortMapping{{HostPort: 8080, ContainerPort: 80}},
+	}
+	fmt.Println(manager.Add("sandbox-1", web, ""), manager.Add("sandbox-2", web, ""), manager.Remove("sandbox-1", nil))
+	// Output: <nil> <nil> <nil>
+}
