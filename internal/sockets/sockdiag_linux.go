@@ -50,11 +50,11 @@ type inetDiagMsg struct {
 	Expires, RQueue, WQueue, UID, INode uint32
 }
 
-// portInUse finds out why the kernel says that e is in use: the error names
+// InUse finds out why the kernel says that e is in use: the error names
 // the process that serves the port, where /proc shows it. It returns nil if
 // no process does, but an outgoing connection has the port as its source.
-func (s *Set) portInUse(e row.Endpoint) error {
-	inode, err := s.findServer(e)
+func (b binder) InUse(e row.Endpoint, ours []*Holder) error {
+	inode, err := b.findServer(e, ours)
 
 	switch {
 	case err != nil:
@@ -69,7 +69,7 @@ func (s *Set) portInUse(e row.Endpoint) error {
 // findServer returns the inode of a socket that serves e: it listens, or is
 // bound and may yet. The inode is 0 if there is none. Sockets of ours do not
 // count, those that are not held yet included if they are named.
-func (s *Set) findServer(e row.Endpoint, ownFDs ...int) (uint32, error) {
+func (b binder) findServer(e row.Endpoint, holders []*Holder, ownFDs ...int) (uint32, error) {
 	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
 	if err != nil {
 		return 0, fmt.Errorf("open sock_diag: %w", err)
@@ -80,7 +80,7 @@ func (s *Set) findServer(e row.Endpoint, ownFDs ...int) (uint32, error) {
 		return 0, fmt.Errorf("sock_diag: %w", err)
 	}
 
-	for _, h := range s.Held[e.PortKey] {
+	for _, h := range holders {
 		ownFDs = append(ownFDs, h.fd)
 	}
 
@@ -88,7 +88,7 @@ func (s *Set) findServer(e row.Endpoint, ownFDs ...int) (uint32, error) {
 
 	// An IPv6 socket that is not IPV6_V6ONLY has the port in IPv4 as well.
 	families := []uint8{unix.AF_INET6}
-	if s.family == row.IPv4 {
+	if b.family == row.IPv4 {
 		families = append(families, unix.AF_INET)
 	}
 
@@ -114,7 +114,7 @@ func (s *Set) findServer(e row.Endpoint, ownFDs ...int) (uint32, error) {
 		}
 
 		for _, m := range msgs {
-			if inode := servedBy(m.Data, e, s.family); inode != 0 && !ours[uint64(inode)] {
+			if inode := servedBy(m.Data, e, b.family); inode != 0 && !ours[uint64(inode)] {
 				return inode, nil
 			}
 		}

@@ -4,235 +4,20 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/row"
 )
 
-// Set holds host ports of one family, so that no other process can bind
-// them. A held TCP port does not listen: a client that gets there because its
-// rule is missing is refused at once. A held UDP socket queues nothing.
-type Set struct {
-	family row.Family
-	off    bool
-	Held   map[row.PortKey][]*Holder
-	// waiting are the holders without a socket.
-	waiting map[*Holder]bool
-	gained  []row.Endpoint // of those that were waiting, since Gained has last told
-}
-
-// Holder is the socket of one endpoint, shared by the rows that stand for it
-// while one takes over from another.
-type Holder struct {
-	row.Endpoint
-
-	fd   int // -1 where the port could not be bound (yet)
-	rows int
-}
-
 // New returns what holds ports of a family, or nothing if it is not on.
-func New(f row.Family, on bool) Set {
-	return Set{family: f, off: !on, Held: map[row.PortKey][]*Holder{}, waiting: map[*Holder]bool{}}
-}
+func New(f row.Family, on bool) Set { return NewSet(on, binder{f}) }
 
-// Acquire holds an endpoint for one more row. It fails with
-// syscall.EADDRINUSE where another process serves the port. Where the port is
-// merely the source port of an outgoing connection, it succeeds, and Retry
-// will bind it later.
-func (s *Set) Acquire(e row.Endpoint) error {
-	if !s.wants(e) {
-		return nil
-	}
+// binder binds the kernel's sockets.
+type binder struct{ family row.Family }
 
-	if h := s.find(e); h != nil {
-		if err := s.Ensure(e); err != nil {
-			return err
-		}
-
-		h.rows++
-
-		return nil
-	}
-
-	fd, err := s.bindOrName(e)
-	if err != nil {
-		return err
-	}
-
-	s.put(e, fd)
-
-	return nil
-}
-
-// bindOrName is bind, but that its error names who serves the port, and that
-// it returns -1 without one where nobody does.
-func (s *Set) bindOrName(e row.Endpoint) (int, error) {
-	fd, err := s.bind(e)
-	if errors.Is(err, unix.EADDRINUSE) {
-		err = s.portInUse(e)
-	}
-
-	return fd, err
-}
-
-// Ensure tries again to bind an endpoint that is not held yet, and fails as
-// Acquire does.
-func (s *Set) Ensure(e row.Endpoint) error {
-	h := s.find(e)
-	if h == nil || h.fd >= 0 {
-		return nil
-	}
-
-	fd, err := s.bindOrName(e)
-	s.fill(h, fd)
-
-	return err
-}
-
-// Adopt is Acquire for a row that stands in any case.
-func (s *Set) Adopt(e row.Endpoint) error {
-	if !s.wants(e) {
-		return nil
-	}
-
-	if h := s.find(e); h != nil {
-		h.rows++
-
-		return nil
-	}
-
-	fd, err := s.bindOrName(e)
-	s.put(e, fd)
-
-	return err
-}
-
-func (s *Set) find(e row.Endpoint) *Holder {
-	for _, h := range s.Held[e.PortKey] {
-		if h.Endpoint == e {
-			return h
-		}
-	}
-
-	return nil
-}
-
-func (s *Set) put(e row.Endpoint, fd int) {
-	h := &Holder{Endpoint: e, fd: fd, rows: 1}
-
-	s.Held[e.PortKey] = append(s.Held[e.PortKey], h)
-	if fd < 0 {
-		s.waiting[h] = true
-	}
-}
-
-// Release gives back one row's share of an endpoint.
-func (s *Set) Release(e row.Endpoint) {
-	h := s.find(e)
-	if h == nil {
-		return
-	}
-
-	h.rows--
-	if h.rows > 0 {
-		return
-	}
-
-	if h.fd >= 0 {
-		_ = unix.Close(h.fd)
-	}
-
-	delete(s.waiting, h)
-
-	s.Held[e.PortKey] = slices.DeleteFunc(s.Held[e.PortKey], func(o *Holder) bool { return o == h })
-	if len(s.Held[e.PortKey]) == 0 {
-		delete(s.Held, e.PortKey)
-	}
-}
-
-// Holds reports whether a socket is bound to an endpoint.
-func (s *Set) Holds(e row.Endpoint) bool {
-	h := s.find(e)
-
-	return h != nil && h.fd >= 0
-}
-
-// wants reports whether an endpoint is to be held. SCTP never is: to open a socket
-// would load the kernel module. Nor is a link-local address: bind(2) wants its
-// scope, which a HostIP does not have.
-func (s *Set) wants(e row.Endpoint) bool {
-	return !s.off && e.Proto != row.SCTP && !(e.IP.Is6() && e.IP.IsLinkLocalUnicast())
-}
-
-// Lacks reports whether an endpoint is to be held and is not.
-func (s *Set) Lacks(e row.Endpoint) bool { return s.wants(e) && !s.Holds(e) }
-
-// Obstacle says why an endpoint is not held.
-func (s *Set) Obstacle(e row.Endpoint) string {
-	fd, err := s.bindOrName(e)
-
-	switch {
-	case err != nil:
-		return err.Error()
-	case fd >= 0:
-		_ = unix.Close(fd)
-
-		return "nothing is in the way any more"
-	default:
-		return "an outgoing connection has it"
-	}
-}
-
-// Retry tries again to bind some of what is waiting.
-func (s *Set) Retry() {
-	const some = 16 // so that an operation's cost stays its own
-
-	left := some
-
-	for h := range s.waiting {
-		if left == 0 {
-			return
-		}
-
-		left--
-
-		fd, _ := s.bind(h.Endpoint) // there will be another time
-		s.fill(h, fd)
-	}
-}
-
-// fill gives a holder its socket, if there is one now.
-func (s *Set) fill(h *Holder, fd int) {
-	if fd >= 0 {
-		h.fd = fd
-		delete(s.waiting, h)
-		s.gained = append(s.gained, h.Endpoint)
-	}
-}
-
-// Gained returns the endpoints that could not be held and have been since it was last called.
-func (s *Set) Gained() []row.Endpoint {
-	gained := s.gained
-	s.gained = nil
-
-	return gained
-}
-
-// Close releases everything.
-func (s *Set) Close() {
-	for _, holders := range s.Held {
-		for _, h := range holders {
-			if h.fd >= 0 {
-				_ = unix.Close(h.fd)
-			}
-		}
-	}
-
-	clear(s.Held)
-	clear(s.waiting)
-}
+// Close closes a socket.
+func (binder) Close(fd int) { _ = unix.Close(fd) }
 
 // Reserve is how many files are left for others than sockets that hold ports. Both families
 // at once, with a process of iptables(8) each, open some 40; the rest is the runtime's, which
@@ -249,10 +34,10 @@ func mayHold(fd int) bool {
 	return err != nil || uint64(fd)+min(Reserve, limit.Cur/2) < limit.Cur //nolint:gosec // is not negative
 }
 
-// bind returns a socket bound to e.
-func (s *Set) bind(e row.Endpoint) (fd int, err error) {
+// Bind returns a socket bound to e.
+func (b binder) Bind(e row.Endpoint, ours []*Holder) (fd int, err error) {
 	domain, level, freebind := unix.AF_INET, unix.SOL_IP, unix.IP_FREEBIND
-	if s.family == row.IPv6 {
+	if b.family == row.IPv6 {
 		domain, level, freebind = unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_FREEBIND
 	}
 
@@ -278,7 +63,7 @@ func (s *Set) bind(e row.Endpoint) (fd int, err error) {
 		return -1, fmt.Errorf("open socket: %w", unix.EMFILE)
 	}
 
-	if s.family == row.IPv6 {
+	if b.family == row.IPv6 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1); err != nil {
 			return -1, fmt.Errorf("set IPV6_V6ONLY: %w", err)
 		}
@@ -295,7 +80,7 @@ func (s *Set) bind(e row.Endpoint) (fd int, err error) {
 		}
 	}
 
-	if err := s.bindBeside(fd, e); err != nil {
+	if err := b.bindBeside(fd, e, ours); err != nil {
 		return -1, fmt.Errorf("bind: %w", err)
 	}
 
@@ -310,8 +95,8 @@ func (s *Set) bind(e row.Endpoint) (fd int, err error) {
 // every socket bound to it had that on, and then let in whoever has it on too,
 // whatever ours say by then. A bind without it, or a listen(2), ends that for as
 // long as anybody has the port.
-func (s *Set) bindBeside(fd int, e row.Endpoint) error {
-	addr := sockaddr(e.HostIP(s.family), e.Port)
+func (b binder) bindBeside(fd int, e row.Endpoint, holders []*Holder) error {
+	addr := sockaddr(e.HostIP(b.family), e.Port)
 
 	err := unix.Bind(fd, addr)
 	if !errors.Is(err, unix.EADDRINUSE) {
@@ -321,7 +106,7 @@ func (s *Set) bindBeside(fd int, e row.Endpoint) error {
 	// A pod may have a port both on one address and on any.
 	var ours []*Holder
 
-	for _, h := range s.Held[e.PortKey] {
+	for _, h := range holders {
 		if h.fd >= 0 && h.Overlaps(e) {
 			ours = append(ours, h)
 		}
@@ -329,9 +114,9 @@ func (s *Set) bindBeside(fd int, e row.Endpoint) error {
 
 	switch {
 	case e.Proto == row.UDP && len(ours) > 0:
-		err = s.bindUDPBeside(fd, e, addr, ours)
+		err = b.bindUDPBeside(fd, e, addr, ours)
 	case e.Proto == row.TCP && len(ours) > 0:
-		err = s.bindTCPBeside(fd, e, addr)
+		err = b.bindTCPBeside(fd, e, addr, ours)
 	case e.Proto == row.TCP:
 		err = bindBesideConnections(fd, addr)
 	}
@@ -363,7 +148,7 @@ func bindBesideConnections(fd int, addr unix.Sockaddr) error {
 // bindTCPBeside binds a TCP socket where ours have the port. TCP_REPAIR binds it
 // without a look at others, so that ours let nobody in meanwhile. It takes
 // CAP_NET_ADMIN, as rules do.
-func (s *Set) bindTCPBeside(fd int, e row.Endpoint, addr unix.Sockaddr) error {
+func (b binder) bindTCPBeside(fd int, e row.Endpoint, addr unix.Sockaddr, ours []*Holder) error {
 	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 1); err != nil {
 		return unix.EADDRINUSE
 	}
@@ -372,7 +157,7 @@ func (s *Set) bindTCPBeside(fd int, e row.Endpoint, addr unix.Sockaddr) error {
 		return err
 	}
 
-	if inode, err := s.findServer(e, fd); err != nil || inode != 0 {
+	if inode, err := b.findServer(e, ours, fd); err != nil || inode != 0 {
 		return unix.EADDRINUSE
 	}
 
@@ -380,9 +165,9 @@ func (s *Set) bindTCPBeside(fd int, e row.Endpoint, addr unix.Sockaddr) error {
 }
 
 // bindUDPBeside binds a UDP socket where ours have the port.
-func (s *Set) bindUDPBeside(fd int, e row.Endpoint, addr unix.Sockaddr, ours []*Holder) error {
+func (b binder) bindUDPBeside(fd int, e row.Endpoint, addr unix.Sockaddr, ours []*Holder) error {
 	// SO_REUSEADDR is all it takes to share a UDP port with others.
-	if inode, err := s.findServer(e); err != nil || inode != 0 {
+	if inode, err := b.findServer(e, ours); err != nil || inode != 0 {
 		return unix.EADDRINUSE
 	}
 

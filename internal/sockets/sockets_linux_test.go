@@ -111,18 +111,18 @@ func TestRetrySome(t *testing.T) {
 func TestServerElsewhere(t *testing.T) {
 	t.Parallel()
 
-	s := newSet(t)
+	b := binder{row.IPv4}
 	port, closed := listen(t, "127.0.0.2:0")
 	defer closed()
 
-	inode, err := s.findServer(endpoint(row.TCP, port))
+	inode, err := b.findServer(endpoint(row.TCP, port), nil)
 	require.NoError(t, err)
 	assert.Zero(t, inode)
 
 	everywhere := endpoint(row.TCP, port)
 	everywhere.IP = netip.Addr{}
 
-	inode, err = s.findServer(everywhere)
+	inode, err = b.findServer(everywhere, nil)
 	require.NoError(t, err)
 	assert.NotZero(t, inode)
 }
