@@ -254,7 +254,7 @@ func TestForwardingUnknown(t *testing.T) {
 func TestBackendAutoAsksAgain(t *testing.T) {
 	n := newNode(t, iptables.NFT)
 	conn := n.nfnetlink()
-	o := newOpener(newConfig([]Option{WithLogger(testLogger(t))}))
+	o := newSystemOpener(newConfig([]Option{WithLogger(testLogger(t))}))
 	closed, err := nfnetlink.Dial()
 	require.NoError(t, err)
 	require.NoError(t, closed.Close())

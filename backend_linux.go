@@ -14,14 +14,14 @@ import (
 	"github.com/cri-o/hostport/internal/outcome"
 )
 
-// opener finds the backends of both families, which share a netlink socket.
-type opener struct {
+// systemOpener finds the backends of both families, which share a netlink socket.
+type systemOpener struct {
 	cfg     config
 	ruleset *nftables.Ruleset
 }
 
-func newOpener(cfg config) *opener {
-	return &opener{cfg: cfg, ruleset: nftables.NewRuleset(func() (nftables.Conn, error) {
+func newSystemOpener(cfg config) *systemOpener {
+	return &systemOpener{cfg: cfg, ruleset: nftables.NewRuleset(func() (nftables.Conn, error) {
 		conn, err := nfnetlink.Dial()
 		if err != nil {
 			return nil, outcome.Unavailable(err) // and no interface around a nil pointer
@@ -32,24 +32,18 @@ func newOpener(cfg config) *opener {
 }
 
 // close closes the socket.
-func (o *opener) close() error { return o.ruleset.Close() }
+func (o *systemOpener) close() error { return o.ruleset.Close() }
 
 // open returns what finds the backend for a family.
-func (o *opener) open(f ipFamily) func(context.Context) (backend, error) {
+func (o *systemOpener) open(f ipFamily) func(context.Context) (backend, error) {
 	return func(ctx context.Context) (backend, error) {
 		if err := errors.Join(haveNetAdmin(), haveFamily(f)); err != nil {
 			return nil, err
 		}
 
-		var kinds []Backend
-
-		switch o.cfg.backend {
-		case BackendAuto:
-			kinds = []Backend{BackendNFTables, BackendIPTables}
-		case BackendNFTables, BackendIPTables:
-			kinds = []Backend{o.cfg.backend}
-		default:
-			return nil, fmt.Errorf("backend %q: %w", o.cfg.backend, errors.ErrUnsupported)
+		kinds, err := o.cfg.kinds()
+		if err != nil {
+			return nil, err
 		}
 
 		var errs noBackendError
@@ -91,7 +85,7 @@ func isUnusable(err error) bool {
 }
 
 // find returns a backend, and which iptables it drives, if any.
-func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, iptables.Variant, error) {
+func (o *systemOpener) find(ctx context.Context, kind Backend, f ipFamily) (backend, iptables.Variant, error) {
 	if kind == BackendIPTables {
 		t, err := iptables.Find(ctx, f)
 		if err != nil {
@@ -115,7 +109,7 @@ func (o *opener) find(ctx context.Context, kind Backend, f ipFamily) (backend, i
 	return b, "", err
 }
 
-func (o *opener) nftables(f ipFamily) (*nftables.Backend, error) {
+func (o *systemOpener) nftables(f ipFamily) (*nftables.Backend, error) {
 	if err := o.ruleset.Open(); err != nil {
 		return nil, err
 	}
@@ -124,7 +118,7 @@ func (o *opener) nftables(f ipFamily) (*nftables.Backend, error) {
 }
 
 // list lists the rows of a family in all backends.
-func (o *opener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
+func (o *systemOpener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
 	if err := haveNetAdmin(); err != nil {
 		return nil, err
 	}
@@ -163,7 +157,7 @@ func (o *opener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
 
 // others find the backends besides the one in use that may carry rows. They start no process
 // for one that does not.
-func (o *opener) others(f ipFamily, inUse iptables.Variant) []finder {
+func (o *systemOpener) others(f ipFamily, inUse iptables.Variant) []finder {
 	if inUse == "" {
 		return o.variants(f, "")
 	}
@@ -172,7 +166,7 @@ func (o *opener) others(f ipFamily, inUse iptables.Variant) []finder {
 }
 
 // nftablesWithRows finds nftables.
-func (o *opener) nftablesWithRows(f ipFamily) finder {
+func (o *systemOpener) nftablesWithRows(f ipFamily) finder {
 	return func(ctx context.Context, _ bool) (backend, error) {
 		nft, chains, err := o.chains(ctx, f)
 		if err != nil || nft == nil || !nft.IsThere(chains) {
@@ -184,7 +178,7 @@ func (o *opener) nftablesWithRows(f ipFamily) finder {
 }
 
 // variants find the variants of iptables that are not in use.
-func (o *opener) variants(f ipFamily, inUse iptables.Variant) (finders []finder) {
+func (o *systemOpener) variants(f ipFamily, inUse iptables.Variant) (finders []finder) {
 	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		if v != inUse {
 			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.previous(ctx, f, v, all) })
@@ -195,7 +189,7 @@ func (o *opener) variants(f ipFamily, inUse iptables.Variant) (finders []finder)
 }
 
 // chains lists the chains of a family in nf_tables, where the kernel has that.
-func (o *opener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []nfnetlink.ChainInfo, error) {
+func (o *systemOpener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []nfnetlink.ChainInfo, error) {
 	nft, err := o.nftables(f)
 	if errors.Is(err, outcome.ErrUnavailable) {
 		return nil, nil, nil
@@ -215,7 +209,7 @@ func (o *opener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []n
 
 // previous returns an iptables that carries rows from before. No program is started for one
 // that does not: the kernel itself says whether there are chains of ours.
-func (o *opener) previous(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
+func (o *systemOpener) previous(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
 	var there bool
 
 	if v == iptables.NFT { // which keeps its tables among those of nf_tables
@@ -248,7 +242,7 @@ func (o *opener) previous(ctx context.Context, f ipFamily, v iptables.Variant, a
 }
 
 // iptables returns a backend that can be told of what others do to its tables.
-func (o *opener) iptables(t *iptables.Installed) *iptables.Backend {
+func (o *systemOpener) iptables(t *iptables.Installed) *iptables.Backend {
 	var generation func(context.Context) (uint32, error)
 
 	if t.Variant == iptables.NFT && o.ruleset.Open() == nil {
@@ -260,24 +254,24 @@ func (o *opener) iptables(t *iptables.Installed) *iptables.Backend {
 
 // watch returns the transactions of nf_tables, until ctx ends. If they cannot be
 // heard, what comes, at an interval, is that something may have happened.
-func (o *opener) watch(ctx context.Context) <-chan nfnetlink.Transaction {
+func (o *systemOpener) watch(ctx context.Context) (<-chan nfnetlink.Transaction, error) {
 	transactions := make(chan nfnetlink.Transaction)
 
 	l, err := nfnetlink.Listen()
-	if err != nil {
-		go o.pump(ctx, func() (nfnetlink.Transaction, error) { return nfnetlink.Transaction{}, err }, transactions)
+	next := func() (nfnetlink.Transaction, error) { return nfnetlink.Transaction{}, err }
 
-		return transactions
+	if err == nil {
+		next = l.Next
+
+		context.AfterFunc(ctx, func() { _ = l.Close() })
 	}
 
-	context.AfterFunc(ctx, func() { _ = l.Close() })
+	go o.pump(ctx, next, transactions)
 
-	go o.pump(ctx, l.Next, transactions)
-
-	return transactions
+	return transactions, nil
 }
 
-func (o *opener) pump(ctx context.Context, next func() (nfnetlink.Transaction, error), transactions chan<- nfnetlink.Transaction) {
+func (o *systemOpener) pump(ctx context.Context, next func() (nfnetlink.Transaction, error), transactions chan<- nfnetlink.Transaction) {
 	for failing := false; ; {
 		t, err := next()
 		if err != nil {

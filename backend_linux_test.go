@@ -184,22 +184,22 @@ func TestTableOfAnotherProcess(t *testing.T) {
 	assert.Equal(t, BackendIPTables, m.Mappings()[0].Backend)
 }
 
-// memory is a backend that keeps rows to itself.
-type memory struct {
+// rowKeeper is a backend that keeps rows to itself.
+type rowKeeper struct {
 	backend
 
 	rows []*row.Row
 	fail error
 }
 
-func (b *memory) Kind(*row.Row) string          { return "memory" }
-func (b *memory) Name(*row.Row) string          { return "" }
-func (b *memory) OwnedBy(string, *row.Row) bool { return true }
-func (b *memory) List(context.Context) ([]*row.Row, bool, error) {
+func (b *rowKeeper) Kind(*row.Row) string          { return "memory" }
+func (b *rowKeeper) Name(*row.Row) string          { return "" }
+func (b *rowKeeper) OwnedBy(string, *row.Row) bool { return true }
+func (b *rowKeeper) List(context.Context) ([]*row.Row, bool, error) {
 	return slices.Clone(b.rows), true, nil
 }
 
-func (b *memory) Reconcile(_ context.Context, t row.Target) ([]row.Repair, error) {
+func (b *rowKeeper) Reconcile(_ context.Context, t row.Target) ([]row.Repair, error) {
 	if b.fail != nil {
 		return nil, b.fail
 	}
@@ -230,7 +230,7 @@ func TestLayersTakeBack(t *testing.T) {
 		rows = append(rows, some...)
 	}
 
-	inUse, a, b := &memory{}, &memory{rows: slices.Clone(rows[:1])}, &memory{rows: slices.Clone(rows[1:2]), fail: errInjected}
+	inUse, a, b := &rowKeeper{}, &rowKeeper{rows: slices.Clone(rows[:1])}, &rowKeeper{rows: slices.Clone(rows[1:2]), fail: errInjected}
 	l := newMigration(inUse,
 		func(context.Context, bool) (backend, error) { return a, nil },
 		func(context.Context, bool) (backend, error) { return b, nil })

@@ -95,7 +95,7 @@ func (n *benchNode) unbind(b *testing.B) {
 	require.True(b, ok)
 
 	for _, f := range m.families {
-		f.namespace.known.Store(nil)
+		f.namespace = &namespace{}
 	}
 }
 

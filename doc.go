@@ -80,5 +80,6 @@
 // lead to. The folder docs of the module describes each object, and how the code works.
 //
 // The package works on Linux. Elsewhere it builds, and New and Add return
-// errors.ErrUnsupported.
+// errors.ErrUnsupported. The package hostporttest has managers for the unit tests of
+// callers, which work on every system.
 package hostport

@@ -15,13 +15,9 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
-	"github.com/cri-o/hostport/internal/flows"
-	"github.com/cri-o/hostport/internal/links"
-	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
-	"github.com/cri-o/hostport/internal/sockets"
 )
 
 // HostPortManager maps host ports to pods. It is safe for concurrent use.
@@ -69,15 +65,12 @@ type HostPortManager interface {
 // hostportManager is the manager of one family: the table, who owns its rows,
 // and the order of an operation.
 type hostportManager struct {
-	family    ipFamily
-	cfg       config
-	log       klog.Logger
-	open      func(ctx context.Context) (backend, error)
-	addrs     *nodeaddr.Table
-	namespace namespace // in which operations are to be called
-	// locks keep other managers from the family's host ports, in the order in which they
-	// are taken. The last one is this manager's own.
-	locks []*nodeLock
+	kernel
+
+	family ipFamily
+	cfg    config
+	log    klog.Logger
+	open   func(ctx context.Context) (backend, error)
 
 	unavailable atomic.Pointer[error] // why the family could not work at the last try, if it could not
 
@@ -93,8 +86,6 @@ type hostportManager struct {
 	backend    backend                    // nil until open has succeeded
 	rows       map[row.PortKey][]*row.Row // the table; slices are replaced, never changed
 	names      map[string]*row.Row        // the table by what names a row in the kernel, where that may collide
-	sockets    sockets.Set
-	flows      *flows.Ender
 	closed     bool
 	node       *nodeaddr.Addresses // as the family has last seen them
 	// nodeBefore are the node's addresses as they were when flows were last compared
@@ -107,8 +98,6 @@ type hostportManager struct {
 	exemptDue bool   // a transaction has yet to carry out what Exempt was told, as far as is known
 	nodeErr   string // why they could not be looked at last
 
-	localhost localhost.Opener
-	links     links.Finder
 	// bridges are those that lead to pods, and whether pods there answer their neighbours
 	// past the node. relocation is set if rows may have been made for something else.
 	bridges    map[string]bool
@@ -145,18 +134,12 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		log:        cfg.log.WithValues("family", f),
 		starting:   true,
 		open:       open,
-		addrs:      nodeaddr.New(f == IPv6),
-		locks:      []*nodeLock{newNodeLock(cfg, f)},
 		commitLock: make(chan struct{}, 1),
 		rows:       map[row.PortKey][]*row.Row{},
 		names:      map[string]*row.Row{},
-		sockets:    sockets.New(f, cfg.sockets),
-
-		localhost: localhost.New(cfg.log),
-		links:     links.New(f),
-		bridges:   map[string]bool{},
+		bridges:    map[string]bool{},
 	}
-	m.flows = flows.New(f, m.cannotEnd, m.withView, flows.Dial)
+	m.kernel = newKernel(m)
 
 	return m
 }
@@ -335,7 +318,7 @@ func (m *hostportManager) hold(c *change, since savepoint) error {
 // has them until ctx ends: before the commit lock, for which Close waits.
 func (m *hostportManager) lockNode(ctx context.Context, wait bool) error {
 	for _, l := range m.locks {
-		if err := l.take(ctx, wait); err != nil {
+		if err := l.Take(ctx, wait); err != nil {
 			m.noteUnavailable(err)
 
 			return err
@@ -488,7 +471,7 @@ func (m *hostportManager) isReplaced(r *row.Row) bool {
 // needsRules reports whether something of ours is to stand in the kernel: rows, or the
 // guard because of a sysctl that somebody has set, a manager before perhaps.
 func (m *hostportManager) needsRules() bool {
-	return len(m.rows) > 0 || m.family == IPv4 && localhost.Routed()
+	return len(m.rows) > 0 || m.family == IPv4 && m.localhost.Routed()
 }
 
 // start is the constructors' attempt at ready, which does not wait for another manager.
@@ -598,5 +581,5 @@ func (m *hostportManager) Close() error {
 	m.sockets.Close()
 	m.links.Close()
 
-	return errors.Join(m.flows.Close(m.view()), m.addrs.Close(), m.locks[len(m.locks)-1].close())
+	return errors.Join(m.flows.Close(m.view()), m.addrs.Close(), m.locks[len(m.locks)-1].Close())
 }

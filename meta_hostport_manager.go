@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -19,8 +18,8 @@ import (
 // Add, Remove, Sync, Check and Run fail on a thread in another one, and change nothing.
 type Manager struct {
 	families []*hostportManager
-	opener   *opener
-	lock     *nodeLock // of both families, taken before that of either
+	opener   opener
+	lock     locker // of both families, taken before that of either
 }
 
 var _ HostPortManager = (*Manager)(nil)
@@ -63,7 +62,7 @@ func New(opts ...Option) (*Manager, error) {
 // for another manager.
 func newManager(opts []Option, wait bool) (*Manager, error) {
 	cfg := newConfig(opts)
-	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
+	m := &Manager{opener: newOpener(cfg), lock: newLock(cfg, IPv4, IPv6)}
 
 	ctx, cancel := cfg.withTimeout(context.Background())
 	defer cancel()
@@ -72,7 +71,7 @@ func newManager(opts []Option, wait bool) (*Manager, error) {
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, m.opener.open(f))
-		fm.locks = append([]*nodeLock{m.lock}, fm.locks...)
+		fm.locks = append([]locker{m.lock}, fm.locks...)
 		m.families = append(m.families, fm)
 
 		var err error
@@ -255,12 +254,13 @@ const (
 // errors.ErrUnsupported on systems other than Linux. It is to run once at a time,
 // in the network namespace of the manager.
 func (m *Manager) Run(ctx context.Context) error {
-	if runtime.GOOS != "linux" {
-		return errors.ErrUnsupported
-	}
-
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+
+	transactions, err := m.opener.watch(ctx)
+	if err != nil {
+		return err
+	}
 
 	var pending []nfnetlink.Transaction
 
@@ -269,7 +269,6 @@ func (m *Manager) Run(ctx context.Context) error {
 		fm.watchNode(ctx, addresses)
 	}
 
-	transactions := m.opener.watch(ctx)
 	look := time.NewTicker(lookInterval)
 	settled := time.NewTimer(0)
 
@@ -341,5 +340,5 @@ func (m *Manager) Close() error {
 		errs = append(errs, fm.Close())
 	}
 
-	return errors.Join(append(errs, m.opener.close(), m.lock.close())...)
+	return errors.Join(append(errs, m.opener.close(), m.lock.Close())...)
 }

@@ -255,12 +255,13 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 
 	fake := &fakeNFT{Conn: n.nfnetlink()}
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
-	m := &Manager{opener: newOpener(cfg), lock: newNodeLock(cfg, IPv4, IPv6)}
-	m.opener.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return fake, nil })
+	opener := newSystemOpener(cfg)
+	m := &Manager{opener: opener, lock: newNodeLock(cfg, IPv4, IPv6)}
+	opener.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return fake, nil })
 
 	for _, f := range []ipFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-			return m.opener.nftables(f)
+			return opener.nftables(f)
 		})
 		n.do(func() { require.NoError(n.t, fm.start()) })
 		m.families = append(m.families, fm)

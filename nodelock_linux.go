@@ -31,9 +31,9 @@ func newNodeLock(cfg config, families ...ipFamily) *nodeLock {
 	return &nodeLock{lock: nodelock.New(g), log: cfg.log}
 }
 
-// take takes the lock, for which it waits until ctx ends if told to. Once it is taken this costs
+// Take takes the lock, for which it waits until ctx ends if told to. Once it is taken this costs
 // nothing.
-func (l *nodeLock) take(ctx context.Context, wait bool) error {
+func (l *nodeLock) Take(ctx context.Context, wait bool) error {
 	if l.done.Load() {
 		return nil
 	}
@@ -64,5 +64,5 @@ func (l *nodeLock) take(ctx context.Context, wait bool) error {
 	return nil
 }
 
-// close gives the lock up.
-func (l *nodeLock) close() error { return l.lock.Close() }
+// Close gives the lock up.
+func (l *nodeLock) Close() error { return l.lock.Close() }

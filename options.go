@@ -2,11 +2,14 @@ package hostport
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/localhost"
+	"github.com/cri-o/hostport/internal/memory"
 )
 
 // Backend is a way to program the kernel.
@@ -39,6 +42,19 @@ type config struct {
 	timeout   time.Duration
 	log       klog.Logger
 	observer  Observer
+	memory    *memory.Node // in place of the kernel; nil: the kernel
+}
+
+// kinds are the backends to try, in order.
+func (c config) kinds() ([]Backend, error) {
+	switch c.backend {
+	case BackendAuto:
+		return []Backend{BackendNFTables, BackendIPTables}, nil
+	case BackendNFTables, BackendIPTables:
+		return []Backend{c.backend}, nil
+	default:
+		return nil, fmt.Errorf("backend %q: %w", c.backend, errors.ErrUnsupported)
+	}
 }
 
 // localhostIn reports whether host ports of a family are to be reached from

@@ -1308,7 +1308,7 @@ func TestFollowDeaf(t *testing.T) {
 		log, logged := logs(t)
 		news := []nfnetlink.Transaction{{Generation: 1}, {}, {}, {Generation: 2}}
 
-		go newOpener(newConfig([]Option{log})).pump(ctx, func() (nfnetlink.Transaction, error) {
+		go newSystemOpener(newConfig([]Option{log})).pump(ctx, func() (nfnetlink.Transaction, error) {
 			if len(news) == 0 {
 				<-ctx.Done()
 

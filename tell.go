@@ -236,7 +236,7 @@ func (m *hostportManager) cannotEnd(err error) {
 
 // tellForwarding tells if the node has begun or ceased to forward, as far as can be seen.
 func (m *hostportManager) tellForwarding() {
-	set, err := localhost.IsSet(localhost.Forwarding(m.family))
+	set, err := m.localhost.IsSet(localhost.Forwarding(m.family))
 	if err != nil || m.forwards == yesIf(set) { // there will be another time
 		return
 	}

@@ -7,40 +7,50 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/cri-o/hostport/internal/memory"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/outcome"
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
 func NewIPTables(ipFamily) (IPTables, error) { return nil, errors.ErrUnsupported }
 
-// opener finds nothing.
-type opener struct{}
+// newSystemOpener finds nothing.
+func newSystemOpener(config) opener { return noOpener{} }
 
-func newOpener(config) *opener { return nil }
+type noOpener struct{}
 
-func (*opener) open(ipFamily) func(context.Context) (backend, error) {
+func (noOpener) open(ipFamily) func(context.Context) (backend, error) {
 	return func(context.Context) (backend, error) {
 		return nil, fmt.Errorf("host ports are %w: %w", outcome.ErrUnavailable, errors.ErrUnsupported)
 	}
 }
 
-func (*opener) list(context.Context, ipFamily) ([]Mapping, error) { return nil, errors.ErrUnsupported }
+func (noOpener) list(context.Context, ipFamily) ([]Mapping, error) { return nil, errors.ErrUnsupported }
 
-func (*opener) close() error { return nil }
+func (noOpener) watch(context.Context) (<-chan nfnetlink.Transaction, error) {
+	return nil, errors.ErrUnsupported
+}
 
-func (*opener) watch(context.Context) <-chan nfnetlink.Transaction { return nil }
+func (noOpener) close() error { return nil }
 
-// namespace is the only one.
-type namespace struct{}
+// newNodeLock has nobody to keep away.
+func newNodeLock(_ config, families ...ipFamily) locker {
+	return (&memory.Node{}).Lock(families...)
+}
 
-func (*namespace) isCurrent() error { return nil }
+// newSystemKernel has nothing to ask.
+func newSystemKernel(m *hostportManager) kernel {
+	k := newMemoryKernel(&memory.Node{}, m)
+	k.addrs = &noAddresses{}
 
-// nodeLock has nobody to keep away.
-type nodeLock struct{}
+	return k
+}
 
-func newNodeLock(config, ...ipFamily) *nodeLock { return nil }
+// noAddresses keep a manager over an IPTables of the caller's from work.
+type noAddresses struct{ memory.Addresses }
 
-func (*nodeLock) take(context.Context, bool) error { return nil }
-
-func (*nodeLock) close() error { return nil }
+func (*noAddresses) Now(context.Context) (*nodeaddr.Addresses, error) {
+	return nil, errors.ErrUnsupported
+}

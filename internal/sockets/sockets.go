@@ -37,6 +37,7 @@ type Binder interface {
 	// InUse is the error that names the process that serves an endpoint. It is nil if none
 	// does.
 	InUse(e row.Endpoint, ours []*Holder) error
+	// Close closes a socket.
 	Close(fd int)
 }
 
