@@ -215,7 +215,7 @@ func keepAsking(ctx context.Context, n *node, f ipFamily, stop <-chan struct{}, 
 // A pod's rows in both families are two Adds with one id and the same
 // mappings, and one Remove.
 func TestDualStack(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		mappings := []*PortMapping{
 			{HostPort: 8080, ContainerPort: 80},

@@ -118,7 +118,7 @@ func TestKubernetesSamePortOtherAddressAndProtocol(t *testing.T) {
 // Kubernetes: HostPort validates that there is conflict between pods with same
 // hostPort and protocol but one using 0.0.0.0 hostIP.
 func TestKubernetesConflictWithAnyAddress(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		n.serve(0, "tcp", IPv4, 8080)
 
 		m := n.manager()

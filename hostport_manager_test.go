@@ -25,7 +25,7 @@ import (
 )
 
 func TestConflicts(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		for _, f := range []ipFamily{IPv4, IPv6} {
 			ip := n.nodeIP(f).String()
 
@@ -91,7 +91,7 @@ func TestConflicts(t *testing.T) {
 }
 
 func TestAddAgain(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		first := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		more := &PortMapping{HostPort: 8081, ContainerPort: 81, Protocol: "UDP"}
@@ -166,7 +166,7 @@ func TestNothingToDo(t *testing.T) {
 }
 
 func TestInvalidChangesNothing(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
@@ -335,18 +335,11 @@ func heldPorts(m *hostportManager) []string {
 
 // The socket step fails where another process has a port.
 func TestPortInUseIsUndone(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		require.NoError(t, n.add(m, "old", n.pod(1, IPv4, &PortMapping{HostPort: 8079, ContainerPort: 80})))
 
-		var listener net.Listener
-
-		n.do(func() {
-			var err error
-			listener, err = net.Listen("tcp4", ":8081") //nolint:gosec // in a namespace of its own
-			require.NoError(t, err)
-		})
-
+		server := n.takePort("tcp", "0.0.0.0:8081")
 		before := n.dump(m)
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80})
 
@@ -354,13 +347,22 @@ func TestPortInUseIsUndone(t *testing.T) {
 		require.ErrorIs(t, err, syscall.EADDRINUSE)
 		assert.ErrorContains(t, err, "ns/web")
 		assert.ErrorContains(t, err, "TCP 0.0.0.0:8081")
-		assert.ErrorContains(t, err, "process "+strconv.Itoa(os.Getpid()))
+		assert.ErrorContains(t, err, "address already in use by "+n.process())
 		assert.Equal(t, before, n.dump(m))
 
-		require.NoError(t, listener.Close())
+		require.NoError(t, server.Close())
 		require.NoError(t, n.add(m, "id", pod))
 		assert.Len(t, m.Mappings(), 3)
 	})
+}
+
+// process is how errors name the process of the test.
+func (n *node) process() string {
+	if n.variant == viaMemory {
+		return "another process of the node"
+	}
+
+	return "process " + strconv.Itoa(os.Getpid())
 }
 
 // Operations that meet go together, and one that the kernel refuses fails
@@ -862,7 +864,7 @@ func TestKilledAfterCommit(t *testing.T) {
 // Many at once, over ports that they fight for, leave the kernel with what the
 // table says.
 func TestConcurrentUse(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 
 		var wg sync.WaitGroup
@@ -921,7 +923,7 @@ func TestConcurrentUse(t *testing.T) {
 // What lets the pod of two sandboxes reach itself goes with the last of them, whoever it
 // was called after meanwhile.
 func TestLastOfSharedAddress(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
 		m := n.manager()
 		require.NoError(t, n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		require.NoError(t, n.add(m, "b", n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))
@@ -933,21 +935,22 @@ func TestLastOfSharedAddress(t *testing.T) {
 }
 
 func TestClose(t *testing.T) {
-	n := anyNode(t)
-	n.serve(0, "tcp", IPv4, 80)
+	eachNode(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
 
-	m := n.manager()
-	pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
-	require.NoError(t, n.add(m, "id", pod))
-	require.NoError(t, m.Close())
-	require.NoError(t, m.Close(), "again")
+		m := n.manager()
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		require.NoError(t, n.add(m, "id", pod))
+		require.NoError(t, m.Close())
+		require.NoError(t, m.Close(), "again")
 
-	require.ErrorIs(t, n.add(m, "id", pod), os.ErrClosed)
-	require.ErrorIs(t, n.remove(m, "id", pod), os.ErrClosed)
-	n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
+		require.ErrorIs(t, n.add(m, "id", pod), os.ErrClosed)
+		require.ErrorIs(t, n.remove(m, "id", pod), os.ErrClosed)
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8080), "web")
 
-	again := n.manager()
-	require.Len(t, again.Mappings(), 1)
-	assert.True(t, again.Mappings()[0].Held, "the port was free to be held again")
-	require.NoError(t, n.remove(again, "id", pod))
+		again := n.manager()
+		require.Len(t, again.Mappings(), 1)
+		assert.True(t, again.Mappings()[0].Held, "the port was free to be held again")
+		require.NoError(t, n.remove(again, "id", pod))
+	})
 }

@@ -28,7 +28,7 @@ func nowhere(f ipFamily) (hostIPs, podIPs []string) {
 }
 
 func TestAddressesThatLeadNowhere(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
 		m := n.manager()
 		good := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		require.NoError(t, n.add(m, "id", n.pod(0, f, good)))
@@ -63,7 +63,7 @@ func TestAddressesThatLeadNowhere(t *testing.T) {
 // Rows from before with such addresses, of an earlier version or of CRI-O, are
 // listed and go like others.
 func TestAddressesFromBefore(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
 		hostIPs, podIPs := nowhere(f)
 
 		var pods []*PodPortMapping

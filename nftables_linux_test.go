@@ -155,6 +155,12 @@ func (n *node) addForeignNFT(f ipFamily) {
 func (n *node) wipe(f ipFamily) {
 	n.t.Helper()
 
+	if n.variant == viaMemory {
+		n.memory.Wipe()
+
+		return
+	}
+
 	if n.variant != viaNFTables {
 		n.iptables(f, "-F")
 		n.command(iptables.Command(f)+"-"+string(n.variant), "-t", iptables.RawTable, "-F")

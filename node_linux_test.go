@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -24,8 +25,10 @@ import (
 	"k8s.io/klog/v2/ktesting"
 
 	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/memory"
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -37,10 +40,15 @@ type node struct {
 	t       testing.TB
 	variant iptables.Variant
 	reads   *nfnetlink.Conn // see reader
+	memory  *memory.Node    // of viaMemory
 }
 
 // viaNFTables stands for no iptables at all, but nftables.
 const viaNFTables iptables.Variant = "nftables"
+
+// viaMemory stands for a node in memory, which has no namespaces and where no packet goes
+// anywhere.
+const viaMemory iptables.Variant = "memory"
 
 // backends are those that every behaviour is tested on.
 func backends() []iptables.Variant {
@@ -52,6 +60,19 @@ func eachBackend(t *testing.T, f func(t *testing.T, n *node)) {
 	t.Helper()
 
 	for _, v := range backends() {
+		t.Run(string(v), func(t *testing.T) { f(t, newBehaviourNode(t, v)) })
+	}
+}
+
+// everywhere is backends, and memory: what takes no packets but those of answers and
+// refused is tested on it as well, so that callers' tests have what is true of the kernel.
+func everywhere() []iptables.Variant { return append(backends(), viaMemory) }
+
+// eachNode runs f on a fresh node for each backend, and in memory.
+func eachNode(t *testing.T, f func(t *testing.T, n *node)) {
+	t.Helper()
+
+	for _, v := range everywhere() {
 		t.Run(string(v), func(t *testing.T) { f(t, newBehaviourNode(t, v)) })
 	}
 }
@@ -97,6 +118,10 @@ const programsVariable = "HOSTPORT_TEST_PATH"
 func newBehaviourNode(t *testing.T, v iptables.Variant) *node {
 	t.Helper()
 
+	if v == viaMemory {
+		return newMemoryNode(t)
+	}
+
 	if v == viaNFTables {
 		t.Setenv(programsVariable, os.Getenv("PATH"))
 		t.Setenv("PATH", t.TempDir())
@@ -129,36 +154,73 @@ func newNode(tb testing.TB, v iptables.Variant) *node {
 	return n
 }
 
+// newMemoryNode makes a node in memory with the pods that newNode makes.
+func newMemoryNode(tb testing.TB) *node {
+	tb.Helper()
+
+	bed := &testbed.Bed{}
+	for i, name := range []string{"web", "other"} {
+		bed.Pods = append(bed.Pods, &testbed.Pod{
+			Namespace: &testbed.Namespace{Name: name},
+			IPv4:      netip.AddrFrom4([4]byte{10, 88, 0, byte(2 + i)}),
+			IPv6:      netip.MustParseAddr("fd00:10:88::" + strconv.Itoa(2+i)),
+		})
+	}
+
+	return &node{Bed: bed, t: tb, variant: viaMemory, memory: &memory.Node{}}
+}
+
 func (n *node) hint(v iptables.Variant) {
 	for _, family := range []ipFamily{IPv4, IPv6} {
 		n.command(iptables.Command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 	}
 }
 
-// backend is what the node's managers are told to use.
-func (n *node) backend() Backend {
-	if n.variant == viaNFTables {
-		return BackendNFTables
+// on has managers use the node's backend.
+func (n *node) on() Option {
+	if n.variant == viaMemory {
+		return WithMemory(n.memory)
 	}
 
-	return BackendIPTables
+	return WithBackend(n.backend())
+}
+
+// backend is the one that the node's managers use.
+func (n *node) backend() Backend {
+	switch n.variant {
+	case viaNFTables:
+		return BackendNFTables
+	case viaMemory:
+		return memory.Kind
+	default:
+		return BackendIPTables
+	}
 }
 
 // within is the node for a subtest.
 func (n *node) within(t *testing.T) *node {
 	t.Helper()
 
-	return &node{Bed: n.Bed, t: t, variant: n.variant}
+	return &node{Bed: n.Bed, t: t, variant: n.variant, memory: n.memory}
 }
 
 // do runs f in the host's namespace.
 func (n *node) do(f func()) {
 	n.t.Helper()
-	require.NoError(n.t, n.Host.Do(func() error {
+	require.NoError(n.t, n.onHost(func() error {
 		f()
 
 		return nil
 	}))
+}
+
+// onHost runs f in the host's namespace, if the node has one, and returns its error.
+func (n *node) onHost(f func() error) error {
+	if n.variant == viaMemory {
+		return f()
+	}
+
+	return n.Host.Do(f)
 }
 
 // command runs a program on the host and returns what it prints.
@@ -213,6 +275,10 @@ func (n *node) iptables(f ipFamily, args ...string) {
 func (n *node) rules(f ipFamily) []string {
 	n.t.Helper()
 
+	if n.variant == viaMemory {
+		return n.memoryRules(f)
+	}
+
 	if n.variant == viaNFTables {
 		return n.nftRules(f)
 	}
@@ -225,6 +291,27 @@ func (n *node) rules(f ipFamily) []string {
 		} else if strings.HasPrefix(line, iptables.CmdAppend) {
 			rules = append(rules, line)
 		}
+	}
+
+	return rules
+}
+
+// memoryRows are the rows of a family on a node in memory.
+func (n *node) memoryRows(f ipFamily) []*row.Row {
+	n.t.Helper()
+
+	rows, _, err := n.memory.Backend(f).List(n.t.Context())
+	require.NoError(n.t, err)
+
+	return rows
+}
+
+// memoryRules have the form of nftables' elements.
+func (n *node) memoryRules(f ipFamily) (rules []string) {
+	n.t.Helper()
+
+	for _, r := range n.memoryRows(f) {
+		rules = append(rules, nftables.TableName+" element "+r.String()+" "+r.OwnerHash)
 	}
 
 	return rules
@@ -268,7 +355,7 @@ func (n *node) onlyBase(f ipFamily) {
 func (n *node) manager(opts ...Option) *Manager {
 	n.t.Helper()
 
-	opts = append([]Option{WithLogger(testLogger(n.t)), WithBackend(n.backend())}, opts...)
+	opts = append([]Option{WithLogger(testLogger(n.t)), n.on()}, opts...)
 
 	var m *Manager
 
@@ -359,7 +446,7 @@ func (n *node) atOnce(count int, do func(i int) error) []error {
 
 	for i := range count {
 		wg.Go(func() {
-			errs[i] = n.Host.Do(func() error {
+			errs[i] = n.onHost(func() error {
 				ready.Done()
 				ready.Wait()
 
@@ -406,6 +493,10 @@ func (n *node) otherNodeIP(f ipFamily) netip.Addr { return n.OtherNodeIP(f == IP
 func (n *node) serve(i int, network string, f ipFamily, port uint16) {
 	n.t.Helper()
 
+	if n.variant == viaMemory {
+		return
+	}
+
 	_, err := n.Pods[i].Serve(network, netip.AddrPortFrom(n.Pods[i].IP(f == IPv6), port))
 	require.NoError(n.t, err)
 }
@@ -430,9 +521,61 @@ func eventually(tb testing.TB, condition func() bool, what ...any) bool {
 	return true
 }
 
+// leadsTo is the name of the pod that a row leads to on a node in memory.
+func (n *node) leadsTo(network string, to netip.AddrPort) (pod string) {
+	n.t.Helper()
+
+	e := row.Endpoint{PortKey: row.PortKey{Proto: row.Protocol(network), Port: to.Port()}, IP: to.Addr()}
+
+	for _, r := range n.memoryRows(row.FamilyOf(e.IP)) {
+		i := slices.IndexFunc(n.Pods, func(p *testbed.Pod) bool { return p.IP(e.IP.Is6()) == r.Pod.Addr() })
+		if i >= 0 && r.PortKey == e.PortKey && (r.IP == e.IP || !r.IP.IsValid() && pod == "") {
+			pod = n.Pods[i].Name
+		}
+	}
+
+	return pod
+}
+
+// takePort has another process serve a port of the host, until it is closed.
+func (n *node) takePort(network, addr string) io.Closer {
+	n.t.Helper()
+
+	if n.variant != viaMemory {
+		return n.hostService(network, addr)
+	}
+
+	to := netip.MustParseAddrPort(addr)
+	e := row.Endpoint{PortKey: row.PortKey{Proto: row.Protocol(network), Port: to.Port()}}
+
+	if !to.Addr().IsUnspecified() {
+		e.IP = to.Addr()
+	}
+
+	free, err := n.memory.Occupy(e, row.FamilyOf(to.Addr()))
+	require.NoError(n.t, err)
+
+	return freed(free)
+}
+
+// freed is a port of a node in memory.
+type freed func()
+
+func (free freed) Close() error {
+	free()
+
+	return nil
+}
+
 // answers asserts that a request is answered, and returns how.
 func (n *node) answers(from *testbed.Namespace, network string, to netip.AddrPort, by string) testbed.Answer {
 	n.t.Helper()
+
+	if n.variant == viaMemory {
+		assert.Equal(n.t, by, n.leadsTo(network, to), "%s %s", network, to)
+
+		return testbed.Answer{}
+	}
 
 	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
 	defer cancel()
@@ -448,6 +591,12 @@ func (n *node) answers(from *testbed.Namespace, network string, to netip.AddrPor
 // refused asserts that a request is refused, and at once.
 func (n *node) refused(from *testbed.Namespace, network string, to netip.AddrPort) {
 	n.t.Helper()
+
+	if n.variant == viaMemory {
+		assert.Empty(n.t, n.leadsTo(network, to), "%s %s", network, to)
+
+		return
+	}
 
 	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
 	defer cancel()

@@ -99,14 +99,16 @@ func TestSecondManager(t *testing.T) {
 
 // The Remove of a manager that had to wait for too long is carried out when it gets its turn.
 func TestRemoveBesideAnother(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		first := n.manager()
 		require.NoError(t, n.add(first, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
 		var second *Manager
 
-		n.do(func() { second = metaManager(t, WithBackend(n.backend()), WithTimeout(short)) })
-		namesHolder(t, n.remove(second, "id", nil), os.Getpid())
+		n.do(func() { second = metaManager(t, n.on(), WithTimeout(short)) })
+		err := n.remove(second, "id", nil)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorContains(t, err, "another manager has the host ports: "+n.process())
 		n.run(second)
 		assert.Len(t, first.Mappings(), 1)
 		require.NoError(t, first.Close())
@@ -116,20 +118,20 @@ func TestRemoveBesideAnother(t *testing.T) {
 
 // Run takes over when the other manager has gone, and waits no longer than Close.
 func TestRunBesideAnother(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		first := n.manager()
 		require.NoError(t, n.add(first, "id", n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
 		var second *Manager
 
-		n.do(func() { second = metaManager(t, WithBackend(n.backend())) })
+		n.do(func() { second = metaManager(t, n.on()) })
 		n.run(second)
 
 		waits := make(chan error)
 
 		go func() {
-			waits <- n.Host.Do(func() error {
-				third := NewMetaHostportManager(WithBackend(n.backend()), WithLogger(testLogger(t))).(*Manager)
+			waits <- n.onHost(func() error {
+				third := NewMetaHostportManager(n.on(), WithLogger(testLogger(t))).(*Manager)
 				time.AfterFunc(short, func() { assert.NoError(t, third.Close()) })
 
 				return third.Sync(t.Context(), nil)
@@ -191,17 +193,17 @@ func TestManagersOfOneFamily(t *testing.T) {
 
 // Of two managers that wait, one gets both families, whichever each has asked for.
 func TestManagersShareNothing(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		before := n.manager()
 		families := []ipFamily{IPv4, IPv6}
 		managers := make([]*Manager, len(families))
 		added := make(chan int, len(families))
 
 		for i, f := range families {
-			n.do(func() { managers[i] = metaManager(t, WithBackend(n.backend()), WithTimeout(patience)) })
+			n.do(func() { managers[i] = metaManager(t, n.on(), WithTimeout(patience)) })
 
 			go func() {
-				assert.NoError(t, n.Host.Do(func() error {
+				assert.NoError(t, n.onHost(func() error {
 					return managers[i].Add("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}), "")
 				}))
 				added <- i

@@ -63,6 +63,17 @@ func tryBind(tb testing.TB, to netip.AddrPort, kind int, options ...int) (int, e
 // addresses, however they ask.
 func (n *node) refusesOthers(kind int, port uint16, at ...netip.Addr) {
 	n.t.Helper()
+
+	if n.variant == viaMemory {
+		proto := map[int]row.Protocol{unix.SOCK_STREAM: row.TCP, unix.SOCK_DGRAM: row.UDP}[kind]
+		for _, ip := range at {
+			_, err := n.memory.Occupy(row.Endpoint{PortKey: row.PortKey{Proto: proto, Port: port}, IP: ip}, row.FamilyOf(ip))
+			assert.ErrorIs(n.t, err, unix.EADDRINUSE, ip)
+		}
+
+		return
+	}
+
 	n.do(func() {
 		for _, options := range [][]int{nil, {unix.SO_REUSEADDR}, {unix.SO_REUSEPORT}, {unix.SO_REUSEADDR, unix.SO_REUSEPORT}} {
 			for _, ip := range at {

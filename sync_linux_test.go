@@ -36,6 +36,10 @@ import (
 func (n *node) deviations(f ipFamily, rows []*row.Row) []string {
 	n.t.Helper()
 
+	if n.variant == viaMemory {
+		return n.memoryDeviations(f, rows)
+	}
+
 	if n.variant == viaNFTables {
 		return n.nftDeviations(f, rows)
 	}
@@ -111,6 +115,29 @@ func (n *node) deviations(f ipFamily, rows []*row.Row) []string {
 
 	for rule, found := range rs.Misplaced {
 		list = append(list, "misplaced "+rule+" "+strings.Join(found.Lines, "\n"))
+	}
+
+	return list
+}
+
+func (n *node) memoryDeviations(f ipFamily, rows []*row.Row) (list []string) {
+	n.t.Helper()
+
+	wanted := map[string]bool{}
+	for _, r := range rows {
+		wanted[r.String()+" "+r.OwnerHash] = true
+	}
+
+	for _, r := range n.memoryRows(f) {
+		if text := r.String() + " " + r.OwnerHash; wanted[text] {
+			delete(wanted, text)
+		} else {
+			list = append(list, "left over "+text)
+		}
+	}
+
+	for text := range wanted {
+		list = append(list, "missing "+text)
 	}
 
 	return list
@@ -245,6 +272,16 @@ func (n *node) sync(m *Manager, pods map[string][]*PodPortMapping) error {
 func (n *node) leak(f ipFamily) {
 	n.t.Helper()
 
+	if n.variant == viaMemory {
+		stale, err := rowsOf("leaked", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 80}))
+		require.NoError(n.t, err)
+
+		_, err = n.memory.Backend(f).Reconcile(n.t.Context(), row.Target{Deltas: []row.Delta{{Add: stale}}})
+		require.NoError(n.t, err)
+
+		return
+	}
+
 	if n.variant == viaNFTables {
 		l := nftables.NewLayout(f)
 		ip := n.Pods[1].IP(f == IPv6)
@@ -319,7 +356,7 @@ func elementKey(_ nftables.Layout, _ string, port uint16) nfnetlink.Element {
 }
 
 func TestSync(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		mappings := func(port int32) []*PortMapping {
 			return []*PortMapping{
 				{HostPort: port, ContainerPort: 80},
@@ -597,7 +634,7 @@ func TestSyncLeavesInvalid(t *testing.T) {
 
 // A pod that cannot be had does not keep the others from it.
 func TestSyncReports(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		named := func(name string, mappings ...*PortMapping) []*PodPortMapping {
 			return []*PodPortMapping{{Name: name, IP: n.Pods[0].IPv4.AsSlice(), PortMappings: mappings}}
@@ -611,7 +648,7 @@ func TestSyncReports(t *testing.T) {
 		unknown := named("unknown", port(8008))
 		unknown[0].IP = nil
 
-		s := n.hostService("tcp", "192.0.2.1:8005")
+		s := n.takePort("tcp", "192.0.2.1:8005")
 		err := n.sync(m, map[string][]*PodPortMapping{
 			"a":       named("a", port(8000), port(8001)), // z has it
 			"b":       named("b", port(8004)),
@@ -661,14 +698,14 @@ func podsOf(err error) (ids []string) {
 
 // What stays of a pod that cannot be had as wanted keeps its ports.
 func TestSyncReportsAndHolds(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		n.serve(0, "tcp", IPv4, 80)
 
 		m := n.manager()
 		stays := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "UDP"})
 		require.NoError(t, n.add(m, "id", stays))
 
-		s := n.hostService("tcp", "192.0.2.1:9000")
+		s := n.takePort("tcp", "192.0.2.1:9000")
 		before := n.dump(m)
 		err := n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, IPv4,
 			&PortMapping{HostPort: 8080, ContainerPort: 81}, &PortMapping{HostPort: 8080, ContainerPort: 81, Protocol: "UDP"},
@@ -732,7 +769,7 @@ func TestRemoveByAnotherProcess(t *testing.T) {
 		{HostPort: 8081, ContainerPort: 80, Protocol: "SCTP", HostIP: "2001:db8:1::11"},
 	}
 
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		for name, named := range map[string]*PodPortMapping{"all": nil, "by mappings": {PortMappings: mappings}} {
 			stays := map[string][]*PodPortMapping{}
 
@@ -751,11 +788,7 @@ func TestRemoveByAnotherProcess(t *testing.T) {
 				assert.Empty(t, n.deviations(f, rowsOfAll(t, f, stays)), name)
 			}
 
-			n.do(func() {
-				l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp4", "0.0.0.0:8080")
-				require.NoError(t, err, name)
-				require.NoError(t, l.Close())
-			})
+			require.NoError(t, n.takePort("tcp", "0.0.0.0:8080").Close(), name)
 			require.NoError(t, m.Close())
 		}
 	})
@@ -1131,7 +1164,7 @@ func TestCheckOfWhatHasMoved(t *testing.T) {
 
 // What is missing is named.
 func TestCheck(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80},
 			&PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "192.0.2.11", Protocol: "SCTP"})
@@ -1153,9 +1186,9 @@ func TestCheck(t *testing.T) {
 		require.EqualError(t, &MissingError{Pod: "ns/web", Rows: []string{"a", "b"}, Sockets: []string{"c"}, Rules: []string{"d is gone"}},
 			"host ports of pod ns/web: row a is missing; row b is missing; not held: c; d is gone")
 
-		s := n.hostService("tcp", "0.0.0.0:8080")
+		s := n.takePort("tcp", "0.0.0.0:8080")
 		require.ErrorAs(t, check(pod), &missing)
-		assert.Contains(t, missing.Sockets[0], fmt.Sprintf("in use by process %d (", os.Getpid()))
+		assert.Contains(t, missing.Sockets[0], "in use by "+n.process())
 		require.NoError(t, s.Close())
 
 		broken := func(want string, how func()) {
@@ -1176,6 +1209,14 @@ func TestCheck(t *testing.T) {
 
 		rows, err := rowsOf("id", pod)
 		require.NoError(t, err)
+
+		if n.variant == viaMemory {
+			for _, r := range rows {
+				broken("host port "+r.String()+" is missing", n.memory.Wipe)
+			}
+
+			return
+		}
 
 		if n.variant == viaNFTables {
 			table := nftables.NewLayout(IPv4).Table
@@ -1216,7 +1257,7 @@ func TestCheck(t *testing.T) {
 // Check of a row from before does not make it anybody's, and misses no socket where
 // none can be.
 func TestCheckChangesNothing(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
 		mappings := []*PortMapping{{HostPort: 8080, ContainerPort: 80}}
 		if f == IPv6 {
 			mappings = append(mappings, &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "fe80::5"})
@@ -1241,7 +1282,7 @@ func (n *node) run(m *Manager) {
 	ended := make(chan error, 1)
 
 	go func() {
-		_ = n.Host.Do(func() error {
+		_ = n.onHost(func() error {
 			ended <- m.Run(ctx)
 
 			return nil
@@ -1352,6 +1393,10 @@ func (n *node) soon(condition func() bool) {
 
 // ways are those in which others break what is there for IPv4.
 func (n *node) ways() map[string]func() {
+	if n.variant == viaMemory {
+		return map[string]func(){"rows wiped": n.memory.Wipe}
+	}
+
 	if n.variant == viaNFTables {
 		table := nftables.NewLayout(IPv4).Table
 
@@ -1374,7 +1419,7 @@ func (n *node) ways() map[string]func() {
 }
 
 func TestRunRepairs(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		n.serve(0, "tcp", IPv4, 80)
 
 		log, logged := logs(n.t)
