@@ -1,20 +1,12 @@
 package hostport_test
 
 import (
-	"context"
-
 	"github.com/cri-o/hostport"
+	"github.com/cri-o/hostport/hostporttest"
 )
 
-// newManager returns a manager that keeps its rules to itself, so that the
-// example runs anywhere, as any user.
+// newManager returns a manager whose node is in memory, so that the example runs
+// anywhere, as any user.
 func newManager() hostport.HostPortManager {
-	return hostport.NewHostportManager(noIPTables{}, hostport.WithoutSockets())
+	return hostport.NewMetaHostportManager((&hostporttest.Node{}).Option())
 }
-
-// noIPTables is an iptables that takes everything and keeps nothing.
-type noIPTables struct{}
-
-func (noIPTables) IsIPv6() bool                                 { return false }
-func (noIPTables) Save(context.Context, string) ([]byte, error) { return nil, nil }
-func (noIPTables) Restore(context.Context, []byte) error        { return nil }
