@@ -265,8 +265,8 @@ func TestLayersTakeOutLater(t *testing.T) {
 	rows, err := rowsOf("id", podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80}))
 	require.NoError(t, err)
 
-	stays, goes := &memory{rows: slices.Clone(rows[:1])}, &memory{rows: slices.Clone(rows[1:]), fail: errInjected}
-	l := newMigration(&memory{},
+	stays, goes := &rowKeeper{rows: slices.Clone(rows[:1])}, &rowKeeper{rows: slices.Clone(rows[1:]), fail: errInjected}
+	l := newMigration(&rowKeeper{},
 		func(context.Context, bool) (backend, error) { return stays, nil },
 		func(context.Context, bool) (backend, error) { return goes, nil })
 	_, _, err = l.List(t.Context())
@@ -291,8 +291,8 @@ func TestLayersInOrder(t *testing.T) {
 	rows, err := rowsOf("id", podAt("10.88.0.2", &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80}))
 	require.NoError(t, err)
 
-	before := &memory{rows: slices.Clone(rows[:1])}
-	l := newMigration(&memory{fail: errInjected}, func(context.Context, bool) (backend, error) { return before, nil })
+	before := &rowKeeper{rows: slices.Clone(rows[:1])}
+	l := newMigration(&rowKeeper{fail: errInjected}, func(context.Context, bool) (backend, error) { return before, nil })
 	l.listed = true
 	_, _, err = l.List(t.Context())
 	require.NoError(t, err)
