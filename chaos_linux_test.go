@@ -631,12 +631,22 @@ func moveTo(rows, before []*row.Row) {
 	}
 }
 
-// desired is the model as Sync takes it.
+// desired is the model as Sync takes it. A pod has one IP in each family then, the first.
 func (c *chaos) desired() map[string][]*PodPortMapping {
 	pods := map[string][]*PodPortMapping{}
 
 	for id, rows := range c.model {
-		for _, r := range rows {
+		ips := map[ipFamily]netip.Addr{}
+
+		c.model[id] = slices.DeleteFunc(rows, func(r *row.Row) bool {
+			if !ips[r.Family()].IsValid() {
+				ips[r.Family()] = r.Pod.Addr()
+			}
+
+			return r.Pod.Addr() != ips[r.Family()]
+		})
+
+		for _, r := range c.model[id] {
 			pm := &PortMapping{HostPort: int32(r.Port), ContainerPort: int32(r.Pod.Port()), Protocol: v1.Protocol(r.Proto.API())}
 			if r.IP.IsValid() {
 				pm.HostIP = r.IP.String()

@@ -326,7 +326,7 @@ func TestNodeAddressExempted(t *testing.T) {
 		add := func() { n.commit(nftables.NewLayout(f).Table.AddElement(e.Set, e.Element())) }
 		exempt := func() {
 			add()
-			require.ErrorContains(t, check(), "unknown address of a Service "+n.nodeIP(f).String())
+			require.ErrorContains(t, check(), "address of a Service "+n.nodeIP(f).String()+" is none of the node's")
 			n.refused(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080))
 		}
 

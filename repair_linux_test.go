@@ -288,7 +288,7 @@ func TestFlowsAfterRepair(t *testing.T) {
 				require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {pod}}), syscall.EADDRINUSE)
 			},
 			"a Sync that finds the pod invalid": func(n *node, m *Manager) {
-				require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {{PortMappings: []*PortMapping{{HostPort: -1}}}}}), ErrInvalidMapping)
+				require.ErrorIs(t, n.sync(m, map[string][]*PodPortMapping{"id": {n.pod(0, IPv4, &PortMapping{HostPort: -1})}}), ErrInvalidMapping)
 			},
 		} {
 			t.Run(name, func(t *testing.T) {
