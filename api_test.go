@@ -25,10 +25,12 @@ func TestAPI(t *testing.T) {
 
 	const golden = "testdata/api.txt"
 
-	got := ""
+	var all []string
 	for _, dir := range []string{".", "hostporttest"} {
-		got += "// " + dir + "\n" + strings.Join(exported(t, dir), "\n") + "\n"
+		all = append(append(all, "// "+dir), exported(t, dir)...)
 	}
+
+	got := strings.Join(all, "\n") + "\n"
 
 	if os.Getenv("HOSTPORT_UPDATE") != "" {
 		require.NoError(t, os.WriteFile(golden, []byte(got), 0o644))

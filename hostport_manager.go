@@ -21,6 +21,10 @@ import (
 )
 
 // HostPortManager maps host ports to pods. It is safe for concurrent use.
+//
+// CRI-O 1.24 to 1.31 and cri-dockerd have the same interface. In CRI-O 1.32 Add has no
+// natInterfaceName, and since 1.33 the arguments are others: docs/porting.md of the module
+// has what stands between.
 type HostPortManager interface {
 	// Add maps the host ports of a pod. id is the pod's sandbox id, one per
 	// pod and never empty. natInterfaceName is the host's interface towards

@@ -8,6 +8,10 @@
 // CRI-O itself is played by a stand-in of a hundred lines, which makes the
 // transactions that CRI-O's manager makes.
 //
+// Here are also the runtimes that could embed hostport (docs/porting.md): what
+// stands between their code and its API, and their calls, with real packets. They
+// need k8s.io/cri-api.
+//
 // The tests need nft in PATH and namespaces of their own; in this folder:
 //
 //	go mod download
