@@ -632,6 +632,25 @@ func TestSyncLeavesInvalid(t *testing.T) {
 	})
 }
 
+// A sandbox that takes the place of another, with the same IP and port, is the owner from then on,
+// in the kernel too.
+func TestSyncChangesOwner(t *testing.T) {
+	eachNode(t, func(t *testing.T, n *node) {
+		pod := n.pod(0, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80})
+		m := n.manager()
+		require.NoError(t, n.add(m, "old", pod))
+		require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"new": {pod}}))
+		n.exactly(m, map[string][]*PodPortMapping{"new": {pod}})
+		require.NoError(t, m.Close())
+
+		m = n.manager()
+		require.NoError(t, n.remove(m, "old", nil))
+		assert.Len(t, m.Mappings(), 1)
+		require.NoError(t, n.remove(m, "new", nil))
+		n.exactly(m, nil)
+	})
+}
+
 // A pod that cannot be had does not keep the others from it.
 func TestSyncReports(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {

@@ -198,9 +198,28 @@ func TestOccupy(t *testing.T) {
 		require.ErrorContains(t, err, "want TCP or UDP")
 	}
 
-	// A runtime may have the ports held by itself.
+	// Two addresses are two places, and a pod is in nobody's way itself.
+	_, err := node.Occupy(v1.ProtocolTCP, netip.MustParseAddrPort("192.0.2.1:8090"))
+	require.NoError(t, err)
+
+	beside := pod("beside", "10.88.0.4", 8090, 8091, 8091)
+	beside.PortMappings[0].HostIP, beside.PortMappings[1].HostIP = "192.0.2.2", "192.0.2.2"
+	require.NoError(t, m.Add("beside", beside, ""))
+	require.Len(t, m.Mappings(), 4)
+
+	for _, mapping := range m.Mappings() {
+		assert.True(t, mapping.Held, mapping)
+	}
+
+	// Both families or none.
+	require.NoError(t, m.Add("v6", pod("v6", "fd00::2", 8085), ""))
+	_, err = node.Occupy(v1.ProtocolTCP, netip.MustParseAddrPort("[::]:8085"))
+	require.ErrorIs(t, err, syscall.EADDRINUSE)
+	require.NoError(t, m.Add("v4", pod("v4", "10.88.0.5", 8085), ""))
+
+	// Nobody holds the ports while the runtime is down.
 	require.NoError(t, m.Close())
-	_, err := node.Occupy(v1.ProtocolTCP, netip.MustParseAddrPort("0.0.0.0:8080"))
+	_, err = node.Occupy(v1.ProtocolTCP, netip.MustParseAddrPort("0.0.0.0:8080"))
 	require.NoError(t, err)
 	require.ErrorIs(t, restart(t, &node).Add("b", pod("b", "10.88.0.3", 8080), ""), syscall.EADDRINUSE)
 }
@@ -276,6 +295,25 @@ func TestWipedWhileDown(t *testing.T) {
 	require.NoError(t, m.Check(t.Context(), "a", p))
 }
 
+// An operation whose time is up before it begins does nothing, and List lists nothing.
+func TestContextEnded(t *testing.T) {
+	t.Parallel()
+
+	var node hostporttest.Node
+
+	m := restart(t, &node)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+
+	for range 20 { // of those that need not wait
+		require.ErrorIs(t, m.AddContext(ctx, "a", pod("a", "10.88.0.2", 8080), ""), context.Canceled)
+		require.Empty(t, m.Mappings())
+	}
+
+	_, err := hostport.List(ctx, node.Option())
+	require.ErrorIs(t, err, context.Canceled)
+}
+
 // A second manager waits for the first one, as long as it is told to.
 func TestSecondManager(t *testing.T) {
 	t.Parallel()
@@ -291,7 +329,9 @@ func TestSecondManager(t *testing.T) {
 		require.ErrorContains(t, err, "another manager has the host ports")
 		assert.Equal(t, time.Minute, time.Since(begun))
 
+		begun = time.Now()
 		second := hostport.NewMetaHostportManager(node.Option(), hostport.WithTimeout(time.Minute), hostport.WithLogger(logger(t)))
+		assert.Zero(t, time.Since(begun), "it leaves the waiting to the first operation")
 		require.ErrorIs(t, second.Add("b", pod("b", "10.88.0.3", 8081), ""), context.DeadlineExceeded)
 
 		added := make(chan error)

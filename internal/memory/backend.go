@@ -63,7 +63,7 @@ func (b *Backend) Disturbed([]nfnetlink.Transaction) bool {
 }
 
 // Missing returns the rows that are not there.
-func (b *Backend) Missing(ctx context.Context, rows []*row.Row) (missing []string, err error) {
+func (b *Backend) Missing(_ context.Context, rows []*row.Row) (missing []string, err error) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 
@@ -73,23 +73,17 @@ func (b *Backend) Missing(ctx context.Context, rows []*row.Row) (missing []strin
 		}
 	}
 
-	return missing, ctx.Err()
+	return missing, nil
 }
 
 // Reconcile looks at all rows only if told to, or if somebody has wiped them.
-func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []row.Repair, err error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-
+func (b *Backend) Reconcile(_ context.Context, t row.Target) (repairs []row.Repair, err error) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
 
 	for _, d := range t.Deltas {
 		for _, r := range d.Del {
-			if b.node.rows[b.key(r)].OwnerHash == r.OwnerHash {
-				delete(b.node.rows, b.key(r))
-			}
+			delete(b.node.rows, b.key(r))
 		}
 
 		for _, r := range slices.Concat(d.Add, d.Keep) {
