@@ -13,7 +13,7 @@ import (
 // A runtime maps a pod's ports at sandbox set-up, and takes them out at
 // teardown. The second pod finds the port taken.
 func Example() {
-	// In a runtime this is hostport.New(), once.
+	// In a runtime this is hostport.New, once.
 	manager := newManager()
 
 	web := &hostport.PodPortMapping{
