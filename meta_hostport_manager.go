@@ -24,7 +24,7 @@ type Manager struct {
 
 var _ HostPortManager = (*Manager)(nil)
 
-// NewMetaHostportManager returns a manager for both IP families. Rows that
+// NewMetaHostportManager returns a manager for both IP families, a *Manager. Rows that
 // the kernel holds already are adopted, what is missing of them is put back, and
 // their ports are held again.
 //
