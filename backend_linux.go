@@ -66,7 +66,7 @@ func (o *systemOpener) open(f ipFamily) func(context.Context) (backend, error) {
 					reason = oneLineError{errs}
 				}
 
-				o.cfg.log.Info("Host ports go through iptables", "family", f, "variant", v, "reason", reason)
+				o.cfg.log.Info("Host ports go through iptables", "family", string(f), "variant", string(v), "reason", reason)
 			}
 
 			return newMigration(b, o.others(f, v)...), nil
@@ -93,7 +93,8 @@ func (o *systemOpener) find(ctx context.Context, kind Backend, f ipFamily) (back
 		}
 
 		if t.InsteadOf != nil {
-			o.cfg.log.Info("Took the variant of iptables that works here", "family", f, "variant", t.Variant, "reason", t.InsteadOf)
+			o.cfg.log.Info("Took the variant of iptables that works here",
+				"family", string(f), "variant", string(t.Variant), "reason", t.InsteadOf)
 		}
 
 		return o.iptables(t), t.Variant, nil

@@ -135,7 +135,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 	m := &hostportManager{
 		family:     f,
 		cfg:        cfg,
-		log:        cfg.log.WithValues("family", f),
+		log:        cfg.log.WithValues("family", string(f)),
 		starting:   true,
 		open:       open,
 		commitLock: make(chan struct{}, 1),
