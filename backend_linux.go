@@ -145,12 +145,8 @@ func (o *systemOpener) list(ctx context.Context, f ipFamily) ([]Mapping, error) 
 			continue
 		}
 
-		rows, _, err := b.List(ctx)
-		for _, r := range rows {
-			list = append(list, mappingOf(r, b, false))
-		}
-
-		errs = append(errs, err)
+		some, err := mappingsIn(ctx, b)
+		list, errs = append(list, some...), append(errs, err)
 	}
 
 	return list, errors.Join(errs...)

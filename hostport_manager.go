@@ -108,7 +108,7 @@ type hostportManager struct {
 	relocation bool
 	forwards   answer // whether the node does, as last told
 	health     health
-	healthTold Health
+	lastHealth Health
 	starting   bool // rows from before have yet to be adopted
 	synced     bool // Sync has told whose rows are whose
 }

@@ -140,15 +140,8 @@ func (o memoryOpener) open(f ipFamily) func(context.Context) (backend, error) {
 	}
 }
 
-func (o memoryOpener) list(ctx context.Context, f ipFamily) (list []Mapping, err error) {
-	b := o.cfg.memory.Backend(f)
-
-	rows, _, err := b.List(ctx)
-	for _, r := range rows {
-		list = append(list, mappingOf(r, b, false))
-	}
-
-	return list, err
+func (o memoryOpener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
+	return mappingsIn(ctx, o.cfg.memory.Backend(f))
 }
 
 // watch tells of nothing: the backend is asked often enough.

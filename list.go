@@ -65,6 +65,16 @@ func parsed(ip string) netip.Addr {
 	return addr
 }
 
+// mappingsIn lists the rows that a backend carries.
+func mappingsIn(ctx context.Context, b backend) (list []Mapping, err error) {
+	rows, _, err := b.List(ctx)
+	for _, r := range rows {
+		list = append(list, mappingOf(r, b, false))
+	}
+
+	return list, err
+}
+
 // mappingOf is a row that a backend carries.
 func mappingOf(r *row.Row, in backend, held bool) Mapping {
 	return Mapping{

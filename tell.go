@@ -273,8 +273,8 @@ func yesIf(is bool) answer {
 func (m *hostportManager) unlock() {
 	m.tellHeld()
 
-	if now := m.healthNow(); now != m.healthTold {
-		m.healthTold = now
+	if now := m.healthNow(); now != m.lastHealth {
+		m.lastHealth = now
 		m.observe(Event{Kind: EventHealth, Health: now})
 	}
 
