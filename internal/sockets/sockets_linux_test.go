@@ -3,6 +3,7 @@ package sockets
 import (
 	"net"
 	"net/netip"
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -18,14 +19,16 @@ func endpoint(p row.Protocol, port uint16) row.Endpoint {
 	return row.Endpoint{PortKey: row.PortKey{Proto: p, Port: port}, IP: loopback}
 }
 
-// listen has somebody else serve a TCP port until close is called.
-func listen(t *testing.T, address string) (port uint16, closed func()) {
+// listen has somebody else serve a TCP port until close is called. Each test has ports of its own,
+// below those that the kernel hands out: a port that is free again may come back at once, to the
+// same test or to one beside it.
+func listen(t *testing.T, host string, port uint16) (closed func()) {
 	t.Helper()
 
-	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(host, strconv.Itoa(int(port))))
 	require.NoError(t, err)
 
-	return l.Addr().(*net.TCPAddr).AddrPort().Port(), func() { _ = l.Close() }
+	return func() { _ = l.Close() }
 }
 
 func newSet(t *testing.T) *Set {
@@ -43,10 +46,7 @@ func TestShares(t *testing.T) {
 
 	for name, hold := range map[string]func(*Set, row.Endpoint) error{"acquire": (*Set).Acquire, "adopt": (*Set).Adopt} {
 		s := newSet(t)
-		port, closed := listen(t, "127.0.0.1:0")
-		closed()
-
-		e := endpoint(row.TCP, port)
+		e := endpoint(row.TCP, 20001)
 
 		require.NoError(t, s.Adopt(e))
 		require.NoError(t, hold(s, e))
@@ -61,8 +61,10 @@ func TestShares(t *testing.T) {
 func TestWaits(t *testing.T) {
 	t.Parallel()
 
+	const port = 20002
+
 	s := newSet(t)
-	port, closed := listen(t, "127.0.0.1:0")
+	closed := listen(t, "127.0.0.1", port)
 	e := endpoint(row.TCP, port)
 
 	require.ErrorIs(t, s.Adopt(e), unix.EADDRINUSE)
@@ -73,15 +75,14 @@ func TestWaits(t *testing.T) {
 
 	s.Release(e)
 
-	_, closed = listen(t, netip.AddrPortFrom(loopback, port).String())
+	closed = listen(t, "127.0.0.1", port)
 	require.ErrorIs(t, s.Adopt(e), unix.EADDRINUSE)
 	s.Release(e)
 	closed()
 	s.Retry()
 	assert.False(t, s.Holds(e), "nobody wants it any more")
 
-	_, closed = listen(t, netip.AddrPortFrom(loopback, port).String())
-	closed()
+	listen(t, "127.0.0.1", port)()
 }
 
 // Retry binds some at a time, so that an operation's cost stays its own.
@@ -92,8 +93,8 @@ func TestRetrySome(t *testing.T) {
 
 	s := newSet(t)
 
-	for range many {
-		port, closed := listen(t, "127.0.0.1:0")
+	for port := uint16(20100); port < 20100+many; port++ {
+		closed := listen(t, "127.0.0.1", port)
 		t.Cleanup(closed)
 
 		require.ErrorIs(t, s.Adopt(endpoint(row.TCP, port)), unix.EADDRINUSE)
@@ -112,7 +113,9 @@ func TestServerElsewhere(t *testing.T) {
 	t.Parallel()
 
 	b := binder{row.IPv4}
-	port, closed := listen(t, "127.0.0.2:0")
+	const port = 20003
+
+	closed := listen(t, "127.0.0.2", port)
 	defer closed()
 
 	inode, err := b.findServer(endpoint(row.TCP, port), nil)
