@@ -213,6 +213,13 @@ type crio133API interface {
 
 type crio133Manager struct{ *hostport.Manager }
 
+// newCRIO133NoopManager is for a node where host ports are disabled.
+func newCRIO133NoopManager() crio133API {
+	m, _ := hostport.NewNoopHostportManager().(*hostport.Manager)
+
+	return crio133Manager{m}
+}
+
 // newCRIO133Manager leaves out "go m.Run(ctx)": a test's goroutines are in no node's namespace.
 func newCRIO133Manager(_ context.Context, opts ...hostport.Option) (crio133API, error) {
 	m, err := hostport.New(opts...)

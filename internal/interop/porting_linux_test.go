@@ -109,3 +109,13 @@ func (n *node) sandbox(id string, i int, ports ...int32) sandbox {
 
 	return sandbox{id: id, config: config, ips: ips}
 }
+
+// Where host ports are disabled, a runtime's calls are the same.
+func TestCallersDisabled(t *testing.T) {
+	m := newCRIO133NoopManager()
+
+	require.NoError(t, m.Sync(t.Context(), map[string][]*hostport.PodPortMapping{webID: {}}))
+	require.NoError(t, m.Add(webID, "web", "10.88.0.2", []*hostport.PortMapping{{HostPort: 8080, ContainerPort: 80}}))
+	require.NoError(t, m.Remove(webID, nil))
+	require.NoError(t, m.Close())
+}
