@@ -37,7 +37,7 @@ func (p *runtimeProcess) restart(files int) {
 // However few files can be opened, nothing is said to be gone that could not be looked at.
 // It is looked at again by the next operation, and no other backend takes its place.
 func TestFewFiles(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		const enough = 40
 
 		add := order{Op: "add", ID: "id", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}
@@ -76,7 +76,7 @@ func TestFewFiles(t *testing.T) {
 
 // The same is true of what another backend carries from before.
 func TestFewFilesForWhatIsFromBefore(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		const enough = 40
 
 		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
@@ -109,7 +109,7 @@ func TestRunAfterFewFiles(t *testing.T) {
 	eachBackend(t, func(t *testing.T, n *node) {
 		p := n.start(true, patience)
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			require.Empty(t, p.obey(order{Op: "add", ID: "id", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})})[0].Err)
 		}
 
@@ -239,7 +239,7 @@ func TestForwardingUnknown(t *testing.T) {
 	for _, files := range []int{0, manyFiles} {
 		p.obey(order{Op: "files", Files: files})
 
-		for _, f := range []ipFamily{IPv4, IPv6} { // SCTP takes no socket
+		for _, f := range []IPFamily{IPv4, IPv6} { // SCTP takes no socket
 			pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80, Protocol: "SCTP"})
 			require.Empty(t, p.obey(order{Op: "add", ID: "id", Pod: pod})[0].Err)
 		}
@@ -306,7 +306,7 @@ func TestProgramsThatDoNotWork(t *testing.T) {
 
 // unreadable is a node with rows from before in iptables-nft, which cannot list them because of
 // a rule of somebody's until release is called. Something else is in use.
-func unreadable(t *testing.T, inUse iptables.Variant, f ipFamily, pods map[string]*PodPortMapping) (n, old *node, release func()) {
+func unreadable(t *testing.T, inUse iptables.Variant, f IPFamily, pods map[string]*PodPortMapping) (n, old *node, release func()) {
 	t.Helper()
 
 	n = newNode(t, iptables.NFT)
@@ -327,18 +327,18 @@ func unreadable(t *testing.T, inUse iptables.Variant, f ipFamily, pods map[strin
 	}
 }
 
-func eachUnreadable(t *testing.T, f func(t *testing.T, inUse iptables.Variant, family ipFamily)) {
+func eachUnreadable(t *testing.T, f func(t *testing.T, inUse iptables.Variant, family IPFamily)) {
 	t.Helper()
 
 	for _, inUse := range []iptables.Variant{viaNFTables, iptables.Legacy} {
-		for _, family := range []ipFamily{IPv4, IPv6} {
+		for _, family := range []IPFamily{IPv4, IPv6} {
 			t.Run(string(inUse)+"/IPv"+string(family), func(t *testing.T) { f(t, inUse, family) })
 		}
 	}
 }
 
 // podOn is what is left behind before there is a node.
-func podOn(i int, f ipFamily, port int32) *PodPortMapping {
+func podOn(i int, f IPFamily, port int32) *PodPortMapping {
 	ip := net.IPv4(10, 88, 0, byte(2+i))
 	if f == IPv6 {
 		ip = net.ParseIP(fmt.Sprintf("fd00:10:88::%d", 2+i))
@@ -349,7 +349,7 @@ func podOn(i int, f ipFamily, port int32) *PodPortMapping {
 
 // Remove does not say that rows are gone that could not be looked at, and looks again.
 func TestRemoveLooksAgain(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{
 			"id": podOn(0, f, 8080), "taken": podOn(0, f, 7000), "stays": podOn(0, f, 9090),
 		})
@@ -398,7 +398,7 @@ func TestRemoveLooksAgain(t *testing.T) {
 
 // So does Run.
 func TestRunLooksAgain(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		n, _, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": podOn(0, f, 8080)})
 		m := n.manager()
 		n.run(m)
@@ -479,7 +479,7 @@ func TestLooksAgainOnce(t *testing.T) {
 
 // What is found later is looked over as at the start.
 func TestFoundLaterIsRepaired(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": podOn(0, f, 8080)})
 		old.iptables(f, "-F", iptables.PostRouting)
 
@@ -493,7 +493,7 @@ func TestFoundLaterIsRepaired(t *testing.T) {
 // A Remove that failed because nobody could look is carried out by Run, once somebody can. A
 // pod that has the port meanwhile keeps it.
 func TestRunRemovesWhatItFinds(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{
 			"all": podOn(0, f, 8080), "named": podOn(0, f, 8081), "again": podOn(0, f, 8082), "stays": podOn(0, f, 9090),
 		})
@@ -519,7 +519,7 @@ func TestRunRemovesWhatItFinds(t *testing.T) {
 
 // Of a pod that is invalid, Sync leaves what stands, and looks for it again.
 func TestInvalidIsFoundLater(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		n, _, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"odd": podOn(1, f, 9090)})
 		m := n.manager()
 		release()
@@ -533,10 +533,10 @@ func TestInvalidIsFoundLater(t *testing.T) {
 
 // A pod's row for one address stands beside the one for any that has come meanwhile.
 func TestFoundLaterStandsBeside(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		both := podOn(0, f, 8080)
 		both.PortMappings = append(both.PortMappings, &PortMapping{
-			HostPort: 8080, ContainerPort: 81, HostIP: map[ipFamily]string{IPv4: "192.0.2.77", IPv6: "2001:db8::77"}[f],
+			HostPort: 8080, ContainerPort: 81, HostIP: map[IPFamily]string{IPv4: "192.0.2.77", IPv6: "2001:db8::77"}[f],
 		})
 
 		n, old, release := unreadable(t, inUse, f, map[string]*PodPortMapping{"id": both})
@@ -552,7 +552,7 @@ func TestFoundLaterStandsBeside(t *testing.T) {
 
 // What Sync was to take out and could not look at is not taken over, but taken out.
 func TestSyncLooksAgain(t *testing.T) {
-	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f ipFamily) {
+	eachUnreadable(t, func(t *testing.T, inUse iptables.Variant, f IPFamily) {
 		for name, again := range map[string]func(n *node, m *Manager) error{
 			"Sync": func(n *node, m *Manager) error {
 				return n.sync(m, map[string][]*PodPortMapping{"id": {podOn(1, f, 8080)}})
@@ -581,7 +581,7 @@ func TestSyncLooksAgain(t *testing.T) {
 // Rows that there is no program for are not said to be gone; chains without rows are none, nor
 // are those of others.
 func TestRemoveWithoutProgram(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 		n.iptables(f, "-N", "OTHERS")
 		n.iptables(f, "-A", "OTHERS", "-m", "comment", "--comment", "hostport", "-j", "RETURN")
@@ -604,6 +604,6 @@ func TestRemoveWithoutProgram(t *testing.T) {
 
 		m = n.manager()
 		require.NoError(t, n.remove(m, "id", nil))
-		require.ErrorContains(t, n.syncFamily(m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)], nil), "-"+string(old.variant))
+		require.ErrorContains(t, n.syncFamily(m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)], nil), "-"+string(old.variant))
 	})
 }

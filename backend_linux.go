@@ -35,7 +35,7 @@ func newSystemOpener(cfg config) *systemOpener {
 func (o *systemOpener) close() error { return o.ruleset.Close() }
 
 // open returns what finds the backend for a family.
-func (o *systemOpener) open(f ipFamily) func(context.Context) (backend, error) {
+func (o *systemOpener) open(f IPFamily) func(context.Context) (backend, error) {
 	return func(ctx context.Context) (backend, error) {
 		if err := errors.Join(haveNetAdmin(), haveFamily(f)); err != nil {
 			return nil, err
@@ -85,7 +85,7 @@ func isUnusable(err error) bool {
 }
 
 // find returns a backend, and which iptables it drives, if any.
-func (o *systemOpener) find(ctx context.Context, kind Backend, f ipFamily) (backend, iptables.Variant, error) {
+func (o *systemOpener) find(ctx context.Context, kind Backend, f IPFamily) (backend, iptables.Variant, error) {
 	if kind == BackendIPTables {
 		t, err := iptables.Find(ctx, f)
 		if err != nil {
@@ -110,7 +110,7 @@ func (o *systemOpener) find(ctx context.Context, kind Backend, f ipFamily) (back
 	return b, "", err
 }
 
-func (o *systemOpener) nftables(f ipFamily) (*nftables.Backend, error) {
+func (o *systemOpener) nftables(f IPFamily) (*nftables.Backend, error) {
 	if err := o.ruleset.Open(); err != nil {
 		return nil, err
 	}
@@ -119,7 +119,7 @@ func (o *systemOpener) nftables(f ipFamily) (*nftables.Backend, error) {
 }
 
 // list lists the rows of a family in all backends.
-func (o *systemOpener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
+func (o *systemOpener) list(ctx context.Context, f IPFamily) ([]Mapping, error) {
 	if err := haveNetAdmin(); err != nil {
 		return nil, err
 	}
@@ -154,7 +154,7 @@ func (o *systemOpener) list(ctx context.Context, f ipFamily) ([]Mapping, error) 
 
 // others find the backends besides the one in use that may carry rows. They start no process
 // for one that does not.
-func (o *systemOpener) others(f ipFamily, inUse iptables.Variant) []finder {
+func (o *systemOpener) others(f IPFamily, inUse iptables.Variant) []finder {
 	if inUse == "" {
 		return o.variants(f, "")
 	}
@@ -163,7 +163,7 @@ func (o *systemOpener) others(f ipFamily, inUse iptables.Variant) []finder {
 }
 
 // nftablesWithRows finds nftables.
-func (o *systemOpener) nftablesWithRows(f ipFamily) finder {
+func (o *systemOpener) nftablesWithRows(f IPFamily) finder {
 	return func(ctx context.Context, _ bool) (backend, error) {
 		nft, chains, err := o.chains(ctx, f)
 		if err != nil || nft == nil || !nft.IsThere(chains) {
@@ -175,7 +175,7 @@ func (o *systemOpener) nftablesWithRows(f ipFamily) finder {
 }
 
 // variants find the variants of iptables that are not in use.
-func (o *systemOpener) variants(f ipFamily, inUse iptables.Variant) (finders []finder) {
+func (o *systemOpener) variants(f IPFamily, inUse iptables.Variant) (finders []finder) {
 	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		if v != inUse {
 			finders = append(finders, func(ctx context.Context, all bool) (backend, error) { return o.previous(ctx, f, v, all) })
@@ -186,7 +186,7 @@ func (o *systemOpener) variants(f ipFamily, inUse iptables.Variant) (finders []f
 }
 
 // chains lists the chains of a family in nf_tables, where the kernel has that.
-func (o *systemOpener) chains(ctx context.Context, f ipFamily) (*nftables.Backend, []nfnetlink.ChainInfo, error) {
+func (o *systemOpener) chains(ctx context.Context, f IPFamily) (*nftables.Backend, []nfnetlink.ChainInfo, error) {
 	nft, err := o.nftables(f)
 	if errors.Is(err, outcome.ErrUnavailable) {
 		return nil, nil, nil
@@ -206,7 +206,7 @@ func (o *systemOpener) chains(ctx context.Context, f ipFamily) (*nftables.Backen
 
 // previous returns an iptables that carries rows from before. No program is started for one
 // that does not: the kernel itself says whether there are chains of ours.
-func (o *systemOpener) previous(ctx context.Context, f ipFamily, v iptables.Variant, all bool) (backend, error) {
+func (o *systemOpener) previous(ctx context.Context, f IPFamily, v iptables.Variant, all bool) (backend, error) {
 	var there bool
 
 	if v == iptables.NFT { // which keeps its tables among those of nf_tables
@@ -303,7 +303,11 @@ func (o *systemOpener) pump(ctx context.Context, next func() (nfnetlink.Transact
 //
 // It fails without CAP_NET_ADMIN, without IPv6 in the kernel for IPv6, and
 // where iptables is not installed.
-func NewIPTables(family ipFamily) (IPTables, error) {
+func NewIPTables(family IPFamily) (IPTables, error) {
+	if family != IPv4 && family != IPv6 {
+		return nil, fmt.Errorf("IP family %q: want IPv4 or IPv6", family)
+	}
+
 	ctx, cancel := context.WithTimeout(context.Background(), iptables.CommandTimeout)
 	defer cancel()
 
@@ -337,7 +341,7 @@ func haveNetAdmin() error {
 }
 
 // haveFamily fails where the kernel does not have an IP family.
-func haveFamily(f ipFamily) error {
+func haveFamily(f IPFamily) error {
 	if f == IPv4 {
 		return nil
 	}

@@ -3,7 +3,6 @@ package hostport
 import (
 	"bytes"
 	"context"
-	"errors"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -29,7 +28,7 @@ func TestUnknownBackend(t *testing.T) {
 
 	for _, b := range []Backend{"iptabels", ""} {
 		_, err := New(WithBackend(b), WithLogger(testLogger(t)))
-		require.ErrorIs(t, err, errors.ErrUnsupported)
+		require.ErrorContains(t, err, `want auto, nftables or iptables`)
 		assert.ErrorContains(t, err, strconv.Quote(string(b)))
 	}
 }
@@ -91,7 +90,7 @@ func (n *node) occupy() (leave func()) {
 
 	var left []netlink.Message
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		ours := nftables.NewLayout(f)
 		others := nfnetlink.Table{Family: ours.Table.Family, Name: "others"}
 
@@ -167,7 +166,7 @@ func TestTableOfAnotherProcess(t *testing.T) {
 	n := newNode(t, iptables.NFT)
 	other := n.nfnetlink()
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		create := nftables.NewLayout(f).Table.Create()
 		create.Data = bytes.Replace(create.Data, []byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 0},
 			[]byte{8, 0, unix.NFTA_TABLE_FLAGS, 0, 0, 0, 0, 2}, 1) // NFT_TABLE_F_OWNER

@@ -15,13 +15,13 @@ import (
 )
 
 // podNetwork is the network of the first pod, as CNI plugins have it.
-func podNetwork(n *node, f ipFamily) netip.Prefix {
-	return netip.PrefixFrom(n.Pods[0].IP(f == IPv6), map[ipFamily]int{IPv4: 16, IPv6: 64}[f]).Masked()
+func podNetwork(n *node, f IPFamily) netip.Prefix {
+	return netip.PrefixFrom(n.Pods[0].IP(f == IPv6), map[IPFamily]int{IPv4: 16, IPv6: 64}[f]).Masked()
 }
 
 // foreign are rules of others: such as a CNI plugin makes for its pods, which
 // accept traffic within their network before anything else sees it.
-func foreign(n *node, f ipFamily) string {
+func foreign(n *node, f IPFamily) string {
 	network := podNetwork(n, f)
 
 	return fmt.Sprintf(`*nat
@@ -35,7 +35,7 @@ COMMIT
 `, network)
 }
 
-func (n *node) addForeign(f ipFamily) {
+func (n *node) addForeign(f IPFamily) {
 	n.t.Helper()
 
 	if n.variant == viaNFTables {
@@ -47,14 +47,14 @@ func (n *node) addForeign(f ipFamily) {
 	n.commandWith(foreign(n, f), iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
 }
 
-func (n *node) theirs(f ipFamily) []string {
+func (n *node) theirs(f IPFamily) []string {
 	n.t.Helper()
 
 	return slices.DeleteFunc(n.rules(f), isOurs)
 }
 
 func TestTraffic(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.addForeign(f)
 		theirs := n.theirs(f)
 
@@ -130,7 +130,7 @@ func TestTraffic(t *testing.T) {
 
 // The row for one address wins there, in whatever order the rows came.
 func TestSpecificAddressWins(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 81)
 
@@ -161,7 +161,7 @@ func TestSpecificAddressWins(t *testing.T) {
 
 // Two pods that take turns at one port, with connection attempts all the time.
 func TestMoveIsAtomic(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 80)
 
@@ -193,7 +193,7 @@ func TestMoveIsAtomic(t *testing.T) {
 	})
 }
 
-func keepAsking(ctx context.Context, n *node, f ipFamily, stop <-chan struct{}, connects, failures *atomic.Int32) error {
+func keepAsking(ctx context.Context, n *node, f IPFamily, stop <-chan struct{}, connects, failures *atomic.Int32) error {
 	for range 100_000 {
 		select {
 		case <-stop:
@@ -223,7 +223,7 @@ func TestDualStack(t *testing.T) {
 			{HostPort: 8082, ContainerPort: 80, HostIP: "::"},
 		}
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			n.serve(0, "tcp", f, 80)
 			require.NoError(t, n.add(m, "web", n.pod(0, f, mappings...)))
 		}
@@ -231,7 +231,7 @@ func TestDualStack(t *testing.T) {
 		assert.Len(t, m.Mappings(), 4)
 
 		for _, tc := range []struct {
-			f    ipFamily
+			f    IPFamily
 			port uint16
 			ok   bool
 		}{{IPv4, 8080, true}, {IPv6, 8080, true}, {IPv4, 8081, true}, {IPv6, 8081, false}, {IPv4, 8082, false}, {IPv6, 8082, true}} {

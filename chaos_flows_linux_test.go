@@ -54,18 +54,18 @@ type traffic struct {
 }
 
 // roaming are the addresses that come and go. The peer has them while the node does not.
-func roaming(f ipFamily) []netip.Addr {
+func roaming(f IPFamily) []netip.Addr {
 	return []netip.Addr{vip(f), vip(f).Next()}
 }
 
 // hostIPs are the addresses for which there may be rows, and at which is asked.
-func (c *chaos) hostIPs(f ipFamily) []netip.Addr {
+func (c *chaos) hostIPs(f IPFamily) []netip.Addr {
 	return append(roaming(f), c.nodeIP(f), c.otherNodeIP(f))
 }
 
 func pick[T any](c *chaos, list []T) T { return list[c.random.IntN(len(list))] }
 
-func (c *chaos) family() ipFamily { return pick(c, []ipFamily{IPv4, IPv6}) }
+func (c *chaos) family() IPFamily { return pick(c, []IPFamily{IPv4, IPv6}) }
 
 // setUpTraffic makes what is there whatever happens.
 func (c *chaos) setUpTraffic() {
@@ -76,7 +76,7 @@ func (c *chaos) setUpTraffic() {
 
 	require.NoError(c.t, c.Host.AddDevice(nodeaddr.ServiceDevice, false))
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		for _, ip := range roaming(f) {
 			require.NoError(c.t, c.Peer.AddAddress("eth0", row.HostPrefix(ip)))
 		}
@@ -93,7 +93,7 @@ func (c *chaos) setUpTraffic() {
 	c.t.Cleanup(c.dialing.Wait)
 }
 
-func (c *chaos) routeToPeer(f ipFamily) {
+func (c *chaos) routeToPeer(f IPFamily) {
 	for _, ip := range roaming(f) {
 		require.NoError(c.t, c.Host.AddRoute(row.HostPrefix(ip), c.PeerIP(f == IPv6)))
 	}
@@ -101,14 +101,14 @@ func (c *chaos) routeToPeer(f ipFamily) {
 
 // stream sends from one port to several, and never pauses.
 type stream struct {
-	family ipFamily
+	family IPFamily
 	to     atomic.Pointer[[]row.Endpoint]
 }
 
 // streamPort is where streams come from.
 const streamPort = 40_000
 
-func (c *chaos) stream(from *testbed.Namespace, f ipFamily) *stream {
+func (c *chaos) stream(from *testbed.Namespace, f IPFamily) *stream {
 	s := &stream{family: f}
 	s.to.Store(&[]row.Endpoint{})
 
@@ -157,7 +157,7 @@ func (c *chaos) stream(from *testbed.Namespace, f ipFamily) *stream {
 type client struct {
 	*connection
 
-	family ipFamily
+	family IPFamily
 	owner  string
 	at     row.Endpoint // of the row
 	ip     netip.Addr
@@ -166,7 +166,7 @@ type client struct {
 
 // others are flows that are none of the manager's, to the number of a host port.
 type others struct {
-	family ipFamily
+	family IPFamily
 	conns  []*connection
 	to     []netip.AddrPort
 	before []string
@@ -181,10 +181,10 @@ const (
 
 // foreignRules are a ruleset of others, which translates what is for some addresses. It
 // makes the kernel track and translate whatever becomes of ours.
-func foreignRules(to map[ipFamily]netip.Addr) string {
+func foreignRules(to map[IPFamily]netip.Addr) string {
 	var b strings.Builder
 
-	for f, addrs := range map[ipFamily][2]string{IPv4: {"ip", "198.51.100.2"}, IPv6: {"ip6", "2001:db8:2::2"}} {
+	for f, addrs := range map[IPFamily][2]string{IPv4: {"ip", "198.51.100.2"}, IPv6: {"ip6", "2001:db8:2::2"}} {
 		ip := to[f]
 		if !ip.IsValid() {
 			ip = serviceIP(f, 1)
@@ -202,8 +202,8 @@ func foreignRules(to map[ipFamily]netip.Addr) string {
 }
 
 // addOthers has others begin their flows: to the peer, and by a translation to it.
-func (c *chaos) addOthers(f ipFamily) {
-	c.commandWith(foreignRules(map[ipFamily]netip.Addr{f: c.nodeIP(f)}), "nft", "-f", "-")
+func (c *chaos) addOthers(f IPFamily) {
+	c.commandWith(foreignRules(map[IPFamily]netip.Addr{f: c.nodeIP(f)}), "nft", "-f", "-")
 
 	peer := c.PeerIP(f == IPv6)
 	o := &others{family: f, to: []netip.AddrPort{netip.AddrPortFrom(peer, foreignPort), netip.AddrPortFrom(c.nodeIP(f), foreignPort)}}
@@ -263,7 +263,7 @@ func (c *chaos) isOthers(flow nfnetlink.Flow) bool {
 	return to.Addr() == c.PeerIP(to.Addr().Is6()) || flow.Translated && to.Port() == foreignPodPort
 }
 
-func (c *chaos) flows(f ipFamily) []nfnetlink.Flow {
+func (c *chaos) flows(f IPFamily) []nfnetlink.Flow {
 	list, err := c.reader().Flows(c.t.Context(), nftables.NewLayout(f).Table.Family, 0, 0)
 	require.NoError(c.t, err)
 
@@ -402,7 +402,7 @@ func (c *chaos) leads(ip netip.Addr) bool {
 }
 
 // services are the addresses of a family that belong to Services alone.
-func (c *chaos) services(f ipFamily) (list []netip.Addr) {
+func (c *chaos) services(f IPFamily) (list []netip.Addr) {
 	for _, ip := range roaming(f) {
 		if c.has[ip] == ofService {
 			list = append(list, ip)
@@ -413,7 +413,7 @@ func (c *chaos) services(f ipFamily) (list []netip.Addr) {
 }
 
 // allRows are the model's of a family, in an order.
-func (c *chaos) allRows(f ipFamily) (rows []*row.Row) {
+func (c *chaos) allRows(f IPFamily) (rows []*row.Row) {
 	for _, id := range slices.Sorted(maps.Keys(c.model)) {
 		for _, r := range c.model[id] {
 			if r.Family() == f {
@@ -465,7 +465,7 @@ func (c *chaos) goOn() {
 		s.to.Store(&to)
 	}
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		if r := c.anyRow(f); r != nil && r.Proto == row.TCP {
 			c.dial(r)
 		}
@@ -552,7 +552,7 @@ func (c *chaos) checkClients() {
 }
 
 // staleFlows are those that do not go where they would if they began now.
-func (c *chaos) staleFlows(f ipFamily) (list []string) {
+func (c *chaos) staleFlows(f IPFamily) (list []string) {
 	for _, flow := range c.flows(f) {
 		if why := c.stale(flow); why != "" && !c.excused[fmt.Sprint(flow)] {
 			list = append(list, fmt.Sprintf("flow %v: %s", flow, why))
@@ -592,7 +592,7 @@ func (c *chaos) stale(flow nfnetlink.Flow) string {
 }
 
 // changedServices compares the set of Services' addresses.
-func (c *chaos) changedServices(f ipFamily) []string {
+func (c *chaos) changedServices(f IPFamily) []string {
 	if c.variant != viaNFTables || len(c.allRows(f)) == 0 {
 		return nil
 	}

@@ -288,7 +288,7 @@ type chaos struct {
 	runtime *runtimeProcess
 	model   map[string][]*row.Row        // by pod
 	taken   map[row.PortKey]net.Listener // by a process of others
-	layout  map[ipFamily]string          // of our nftables, except the elements
+	layout  map[IPFamily]string          // of our nftables, except the elements
 	faults  map[string]int
 	ops     map[string]int
 	// compareFlows is set if flows are compared with the model as well: in the long form alone,
@@ -326,7 +326,7 @@ func TestChaos(t *testing.T) {
 		c.serveAll(1)
 		c.runtime = n.start(true, impatient)
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			c.runtime.obey(order{Op: "add", ID: "first", Pod: n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})})
 			c.layout[f] = c.rulesNow(f)
 		}
@@ -373,12 +373,12 @@ func newChaos(t *testing.T, n *node) *chaos {
 	return &chaos{
 		node: n, t: t, random: rand.New(rand.NewPCG(seed, 0)),
 		model: map[string][]*row.Row{}, taken: map[row.PortKey]net.Listener{}, faults: map[string]int{}, ops: map[string]int{},
-		layout: map[ipFamily]string{},
+		layout: map[IPFamily]string{},
 	}
 }
 
 func (c *chaos) serveAll(i int) {
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		c.serve(i, "tcp", f, 80)
 		c.serve(i, "udp", f, 80)
 	}
@@ -636,7 +636,7 @@ func (c *chaos) desired() map[string][]*PodPortMapping {
 	pods := map[string][]*PodPortMapping{}
 
 	for id, rows := range c.model {
-		ips := map[ipFamily]netip.Addr{}
+		ips := map[IPFamily]netip.Addr{}
 
 		c.model[id] = slices.DeleteFunc(rows, func(r *row.Row) bool {
 			if !ips[r.Family()].IsValid() {
@@ -745,7 +745,7 @@ func (c *chaos) hintAgain() {
 		return
 	}
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		tool := iptables.Command(f) + "-" + string(c.variant)
 		if !strings.Contains(c.command(tool+"-save", "-t", "mangle"), "KUBE-IPTABLES-HINT") {
 			c.command(tool, "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
@@ -755,7 +755,7 @@ func (c *chaos) hintAgain() {
 
 // allFaults are the ways to break something.
 func (c *chaos) allFaults() map[string]func() {
-	f := []ipFamily{IPv4, IPv6}[c.random.IntN(2)]
+	f := []IPFamily{IPv4, IPv6}[c.random.IntN(2)]
 	faults := map[string]func(){
 		takesPort:                  c.take,
 		"IPv6 goes and comes back": func() { c.withoutIPv6() },
@@ -832,7 +832,7 @@ func (c *chaos) tryCommit(msgs ...netlink.Message) {
 	_ = c.reader().Commit(c.t.Context(), 0, msgs) // it may not be there
 }
 
-func (c *chaos) anyRow(f ipFamily) *row.Row {
+func (c *chaos) anyRow(f IPFamily) *row.Row {
 	rows := c.allRows(f)
 	if len(rows) == 0 {
 		return nil
@@ -1101,13 +1101,13 @@ func (c *chaos) holdLock() {
 // check compares everything with the model. What others have broken is repaired
 // within a while.
 func (c *chaos) check(what string) {
-	rows := map[ipFamily][]*row.Row{IPv4: c.allRows(IPv4), IPv6: c.allRows(IPv6)}
+	rows := map[IPFamily][]*row.Row{IPv4: c.allRows(IPv4), IPv6: c.allRows(IPv6)}
 
 	deadline := time.After(testbed.Stretch(15 * time.Second)) // with a lock that is held, and a repair that has failed once
 
 	for list := []string{""}; len(list) > 0; {
 		list = nil
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			list = append(list, c.deviations(f, rows[f])...)
 			list = append(list, c.changedLayout(f, rows[f])...)
 			list = append(list, c.changedServices(f)...)
@@ -1136,7 +1136,7 @@ func (c *chaos) check(what string) {
 }
 
 // rulesNow are the rules of our table of nftables, if it is there.
-func (c *chaos) rulesNow(f ipFamily) string {
+func (c *chaos) rulesNow(f IPFamily) string {
 	var out string
 
 	c.do(func() {
@@ -1147,7 +1147,7 @@ func (c *chaos) rulesNow(f ipFamily) string {
 }
 
 // changedLayout tells if our table of nftables has other rules than at first.
-func (c *chaos) changedLayout(f ipFamily, rows []*row.Row) []string {
+func (c *chaos) changedLayout(f IPFamily, rows []*row.Row) []string {
 	if c.variant != viaNFTables || len(rows) == 0 || c.layout[f] == c.rulesNow(f) {
 		return nil
 	}
@@ -1155,7 +1155,7 @@ func (c *chaos) changedLayout(f ipFamily, rows []*row.Row) []string {
 	return []string{"rules: " + c.rulesNow(f)}
 }
 
-func nftFamily(f ipFamily) string {
+func nftFamily(f IPFamily) string {
 	if f == IPv6 {
 		return "ip6"
 	}
@@ -1163,7 +1163,7 @@ func nftFamily(f ipFamily) string {
 	return "ip"
 }
 
-func (c *chaos) checkTable(what string, rows map[ipFamily][]*row.Row) {
+func (c *chaos) checkTable(what string, rows map[IPFamily][]*row.Row) {
 	want, have := map[string]bool{}, map[string]bool{}
 
 	for _, r := range slices.Concat(rows[IPv4], rows[IPv6]) {
@@ -1187,9 +1187,9 @@ func (m Mapping) text() string {
 }
 
 // checkSockets tries to bind every port, as any other process would.
-func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row.Row) {
+func (c *chaos) checkSockets(what string, rows map[IPFamily][]*row.Row) {
 	c.do(func() {
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			for port := firstPort; port < firstPort+somePorts; port++ {
 				addr := net.JoinHostPort(f.AnyAddr().String(), strconv.Itoa(port))
 				is := func(p row.Protocol) bool {
@@ -1219,7 +1219,7 @@ func (c *chaos) checkSockets(what string, rows map[ipFamily][]*row.Row) {
 
 // checkTraffic asks at a sample of ports, with rows and without.
 func (c *chaos) checkTraffic(what string) {
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		for range 2 {
 			to := row.Endpoint{PortKey: row.PortKey{Proto: row.TCP, Port: uint16(firstPort + c.random.IntN(somePorts))}, IP: pick(c, c.hostIPs(f))}
 

@@ -136,7 +136,7 @@ func TestKubernetesConflictWithAnyAddress(t *testing.T) {
 // Kubernetes: SCTP [LinuxOnly] should create a Pod with SCTP HostPort, which
 // must not load the module.
 func TestKubernetesSCTPHostPort(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		known := func() bool { // a socket of the protocol would have made it so
 			protocols, err := os.ReadFile("/proc/net/protocols")
 			require.NoError(t, err)
@@ -158,7 +158,7 @@ func TestKubernetesSCTPHostPort(t *testing.T) {
 
 // CRI-O: connect to pod hostport from the host, at the node's own address.
 func TestCRIOHostPortAtNodeAddress(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 7777)
 		require.NoError(t, n.add(n.manager(), "id", n.pod(0, f, &PortMapping{HostPort: 4888, ContainerPort: 7777})))
 		n.answers(n.Host, "tcp", netip.AddrPortFrom(n.nodeIP(f), 4888), "web")
@@ -171,7 +171,7 @@ func TestCRIOHostPortAtNodeAddress(t *testing.T) {
 // reverse path filtering. Its own way out is the first: answers to others that
 // come by the second go there, and are dropped by such a node.
 func TestTwoNetworks(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		second, err := n.SecondNetwork(n.Pods[0])
 		require.NoError(t, err)
 
@@ -215,7 +215,7 @@ func TestTwoNetworks(t *testing.T) {
 
 // A row for an address that comes to the node and goes again.
 func TestAddressMoves(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		vip := netip.MustParsePrefix("192.0.2.99/24")
@@ -249,7 +249,7 @@ func TestAddressMoves(t *testing.T) {
 
 // The address of a pod that has gone is another's a second later.
 func TestPodIPIsReused(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		to := netip.AddrPortFrom(n.nodeIP(f), 5353)
 
 		for _, network := range []string{"tcp", "udp"} {
@@ -285,7 +285,7 @@ func TestPodIPIsReused(t *testing.T) {
 
 // A node that does not forward is told of once.
 func TestNodeDoesNotForward(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		for _, off := range []bool{false, true} {

@@ -101,7 +101,7 @@ func (s *sender) reaches(t *testing.T, pod string) {
 
 // A sender that never pauses reaches whom it would if it began now.
 func TestUDPFlows(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.serve(1, "udp", f, 53)
 
@@ -142,7 +142,7 @@ func TestUDPFlows(t *testing.T) {
 
 // A row for one address takes over from the pod's row for any, and gives back.
 func TestUDPFlowsOfNarrowerRow(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.serve(1, "udp", f, 53)
 
@@ -166,7 +166,7 @@ func TestUDPFlowsOfNarrowerRow(t *testing.T) {
 
 // After Remove, whoever has the pod's address gets nothing any more.
 func TestUDPFlowEnds(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		service, err := n.Pods[0].Serve("udp", netip.AddrPortFrom(n.Pods[0].IP(f == IPv6), 53))
 		require.NoError(t, err)
 
@@ -204,7 +204,7 @@ func TestUDPFlowEnds(t *testing.T) {
 // Flows that no row would lead if they began now stay: those from a loopback address without
 // localhost, and those from a link-local one of IPv6.
 func TestFlowsThatNoRowLeadsStay(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager(WithoutSockets(), WithoutLocalhost())
 		require.NoError(t, n.add(m, "stays", n.pod(1, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))
 
@@ -243,7 +243,7 @@ func TestFlowsThatNoRowLeadsStay(t *testing.T) {
 // Flows of others stay, though they are to the same port number: forwarded
 // ones, and those of another row for another address.
 func TestOthersFlowsStay(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		peer, other := netip.AddrPortFrom(n.PeerIP(f == IPv6), 5353), netip.AddrPortFrom(n.otherNodeIP(f), 5353)
 		_, err := n.Peer.Serve("udp", peer)
 		require.NoError(t, err)
@@ -297,7 +297,7 @@ func TestOthersFlowsStay(t *testing.T) {
 // A flow that has taken the place of one that was listed, between the same ends, is
 // another one, and lives on.
 func TestFlowInPlaceOfAnother(t *testing.T) {
-	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f IPFamily) {
 		to := netip.AddrPortFrom(n.nodeIP(f), 5353)
 		m := n.manager() // without any rule the kernel would not track
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 7777, ContainerPort: 53, Protocol: "UDP"})))

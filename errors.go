@@ -13,13 +13,19 @@ import (
 	"github.com/cri-o/hostport/internal/outcome"
 )
 
-// ErrUnavailable is in the chain of errors that say that a node lacks what a backend or an IP
-// family is made of, such as IPv6 or nf_tables. Another one may be there.
+// ErrUnavailable is in the chain of the errors of New, Add, Sync, Check and List, and in
+// Status.Err, where the node lacks what a backend or an IP family is made of: nf_tables, the
+// programs of iptables, IPv6. To try again helps once the node has changed. Where New fails it may be
+// about one of the two families.
 var ErrUnavailable = outcome.ErrUnavailable
+
+// ErrOtherManager is in the chain of the errors of an operation that another manager of the
+// network namespace keeps from the host ports, and in Status.Err. The text names its process.
+var ErrOtherManager = outcome.ErrOtherManager
 
 // ErrInvalidMapping is in the chain of every error that Add, Sync or Check returns for
 // arguments it cannot accept. The error's text names the pod, the row and the
-// field, and says what would be accepted. Nothing has been changed then, the pod's
+// field, and says what would be accepted. Nothing of the pod has been changed then, its
 // good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")
 
@@ -41,9 +47,9 @@ func holdsNothing(err error) bool {
 	return !slices.ContainsFunc(causes, func(cause error) bool { return !errors.Is(cause, outcome.ErrUnavailable) })
 }
 
-// ConflictError says that Add was refused because another live pod has the
+// ConflictError says that Add, or Sync, has refused a pod because another live pod has the
 // port: the same family, protocol and port, and the same host IP or any
-// address on either side. Nothing has been changed then.
+// address on either side. Nothing of the pod has been changed then.
 type ConflictError struct {
 	// Pod and OtherPod are the pods, "namespace/name" where these are known
 	// and the sandbox id otherwise. OtherPod has the port.
@@ -74,13 +80,15 @@ func (e *ConflictError) Error() string {
 type MissingError struct {
 	// Pod is "namespace/name" where these are known, and else the sandbox id, which ID is.
 	Pod, ID string
-	// Rows are those that the pod does not have, such as
-	// "TCP 0.0.0.0:8080 -> 10.88.0.2:80". Add puts them in.
+	// Rows are those that the manager does not have for the pod, such as
+	// "TCP 0.0.0.0:8080 -> 10.88.0.2:80", each with the pod that has the port, if one does. Add
+	// puts them in, or says why not.
 	Rows []string
 	// Sockets are the rows whose ports are not held, each with the reason: who has the port.
 	Sockets []string
-	// Rules says what is wrong in the kernel, such as "table ip crio-hostports is missing" or
-	// "chain KUBE-HOSTPORTS is empty". Run, the next Add of the pod and Sync put it right.
+	// Rules says what is wrong in the kernel, of the rows that the manager has: "table ip
+	// crio-hostports is missing", "chain KUBE-HOSTPORTS is empty". Run, the next Add of the pod
+	// and Sync put it right.
 	Rules []string
 }
 
@@ -106,7 +114,10 @@ type PodError struct {
 	Err error
 }
 
+// Error is the text of Err.
 func (e *PodError) Error() string { return e.Err.Error() }
+
+// Unwrap returns Err.
 func (e *PodError) Unwrap() error { return e.Err }
 
 func hostPortText(protocol v1.Protocol, hostIP string, port int32) string {

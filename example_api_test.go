@@ -35,11 +35,14 @@ func ExampleManager_Sync() {
 		"sandbox-2": {{Name: "other", IP: net.ParseIP("10.88.0.3"), PortMappings: web().PortMappings}},
 	})
 
-	pod := (*hostport.PodError)(nil)
-	if errors.As(err, &pod) { // the first of them
-		fmt.Println(pod.ID, len(manager.Mappings()))
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, err := range joined.Unwrap() {
+			if pod := (*hostport.PodError)(nil); errors.As(err, &pod) {
+				fmt.Println(pod.ID, "lacks a port; rows:", len(manager.Mappings()))
+			}
+		}
 	}
-	// Output: sandbox-2 1
+	// Output: sandbox-2 lacks a port; rows: 1
 }
 
 // Check says what is missing of a pod, here after somebody has wiped the rules.
@@ -74,11 +77,11 @@ func ExampleManager_Status() {
 	}
 
 	for _, s := range manager.Status() {
-		fmt.Printf("IPv%s: %s, %d rows, %d held, %v\n", s.Family, s.Health, s.Rows, s.Held, s.Err)
+		fmt.Printf("IPv%s: %s, %d rows, %d not held, %v\n", s.Family, s.Health, s.Rows, s.Unheld, s.Err)
 	}
 	// Output:
-	// IPv4: in sync, 1 rows, 1 held, <nil>
-	// IPv6: in sync, 0 rows, 0 held, <nil>
+	// IPv4: in sync, 1 rows, 0 not held, <nil>
+	// IPv6: in sync, 0 rows, 0 not held, <nil>
 }
 
 // A tool looks at the node of a runtime that has crashed.

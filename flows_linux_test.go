@@ -31,7 +31,7 @@ import (
 )
 
 // vip is an address that the node does not have, and that the client sends to it.
-func vip(f ipFamily) netip.Addr {
+func vip(f IPFamily) netip.Addr {
 	if f == IPv6 {
 		return netip.MustParseAddr("2001:db8:9::9")
 	}
@@ -40,7 +40,7 @@ func vip(f ipFamily) netip.Addr {
 }
 
 // Every way in which an address comes to be the node's, or ceases to be.
-func eachVIP(t *testing.T, n *node, f ipFamily, test func(t *testing.T, n *node, come, goes func() error)) {
+func eachVIP(t *testing.T, n *node, f IPFamily, test func(t *testing.T, n *node, come, goes func() error)) {
 	t.Helper()
 
 	prefix := row.HostPrefix(vip(f))
@@ -60,7 +60,7 @@ func eachVIP(t *testing.T, n *node, f ipFamily, test func(t *testing.T, n *node,
 // A flow to an address of the node that began before there was a row, however the
 // node has the address.
 func TestFlowsToEachAddress(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 
 		m := n.manager()
@@ -80,7 +80,7 @@ func TestFlowsToEachAddress(t *testing.T) {
 }
 
 // tracks waits until the kernel tracks a flow to a port.
-func (n *node) tracks(f ipFamily, protocol uint8, port uint16) {
+func (n *node) tracks(f IPFamily, protocol uint8, port uint16) {
 	n.t.Helper()
 
 	conn := n.nfnetlink()
@@ -96,7 +96,7 @@ func (n *node) tracks(f ipFamily, protocol uint8, port uint16) {
 // A sender that never pauses reaches the pod when the address comes to the node, and
 // its old destination when that goes: with Run, or with the family's next operation.
 func TestFlowsFollowAddresses(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.peerHas(f, 5353)
 
@@ -140,7 +140,7 @@ func TestFlowsFollowAddresses(t *testing.T) {
 // Flows that the row for an address has led end with the address, also if its pod has a row for
 // any address besides.
 func TestFlowsOfRowForAddress(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.peerHas(f, 5353)
 		require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(f))))
@@ -164,7 +164,7 @@ func TestFlowsOfRowForAddress(t *testing.T) {
 // An address that comes and goes, or goes and comes back, before anybody looks: flows of
 // that moment are not for ever.
 func TestFlowsOfBriefAddresses(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.peerHas(f, 5353)
 
@@ -228,12 +228,12 @@ func (c failingFlows) Flows(ctx context.Context, family, protocol uint8, port ui
 // Flows to an address that has gone end later if they cannot now, also if others come and go
 // until then. They are not tried each time: others wait.
 func TestFlowsFollowLater(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.peerHas(f, 5353)
 
 		m := n.manager()
-		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		fm := m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)]
 		failing := failingFlows{fails: &atomic.Bool{}, lists: &atomic.Int64{}}
 
 		n.flowsBy(fm, func() (flows.Conn, error) {
@@ -288,11 +288,11 @@ func (n *node) noneLate(fm *hostportManager) (again func()) {
 
 // Connections are ended a moment later, once for all changes until then.
 func TestConnectionsToBriefAddress(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		m := n.manager()
-		again := n.noneLate(m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)])
+		again := n.noneLate(m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)])
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
 		for _, ip := range []netip.Addr{vip(f).Next(), vip(f)} {
@@ -312,7 +312,7 @@ func TestConnectionsToBriefAddress(t *testing.T) {
 }
 
 // noConnections waits until there is no connection to an address.
-func (n *node) noConnections(f ipFamily, to netip.AddrPort) {
+func (n *node) noConnections(f IPFamily, to netip.AddrPort) {
 	n.t.Helper()
 
 	conn := n.nfnetlink()
@@ -384,7 +384,7 @@ func TestAnswerUnderWay(t *testing.T) {
 // What came for the address of a Service before it was known for that, or with iptables
 // by leave of kube-proxy, does not reach the pod for ever.
 func TestFlowsToServiceAddresses(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "udp", f, 53)
 		n.peerHas(f, 5353)
 		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
@@ -430,7 +430,7 @@ func TestFlowsToServiceAddresses(t *testing.T) {
 }
 
 // peerHas has the peer answer at vip while the node does not have it.
-func (n *node) peerHas(f ipFamily, port uint16) {
+func (n *node) peerHas(f IPFamily, port uint16) {
 	n.t.Helper()
 	require.NoError(n.t, n.Peer.AddAddress("eth0", row.HostPrefix(vip(f))))
 	require.NoError(n.t, n.Host.AddRoute(row.HostPrefix(vip(f)), n.PeerIP(f == IPv6)))
@@ -440,7 +440,7 @@ func (n *node) peerHas(f ipFamily, port uint16) {
 }
 
 // look has a manager look at the node's addresses, with an operation of the family.
-func (n *node) look(m *Manager, f ipFamily) {
+func (n *node) look(m *Manager, f IPFamily) {
 	n.t.Helper()
 	require.NoError(n.t, n.add(m, "else", n.pod(1, f, &PortMapping{HostPort: 9999, ContainerPort: 99, Protocol: "UDP"})))
 	require.NoError(n.t, n.remove(m, "else", nil))
@@ -512,7 +512,7 @@ func (n *node) silence(i int) {
 // A client of a pod that has died without a word is reset after Remove, Run or not;
 // connections of rows that stay or move, and those of others, live on.
 func TestTCPFlows(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(0, "tcp", f, 81)
 		n.serve(1, "tcp", f, 80)
@@ -579,7 +579,7 @@ func TestTCPFlows(t *testing.T) {
 // Connections go on to where the pod's row for any address led when there is one for their
 // address as well, and end with the address.
 func TestConnectionsOfWiderRow(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 80)
 		require.NoError(t, n.Host.AddAddress("eth1", row.HostPrefix(vip(f))))
@@ -717,7 +717,7 @@ func TestConnectionsResume(t *testing.T) {
 }
 
 // dials waits until as many connections to a port are tracked.
-func (n *node) dials(f ipFamily, port uint16, count int) {
+func (n *node) dials(f IPFamily, port uint16, count int) {
 	n.t.Helper()
 
 	conn := n.nfnetlink()
@@ -761,7 +761,7 @@ func TestCloseEndsTCPFlows(t *testing.T) {
 // An SCTP association that is being made, from a fixed port, is with whom it would be
 // if it began now.
 func TestSCTPFlows(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		port := &PortMapping{HostPort: 5060, ContainerPort: 5061, Protocol: "SCTP"}
 		web, other := n.hearsSCTP(n.Pods[0].Namespace, f, 5061), n.hearsSCTP(n.Pods[1].Namespace, f, 5061)
@@ -790,7 +790,7 @@ func TestSCTPFlows(t *testing.T) {
 
 // It follows addresses as well.
 func TestSCTPFlowsFollowAddresses(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		web := n.hearsSCTP(n.Pods[0].Namespace, f, 5061)
 		conn := n.nfnetlink()
@@ -828,7 +828,7 @@ func (s *sctpService) hears(t *testing.T) {
 }
 
 // rawSCTP opens a socket for SCTP packets, which takes no SCTP in the kernel.
-func rawSCTP(t testing.TB, ns *testbed.Namespace, f ipFamily) int {
+func rawSCTP(t testing.TB, ns *testbed.Namespace, f IPFamily) int {
 	t.Helper()
 
 	domain := unix.AF_INET
@@ -848,7 +848,7 @@ func rawSCTP(t testing.TB, ns *testbed.Namespace, f ipFamily) int {
 	return fd
 }
 
-func (n *node) hearsSCTP(ns *testbed.Namespace, f ipFamily, port uint16) *sctpService {
+func (n *node) hearsSCTP(ns *testbed.Namespace, f IPFamily, port uint16) *sctpService {
 	n.t.Helper()
 
 	s := &sctpService{}
@@ -932,7 +932,7 @@ func sctpInit(from, to uint16) []byte {
 
 // What others translate is theirs, to the number of a host port as well.
 func TestTranslatedFlowsOfOthers(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		for _, network := range []string{"tcp", "udp"} {
 			n.serve(0, network, f, 80)
 			n.serve(1, network, f, 80)
@@ -986,7 +986,7 @@ func TestTranslatedFlowsOfOthers(t *testing.T) {
 
 // A connection to a program that had the port before there was a row goes on.
 func TestConnectionsBeforeRow(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		_, err := n.Host.Serve("tcp", netip.AddrPortFrom(n.nodeIP(f), 8080))
 		require.NoError(t, err)
 

@@ -19,7 +19,7 @@ import (
 // A pod that was removed is gone, also where the rows could not be taken out: another pod
 // gets the port, Run takes out what nobody wants, and the table says so.
 func TestRemoveFails(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 80)
 
@@ -92,7 +92,7 @@ func TestRemoveFails(t *testing.T) {
 
 // An Add that fails does not bring back what a Remove has disowned.
 func TestFailedAddOfRemovedPod(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
 		fm := m.familyOf([]*row.Row{{Pod: netip.AddrPortFrom(n.nodeIP(f), 80)}})
 		port := func(port int32) *PortMapping { return &PortMapping{HostPort: port, ContainerPort: 80} }
@@ -118,9 +118,9 @@ func TestFailedAddOfRemovedPod(t *testing.T) {
 
 // The next Add wins at once, whether or not anybody has looked at the table.
 func TestAddAfterRemoveFails(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
-		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		fm := m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)]
 		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		require.NoError(t, n.add(m, "gone", n.pod(0, f, port)))
 
@@ -135,9 +135,9 @@ func TestAddAfterRemoveFails(t *testing.T) {
 
 // A pod that Sync names has its rows, whatever Remove was to take out before.
 func TestSyncAfterRemoveFails(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager(WithTimeout(testbed.Stretch(500 * time.Millisecond)))
-		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		fm := m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)]
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
 
@@ -155,7 +155,7 @@ func TestSyncAfterRemoveFails(t *testing.T) {
 
 // A Remove of a family that cannot be looked at yet is carried out when it can.
 func TestRemoveBeforeReady(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		before := n.manager()
 		require.NoError(t, n.add(before, "gone", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		require.NoError(t, n.add(before, "stays", n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))

@@ -118,8 +118,11 @@ func (h *health) abandons() {
 	}
 }
 
+// hasAbandoned reports whether there are such rows, or were.
+func (h *health) hasAbandoned() bool { return !h.pruneAt.IsZero() }
+
 // pruneDue reports whether it is time for Run to take them out.
-func (h *health) pruneDue() bool { return !h.pruneAt.IsZero() && time.Now().After(h.pruneAt) }
+func (h *health) pruneDue() bool { return h.hasAbandoned() && time.Now().After(h.pruneAt) }
 
 // pruned notes what came of that.
 func (h *health) pruned(err error) {
@@ -135,7 +138,7 @@ func (h *health) public() Health {
 		return HealthInDoubt
 	case h.condition == suspect:
 		return HealthSuspect
-	case h.leftovers || h.unseen != nil || !h.pruneAt.IsZero():
+	case h.leftovers || h.unseen != nil || h.hasAbandoned():
 		return HealthLeftovers
 	default:
 		return HealthInSync

@@ -13,12 +13,13 @@ import (
 	"github.com/cri-o/hostport/internal/row"
 )
 
-type ipFamily = row.Family
+// IPFamily is an IP family, IPv4 or IPv6.
+type IPFamily = row.Family
 
 // The IP families.
 const (
-	IPv4 ipFamily = "4"
-	IPv6 ipFamily = "6"
+	IPv4 IPFamily = "4"
+	IPv6 IPFamily = "6"
 )
 
 // PodPortMapping says which host ports a pod wants.
@@ -53,7 +54,7 @@ type PortMapping struct {
 	HostIP string
 }
 
-// Mapping is one row as Mappings lists it.
+// Mapping is one row as Mappings and List have it.
 type Mapping struct {
 	// PodID, Namespace and Name are empty where only PodIDHash is known: for
 	// rows from before a restart that no Add, Remove or Sync has named since.
@@ -73,7 +74,7 @@ type Mapping struct {
 	PodIP net.IP
 	// Backend carries the row.
 	Backend Backend
-	// Held reports whether a socket of this process holds the host port.
+	// Held reports whether a socket of the manager holds the host port.
 	Held bool
 }
 
@@ -176,12 +177,23 @@ type podRows struct {
 	stays bool
 }
 
+// unknownIn is how many pods stay as they are.
+func unknownIn(pods []podRows) (count int) {
+	for _, pod := range pods {
+		if pod.stays {
+			count++
+		}
+	}
+
+	return count
+}
+
 // rowsOfPod is rowsOf for all IPs of a pod, by family. Where that fails, or the IP of a family
 // is not known, what stands there stays.
-func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily]podRows, error) {
+func rowsOfPod(id string, mappings []*PodPortMapping) (map[IPFamily]podRows, error) {
 	var (
 		owner     = row.Owner{ID: id}
-		rows      = map[ipFamily][]*row.Row{}
+		rows      = map[IPFamily][]*row.Row{}
 		ipUnknown bool
 		err       error
 	)
@@ -213,8 +225,8 @@ func rowsOfPod(id string, mappings []*PodPortMapping) (map[ipFamily]podRows, err
 		}
 	}
 
-	pod := map[ipFamily]podRows{}
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	pod := map[IPFamily]podRows{}
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		pod[f] = podRows{owner: owner, rows: rows[f], stays: err != nil || ipUnknown && len(rows[f]) == 0}
 	}
 
@@ -260,7 +272,7 @@ type ref struct {
 
 // refsOf returns pod's rows in family f, leaving out those that cannot be in
 // the kernel. An address that Add refuses can, from before.
-func refsOf(id string, pod *PodPortMapping, f ipFamily) []ref {
+func refsOf(id string, pod *PodPortMapping, f IPFamily) []ref {
 	var claims []ref
 
 	for _, pm := range pod.PortMappings {
@@ -287,7 +299,7 @@ const (
 // endpointOf returns the host side of a mapping and the family that its host
 // IP confines it to, "" where that is left to the pod IP. Its error names the
 // field.
-func endpointOf(pm *PortMapping) (row.Endpoint, ipFamily, error) {
+func endpointOf(pm *PortMapping) (row.Endpoint, IPFamily, error) {
 	proto, ok := parseProtocol(pm.Protocol)
 	if !ok {
 		return row.Endpoint{}, "", fmt.Errorf("protocol %q: %s", pm.Protocol, wantProtocol)

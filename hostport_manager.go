@@ -43,9 +43,9 @@ type HostPortManager interface {
 	// A pod without host ports, on the host network, or nil costs nothing.
 	//
 	// Errors: ErrInvalidMapping; *ConflictError, where another pod has the
-	// port; syscall.EADDRINUSE, where another process has it;
-	// context.DeadlineExceeded, also where another manager has the host ports, whose
-	// process is named then; os.ErrClosed; errors.ErrUnsupported on systems
+	// port; syscall.EADDRINUSE, where another process has it; context.DeadlineExceeded, and with
+	// it ErrOtherManager where another manager has the host ports; ErrUnavailable, where the
+	// node lacks what the family takes; os.ErrClosed; errors.ErrUnsupported on systems
 	// other than Linux; a thread in another network namespace than the manager was
 	// made in; else what the kernel or iptables(8) said.
 	Add(id string, podPortMapping *PodPortMapping, natInterfaceName string) error
@@ -71,12 +71,13 @@ type HostPortManager interface {
 type hostportManager struct {
 	kernel
 
-	family ipFamily
+	family IPFamily
 	cfg    config
 	log    klog.Logger
 	open   func(ctx context.Context) (backend, error)
 
-	unavailable atomic.Pointer[error] // why the family could not work at the last try, if it could not
+	status      atomic.Pointer[Status] // as of when the commit lock was last given back
+	unavailable atomic.Pointer[error]  // why the family could not work at the last try, if it could not
 
 	queueMu sync.Mutex
 	queue   []*operation // waiting to be committed
@@ -89,6 +90,7 @@ type hostportManager struct {
 	commitLock chan struct{}
 	backend    backend                    // nil until open has succeeded
 	rows       map[row.PortKey][]*row.Row // the table; slices are replaced, never changed
+	count      int                        // of its rows
 	names      map[string]*row.Row        // the table by what names a row in the kernel, where that may collide
 	closed     bool
 	node       *nodeaddr.Addresses // as the family has last seen them
@@ -108,17 +110,16 @@ type hostportManager struct {
 	relocation bool
 	forwards   answer // whether the node does, as last told
 	health     health
-	lastHealth Health
 	starting   bool // rows from before have yet to be adopted
 	synced     bool // Sync has told whose rows are whose
 }
 
 // NewHostportManager returns the manager of one IP family that works through
-// the caller's iptables. Rows that the kernel holds already are adopted.
+// the caller's iptables, which is not nil. Rows that the kernel holds already are adopted.
 //
 // It never fails: if iptables does not answer now, the first Add says why.
 // WithBackend has no effect on it. What others wipe comes back with an operation of
-// the family. Its sockets are released by a Close method: io.Closer tells.
+// the family. It is an io.Closer too, whose Close releases its sockets.
 //
 // For another manager of the family its operations wait, as those of NewMetaHostportManager
 // do. Without CAP_NET_ADMIN nothing keeps others away.
@@ -126,12 +127,12 @@ func NewHostportManager(iptables IPTables, opts ...Option) HostPortManager {
 	cfg := newConfig(opts)
 	f, open := through(iptables, cfg)
 	m := newHostportManager(f, cfg, open)
-	_ = m.start() // told by the first Add
+	_ = m.start(context.Background(), false) // told by the first Add
 
 	return m
 }
 
-func newHostportManager(f ipFamily, cfg config, open func(context.Context) (backend, error)) *hostportManager {
+func newHostportManager(f IPFamily, cfg config, open func(context.Context) (backend, error)) *hostportManager {
 	m := &hostportManager{
 		family:     f,
 		cfg:        cfg,
@@ -143,6 +144,7 @@ func newHostportManager(f ipFamily, cfg config, open func(context.Context) (back
 		names:      map[string]*row.Row{},
 		bridges:    map[string]bool{},
 	}
+	m.status.Store(&Status{Family: f})
 	m.kernel = newKernel(m)
 
 	return m
@@ -478,27 +480,30 @@ func (m *hostportManager) needsRules() bool {
 	return len(m.rows) > 0 || m.family == IPv4 && m.localhost.Routed()
 }
 
-// start is the constructors' attempt at ready, which does not wait for another manager.
-// The first Add reports what keeps it from succeeding.
-func (m *hostportManager) start() error {
-	if err := m.namespace.isCurrent(); err != nil {
-		return err
-	}
-
-	ctx, cancel := m.cfg.withTimeout(context.Background())
-	defer cancel()
-
-	if err := m.lockNode(ctx, false); err != nil {
-		return err
+// start is the constructors' attempt at ready, which waits for another manager until ctx ends if
+// told to. The first Add reports what keeps it from succeeding.
+func (m *hostportManager) start(ctx context.Context, wait bool) error {
+	err := m.namespace.isCurrent()
+	if err == nil {
+		err = m.lockNode(ctx, wait)
 	}
 
 	m.commitLock <- struct{}{}
 	defer m.unlock()
 
+	if err != nil {
+		return err
+	}
+
+	ctx, cancel := m.cfg.withTimeout(context.WithoutCancel(ctx))
+	defer cancel()
+
 	return m.ready(ctx)
 }
 
 func (m *hostportManager) setRows(k row.PortKey, rows []*row.Row) {
+	m.count += len(rows) - len(m.rows[k])
+
 	for _, r := range m.rows[k] {
 		delete(m.names, m.backend.Name(r))
 	}
@@ -556,7 +561,7 @@ func (m *hostportManager) table() iter.Seq[*row.Row] {
 // mappings lists the table. It waits for an operation that is being committed.
 func (m *hostportManager) mappings() []Mapping {
 	m.commitLock <- struct{}{}
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	m.disownRemoved(nil)
 
@@ -579,9 +584,10 @@ func (m *hostportManager) Close() error {
 	m.flows.Stop()
 
 	m.commitLock <- struct{}{}
-	defer func() { <-m.commitLock }()
+	defer m.unlock()
 
 	m.closed = true
+	m.noteUnavailable(errClosed)
 	m.sockets.Close()
 	m.links.Close()
 

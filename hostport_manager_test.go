@@ -26,7 +26,7 @@ import (
 
 func TestConflicts(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			ip := n.nodeIP(f).String()
 
 			for _, tc := range []struct {
@@ -189,7 +189,7 @@ func TestInvalidChangesNothing(t *testing.T) {
 // Names reach the kernel as rule comments: what is in them must stay there.
 func TestNamesCannotInject(t *testing.T) {
 	eachVariant(t, func(t *testing.T, n *node) {
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			before := n.command(iptables.Command(f)+"-"+string(n.variant), "-t", "filter", "-S")
 			m := n.manager()
 
@@ -417,7 +417,7 @@ func parsedRows(t *testing.T, n *node) []*row.Row {
 	return table.Rows(IPv4)
 }
 
-func (n *node) iptablesSave(f ipFamily) string {
+func (n *node) iptablesSave(f IPFamily) string {
 	n.t.Helper()
 
 	return n.command(iptables.Command(f)+"-"+string(n.variant)+"-save", "-t", iptables.NATTable)
@@ -746,7 +746,7 @@ func TestTimeout(t *testing.T) {
 // The caller's context ends the waiting, and not what has begun; a Remove that it ends is
 // carried out later.
 func TestContext(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 
@@ -757,6 +757,17 @@ func TestContext(t *testing.T) {
 			require.ErrorIs(t, m.AddContext(ended, "id", pod, ""), context.Canceled)
 			assert.Empty(t, n.leftOver(f))
 			require.NoError(t, m.AddContext(ended, "id", n.pod(0, f), ""), "nothing to wait for")
+
+			for range 20 { // the lock is free as well
+				require.ErrorIs(t, m.Sync(ended, map[string][]*PodPortMapping{"id": {pod}}), context.Canceled)
+				require.ErrorIs(t, m.Check(ended, "id", pod), context.Canceled)
+			}
+
+			assert.Empty(t, n.leftOver(f))
+
+			for _, s := range m.Status() {
+				assert.Equal(t, HealthInSync, s.Health, "nothing was begun")
+			}
 
 			require.NoError(t, m.AddContext(t.Context(), "id", pod, ""))
 			require.ErrorIs(t, m.RemoveContext(ended, "id", nil), context.Canceled)
@@ -771,7 +782,7 @@ func TestContext(t *testing.T) {
 			assert.Empty(t, n.leftOver(f))
 
 			// While somebody else's operation takes its time:
-			fm := m.families[map[ipFamily]int{IPv4: 0, IPv6: 1}[f]]
+			fm := m.families[map[IPFamily]int{IPv4: 0, IPv6: 1}[f]]
 			fm.commitLock <- struct{}{}
 
 			waits, stop := context.WithTimeout(t.Context(), testbed.Stretch(50*time.Millisecond))
@@ -874,7 +885,7 @@ func TestConcurrentUse(t *testing.T) {
 				id := "id" + strconv.Itoa(i)
 
 				for round := range 12 {
-					f := []ipFamily{IPv4, IPv6}[round%2]
+					f := []IPFamily{IPv4, IPv6}[round%2]
 					pod := n.pod(i%2, f,
 						&PortMapping{HostPort: int32(8000 + (i+round)%5), ContainerPort: 80},
 						&PortMapping{HostPort: int32(8000 + i), ContainerPort: 80, Protocol: "UDP"})
@@ -914,7 +925,7 @@ func TestConcurrentUse(t *testing.T) {
 
 		assert.Empty(t, m.Mappings())
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			assert.Empty(t, n.leftOver(f))
 		}
 	})
@@ -923,7 +934,7 @@ func TestConcurrentUse(t *testing.T) {
 // What lets the pod of two sandboxes reach itself goes with the last of them, whoever it
 // was called after meanwhile.
 func TestLastOfSharedAddress(t *testing.T) {
-	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		require.NoError(t, n.add(m, "a", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 		require.NoError(t, n.add(m, "b", n.pod(0, f, &PortMapping{HostPort: 8081, ContainerPort: 80})))

@@ -249,24 +249,24 @@ func TestRowsOfPod(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
 		pod   []*PodPortMapping
-		want  map[ipFamily]string
-		stays map[ipFamily]bool
+		want  map[IPFamily]string
+		stays map[IPFamily]bool
 	}{
 		{name: "none"},
 		{name: "nil", pod: []*PodPortMapping{nil}},
 		{
 			name: "two IPs of a family",
 			pod:  []*PodPortMapping{podAt("10.0.0.1", pm), podAt("fd00::1", pm), podAt("10.0.0.2", pm, more), podAt("10.0.0.1", more)},
-			want: map[ipFamily]string{
+			want: map[IPFamily]string{
 				IPv4: "TCP 0.0.0.0:80 -> 10.0.0.1:8080; TCP 0.0.0.0:81 -> 10.0.0.1:8081", IPv6: "TCP [::]:80 -> [fd00::1]:8080",
 			},
 		},
-		{name: "no IP", pod: []*PodPortMapping{unknown}, stays: map[ipFamily]bool{IPv4: true, IPv6: true}},
+		{name: "no IP", pod: []*PodPortMapping{unknown}, stays: map[IPFamily]bool{IPv4: true, IPv6: true}},
 		{
 			name:  "one IP",
 			pod:   []*PodPortMapping{unknown, podAt("10.0.0.1", pm)},
-			want:  map[ipFamily]string{IPv4: "TCP 0.0.0.0:80 -> 10.0.0.1:8080"},
-			stays: map[ipFamily]bool{IPv6: true},
+			want:  map[IPFamily]string{IPv4: "TCP 0.0.0.0:80 -> 10.0.0.1:8080"},
+			stays: map[IPFamily]bool{IPv6: true},
 		},
 		{name: "no IP and no host port", pod: []*PodPortMapping{podAt("", &PortMapping{ContainerPort: 80}, nil)}},
 		{name: "host network", pod: []*PodPortMapping{{HostNetwork: true, PortMappings: []*PortMapping{pm}}}},
@@ -277,7 +277,7 @@ func TestRowsOfPod(t *testing.T) {
 			pod, err := rowsOfPod("id", tc.pod)
 			require.NoError(t, err)
 
-			for _, f := range []ipFamily{IPv4, IPv6} {
+			for _, f := range []IPFamily{IPv4, IPv6} {
 				assert.Equal(t, tc.want[f], listRows(pod[f].rows), f)
 				assert.Equal(t, tc.stays[f], pod[f].stays, f)
 			}
@@ -296,7 +296,7 @@ func TestClaimsOf(t *testing.T) {
 		// And nothing else.
 		&PortMapping{HostPort: -1}, &PortMapping{HostPort: 7, HostIP: "localhost"}, &PortMapping{HostPort: 8, Protocol: "ICMP"}, nil)
 
-	for f, want := range map[ipFamily][]string{
+	for f, want := range map[IPFamily][]string{
 		IPv4: {"224.0.0.1:1", "255.255.255.255:2", "0.1.2.3:3", "224.0.0.1:4", "0.0.0.0:6"},
 		IPv6: {"[ff02::1]:5", "[::]:6"},
 	} {
@@ -360,7 +360,7 @@ func FuzzRowsOf(f *testing.F) {
 
 		claims := map[row.Endpoint]bool{}
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			for _, c := range refsOf(id, pod, f) {
 				claims[c.Endpoint] = true
 			}

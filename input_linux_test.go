@@ -15,7 +15,7 @@ import (
 
 // nowhere lists addresses of a family that lead no packet to a pod, as a host IP
 // and as a pod IP.
-func nowhere(f ipFamily) (hostIPs, podIPs []string) {
+func nowhere(f IPFamily) (hostIPs, podIPs []string) {
 	if f == IPv6 {
 		hostIPs = []string{"ff01::1", "ff02::1", "ff0e::1"}
 
@@ -28,7 +28,7 @@ func nowhere(f ipFamily) (hostIPs, podIPs []string) {
 }
 
 func TestAddressesThatLeadNowhere(t *testing.T) {
-	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		good := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		require.NoError(t, n.add(m, "id", n.pod(0, f, good)))
@@ -63,7 +63,7 @@ func TestAddressesThatLeadNowhere(t *testing.T) {
 // Rows from before with such addresses, of an earlier version or of CRI-O, are
 // listed and go like others.
 func TestAddressesFromBefore(t *testing.T) {
-	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f IPFamily) {
 		hostIPs, podIPs := nowhere(f)
 
 		var pods []*PodPortMapping
@@ -136,9 +136,9 @@ func TestAddressesFromBefore(t *testing.T) {
 // Addresses that hardly anybody has are nobody's business as long as the kernel
 // carries their packets.
 func TestAddressesThatAreUnusual(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
-		unusual := map[ipFamily][]string{IPv4: {"169.254.7.7"}, IPv6: {"fec0::7", "::192.0.2.7"}}[f]
+		unusual := map[IPFamily][]string{IPv4: {"169.254.7.7"}, IPv6: {"fec0::7", "::192.0.2.7"}}[f]
 
 		for i, ip := range unusual {
 			addr := netip.MustParseAddr(ip)

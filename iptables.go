@@ -24,8 +24,12 @@ type IPTables interface {
 }
 
 // through returns the family of a caller's iptables, and what opens the backend over it.
-func through(ipt IPTables, cfg config) (ipFamily, func(context.Context) (backend, error)) {
+func through(ipt IPTables, cfg config) (IPFamily, func(context.Context) (backend, error)) {
 	f := iptables.FamilyOf(ipt)
+
+	if cfg.memory != nil {
+		return f, memoryOpener{cfg}.open(f)
+	}
 
 	return f, func(context.Context) (backend, error) {
 		return iptables.New(ipt, cfg.localhostIn(f), cfg.guardIn(f)), nil

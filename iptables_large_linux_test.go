@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"errors"
 	"fmt"
 	"iter"
 	"net/netip"
@@ -19,7 +20,7 @@ import (
 )
 
 // media is a pod with many ports, as of a server of RTP.
-func (n *node) media(i int, f ipFamily, count int, protocol v1.Protocol) *PodPortMapping {
+func (n *node) media(i int, f IPFamily, count int, protocol v1.Protocol) *PodPortMapping {
 	pod := n.pod(i, f)
 
 	for port := int32(20_000); len(pod.PortMappings) < count; port++ {
@@ -58,7 +59,7 @@ func rowsIn(lines []string) int {
 
 // What is too large for one transaction goes in several, by one process.
 func TestLargePod(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		const count, last = 2500, 20_000 + 2500 - 1
 
 		n.serve(0, "udp", f, 20_000)
@@ -129,16 +130,16 @@ func (n *node) syncFamily(m *hostportManager, pods []*PodPortMapping, ids ...str
 
 	var err error
 
-	n.do(func() { err = m.sync(n.t.Context(), wanted) })
+	n.do(func() { err = errors.Join(m.sync(n.t.Context(), wanted)...) })
 
 	return err
 }
 
 // inParts is a manager of one family whose transactions change so many rows each.
-func (n *node) inParts(f ipFamily, most int, opts ...Option) (*hostportManager, *iptables.Backend, *fakeIPTables) {
+func (n *node) inParts(f IPFamily, most int, opts ...Option) (*hostportManager, *iptables.Backend, *fakeIPTables) {
 	n.t.Helper()
 
-	m := n.manager(opts...).families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+	m := n.manager(opts...).families[slices.Index([]IPFamily{IPv4, IPv6}, f)]
 
 	l, ok := m.backend.(*migration)
 	require.True(n.t, ok)
@@ -154,7 +155,7 @@ func (n *node) inParts(f ipFamily, most int, opts ...Option) (*hostportManager, 
 
 // One that fails takes back those before it: nothing has changed.
 func TestSeveralTransactionsFail(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 20_000)
 		n.serve(1, "tcp", f, 20_000)
 
@@ -267,7 +268,7 @@ func TestSeveralTransactionsFailForGood(t *testing.T) {
 // What is too large for the socket of iptables-nft goes in smaller transactions from
 // then on, and what others have wiped comes back in such.
 func TestTooLargeToBeSent(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 20_000)
 
 		m, b, fake := n.inParts(f, iptables.RowsAtOnce)
@@ -315,7 +316,7 @@ func TestTooLargeToBeSent(t *testing.T) {
 // Rows of one port are in one transaction: a row that moves is never gone, and that
 // for one address is never behind that for any.
 func TestSeveralTransactionsAreNotNoticed(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 80)
 

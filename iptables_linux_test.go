@@ -25,7 +25,7 @@ import (
 
 // In the steady state an operation is one process.
 func TestOneProcessPerOperation(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		started := countProcesses(t)
 		m := n.manager()
 		t.Logf("%d processes for New", started())
@@ -48,7 +48,7 @@ func TestOneProcessPerOperation(t *testing.T) {
 // Rows close together stand on several levels. A new manager knows their places
 // without a repair, and the last of them leaves no range chain behind.
 func TestRowsOnAllLevels(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		const first, last = 8000, 8100 // more than two levels take; in one range of 256
@@ -68,7 +68,7 @@ func TestRowsOnAllLevels(t *testing.T) {
 		require.NoError(t, n.add(m, "id", n.pod(0, f, odd...)))
 
 		levels := map[int]int{}
-		for r := range m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)].table() {
+		for r := range m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)].table() {
 			levels[r.Depth]++
 		}
 
@@ -238,7 +238,7 @@ var ofPort60000 = regexp.MustCompile(`49152|57344|59392|59904|60000`)
 
 // Whatever single rule of a pod somebody deletes, Add again puts it back.
 func TestAddAgainRepairs(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		pod := n.pod(0, f,
 			&PortMapping{HostPort: 8080, ContainerPort: 80},
@@ -281,7 +281,7 @@ func TestAddAgainRepairs(t *testing.T) {
 // A masquerade jump from before that stands too late in POSTROUTING, where a
 // CNI plugin's rules have accepted hairpin connections already, is moved up.
 func TestLateMasqueradeJump(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.addForeign(f)
 
@@ -299,7 +299,7 @@ func TestLateMasqueradeJump(t *testing.T) {
 
 // Calico puts its jump first whenever it is not: there is no arguing with it.
 func TestBehindCalico(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		pods := map[string][]*PodPortMapping{"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 		require.NoError(t, n.sync(m, pods))
@@ -327,7 +327,7 @@ func TestVariantChanges(t *testing.T) {
 			require.NoError(t, n.add(old, "goes", goes))
 			require.NoError(t, old.Close())
 
-			for _, f := range []ipFamily{IPv4, IPv6} {
+			for _, f := range []IPFamily{IPv4, IPv6} {
 				n.command(iptables.Command(f)+"-"+string(tc.from), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
 			}
 
@@ -379,7 +379,7 @@ func TestVariantChangeFails(t *testing.T) {
 		return ofTwo(t, inUse, old), nil
 	})
 
-	n.do(func() { require.NoError(t, m.start()) })
+	n.do(func() { require.NoError(t, m.start(context.Background(), false)) })
 	t.Cleanup(func() { assert.NoError(t, m.Close()) })
 
 	require.ErrorIs(t, n.add(m, "id", pod), errInjected)
@@ -408,7 +408,7 @@ func TestVariantChangeFails(t *testing.T) {
 // nothing is amiss in the one in use.
 func TestVariantDamagedBefore(t *testing.T) {
 	for _, tc := range []struct{ from, to iptables.Variant }{{iptables.NFT, iptables.Legacy}, {iptables.Legacy, iptables.NFT}} {
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			t.Run(fmt.Sprintf("%s to %s/IPv%s", tc.from, tc.to, f), func(t *testing.T) {
 				n := newNode(t, tc.from)
 				n.serve(0, "tcp", f, 80)
@@ -488,7 +488,7 @@ func TestNoIP6Tables(t *testing.T) {
 	t.Setenv("PATH", pathWith(t, "iptables-nft", "iptables-nft-save", "iptables-nft-restore"))
 
 	m := n.manager()
-	pod := func(f ipFamily) *PodPortMapping { return n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}) }
+	pod := func(f IPFamily) *PodPortMapping { return n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}) }
 
 	require.NoError(t, n.add(m, "id", pod(IPv4)))
 	err := n.add(m, "id", pod(IPv6))
@@ -684,7 +684,7 @@ func TestVariantChangeTimesOut(t *testing.T) {
 			return ofTwo(t, inUse, old), nil
 		})
 
-	n.do(func() { require.NoError(t, m.start()) })
+	n.do(func() { require.NoError(t, m.start(context.Background(), false)) })
 	t.Cleanup(func() { assert.NoError(t, m.Close()) })
 
 	require.ErrorIs(t, n.add(m, "b", n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 81})), context.DeadlineExceeded)
@@ -734,7 +734,7 @@ func TestAdoptedCommentIsHarmless(t *testing.T) {
 // What iptables-nft cannot show has not gone: where somebody has put such a thing into
 // the table, that is an error, until it is taken out.
 func TestTableThatCannotBeShown(t *testing.T) {
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		t.Run("IPv"+string(f), func(t *testing.T) {
 			n := newNode(t, iptables.NFT)
 			n.serve(0, "tcp", f, 80)

@@ -21,7 +21,7 @@ func ends() [][]string {
 }
 
 // foreignChains are what ends lead to.
-func (n *node) foreignChains(f ipFamily, table string) {
+func (n *node) foreignChains(f IPFamily, table string) {
 	n.t.Helper()
 	n.commandWith("*"+table+"\n:FOREIGN - [0:0]\n:EMPTY - [0:0]\n-A FOREIGN -j ACCEPT\nCOMMIT\n",
 		iptables.Command(f)+"-"+string(n.variant)+"-restore", "--noflush")
@@ -31,7 +31,7 @@ func (n *node) foreignChains(f ipFamily, table string) {
 // behind, with packets to prove it: a pod does not get to services at 127.0.0.1, and
 // does get to itself.
 func TestForeignRulesBeforeOurs(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		log, logged := logs(t)

@@ -81,7 +81,7 @@ func TestVariantThatWorks(t *testing.T) {
 				log, logged := logs(t)
 				m := n.manager(log, WithBackend(BackendIPTables))
 
-				for _, f := range []ipFamily{IPv4, IPv6} {
+				for _, f := range []IPFamily{IPv4, IPv6} {
 					require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 					n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(f), 8080), "web")
 				}

@@ -21,9 +21,9 @@ func WithMemory(n *memory.Node) Option {
 // opener finds the backends of both families.
 type opener interface {
 	// open returns what finds the backend of a family.
-	open(f ipFamily) func(context.Context) (backend, error)
+	open(f IPFamily) func(context.Context) (backend, error)
 	// list lists the rows of a family in every backend.
-	list(ctx context.Context, f ipFamily) ([]Mapping, error)
+	list(ctx context.Context, f IPFamily) ([]Mapping, error)
 	// watch returns the transactions of nf_tables, until ctx ends.
 	watch(ctx context.Context) (<-chan nfnetlink.Transaction, error)
 	close() error
@@ -92,7 +92,7 @@ func newOpener(cfg config) opener {
 }
 
 // newLock returns a lock of some families that is not taken yet.
-func newLock(cfg config, families ...ipFamily) locker {
+func newLock(cfg config, families ...IPFamily) locker {
 	if cfg.memory != nil {
 		return cfg.memory.Lock(families...)
 	}
@@ -130,7 +130,7 @@ func (anywhere) isCurrent() error { return nil }
 // memoryOpener knows the backend of a node in memory.
 type memoryOpener struct{ cfg config }
 
-func (o memoryOpener) open(f ipFamily) func(context.Context) (backend, error) {
+func (o memoryOpener) open(f IPFamily) func(context.Context) (backend, error) {
 	return func(context.Context) (backend, error) {
 		if _, err := o.cfg.kinds(); err != nil {
 			return nil, err
@@ -140,7 +140,7 @@ func (o memoryOpener) open(f ipFamily) func(context.Context) (backend, error) {
 	}
 }
 
-func (o memoryOpener) list(ctx context.Context, f ipFamily) ([]Mapping, error) {
+func (o memoryOpener) list(ctx context.Context, f IPFamily) ([]Mapping, error) {
 	return mappingsIn(ctx, o.cfg.memory.Backend(f))
 }
 

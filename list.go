@@ -15,8 +15,10 @@ import (
 
 // List lists the rows that the kernel holds now, in both families and every backend, sorted as
 // those of Mappings. It makes no manager, holds no port and changes nothing, and a manager may be
-// at work meanwhile, in any process. It knows owners by a hash alone. Of the options
-// WithTimeout bounds it, and the others have no effect.
+// at work meanwhile, in any process. It looks at the network namespace of the calling thread. It
+// knows owners by a hash alone, and not who holds a port: PodID, Namespace, Name and Held are
+// never set. WithTimeout bounds it, and with the option of hostporttest it looks at a node in
+// memory. Other options have no effect.
 //
 // It needs CAP_NET_ADMIN, and with iptables its programs. What could not be looked at is
 // in the error, beside the rows that could. On systems other than Linux it fails with
@@ -33,7 +35,7 @@ func List(ctx context.Context, opts ...Option) ([]Mapping, error) {
 		errs []error
 	)
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		some, err := o.list(ctx, f)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("IPv%s: %w", f, err))

@@ -590,7 +590,7 @@ func TestGuardBesideRefusedRow(t *testing.T) {
 
 // What cannot work is refused and does not hang.
 func TestLoopbackSourcesRefused(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		m := n.manager(WithoutLocalhost())
@@ -623,7 +623,7 @@ func TestLocalhostByName(t *testing.T) {
 		m := n.manager()
 		mapping := &PortMapping{HostPort: 8080, ContainerPort: 80}
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			n.serve(0, "tcp", f, 80)
 			require.NoError(t, n.add(m, "id", n.pod(0, f, mapping)))
 		}

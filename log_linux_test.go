@@ -31,7 +31,7 @@ func line(t *testing.T, log, text string) string {
 // Whoever looks for a port or for a pod finds what has happened to it, and what an operator has
 // to act on is an error.
 func TestLog(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})

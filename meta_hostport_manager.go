@@ -13,10 +13,12 @@ import (
 	"github.com/cri-o/hostport/internal/row"
 )
 
-// Manager maps host ports for both IP families. It implements HostPortManager. Its
+// Manager maps host ports for both IP families. It implements HostPortManager. New,
+// NewMetaHostportManager and NewNoopHostportManager make one; the zero Manager is none. Its
 // methods are to be called in the network namespace that it was made in, the node's:
 // Add, Remove, Sync, Check and Run fail on a thread in another one, and change nothing.
 type Manager struct {
+	noop     bool // it is for no family
 	families []*hostportManager
 	opener   opener
 	lock     locker // of both families, taken before that of either
@@ -69,21 +71,12 @@ func newManager(opts []Option, wait bool) (*Manager, error) {
 
 	var errs []error
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, m.opener.open(f))
 		fm.locks = append([]locker{m.lock}, fm.locks...)
 		m.families = append(m.families, fm)
 
-		var err error
-		if wait {
-			err = fm.lockNode(ctx, true)
-		}
-
-		if err == nil {
-			err = fm.start()
-		}
-
-		if err != nil {
+		if err := fm.start(ctx, wait); err != nil {
 			errs = append(errs, fm.inFamily(err))
 		}
 	}
@@ -105,15 +98,23 @@ func (m *Manager) Add(id string, podPortMapping *PodPortMapping, natInterfaceNam
 	return m.AddContext(context.Background(), id, podPortMapping, natInterfaceName)
 }
 
-// AddContext is Add, and waits for others no longer than until ctx ends. A transaction
-// that has begun then is finished all the same, unless ctx's deadline passes. One that Add
-// shares with other operations has the time that those have; see WithTimeout.
+// AddContext is Add for a caller that may have less time than WithTimeout gives. It waits for
+// operations of others until ctx ends, and no longer than half of the time to ctx's deadline: the other half
+// is for its own. A transaction that has begun then is finished all the same, unless ctx's deadline
+// passes. One that Add shares with other operations has the time that those have; see WithTimeout.
+// Errors are Add's, and ctx's.
 func (m *Manager) AddContext(ctx context.Context, id string, podPortMapping *PodPortMapping, natInterfaceName string) error {
-	if m.isNoop() {
+	if m.noop {
 		return nil
 	}
 
 	rows, err := rowsOf(id, podPortMapping)
+	if err != nil {
+		m.families[0].cfg.observe(Event{
+			Kind: EventAdd, PodID: id, Namespace: podPortMapping.Namespace, Name: podPortMapping.Name, Err: err,
+		})
+	}
+
 	if err != nil || len(rows) == 0 {
 		return err
 	}
@@ -124,16 +125,18 @@ func (m *Manager) AddContext(ctx context.Context, id string, podPortMapping *Pod
 	return m.familyOf(rows).add(ctx, rows, natInterfaceName)
 }
 
-// Remove implements HostPortManager. It goes on past an error and returns all. It is
-// RemoveContext without a context.
+// Remove implements HostPortManager. It goes on past an error and returns all. Without a mapping
+// (nil) it takes out all rows of id, which is right when a sandbox is torn down. A mapping without
+// host ports takes out none, and is no error. It is RemoveContext without a context.
 func (m *Manager) Remove(id string, podPortMapping *PodPortMapping) error {
 	return m.RemoveContext(context.Background(), id, podPortMapping)
 }
 
-// RemoveContext is Remove, and ctx is to it what it is to AddContext. Where it fails
-// because ctx has ended, Run, or the next operation that wants the ports, does it.
+// RemoveContext is Remove, and ctx is to it what it is to AddContext, except that each family has
+// half of the time. Where it fails because ctx has ended, Run, or the next operation that wants
+// the ports, does it.
 func (m *Manager) RemoveContext(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
-	if m.isNoop() {
+	if m.noop {
 		return nil
 	}
 
@@ -180,20 +183,20 @@ func (m *Manager) eachFamily(ctx context.Context, do func(context.Context, *host
 // A runtime calls it when it starts, before its first Add. Until then nobody knows whose
 // the rows from before are, and the Add of another pod takes their ports.
 //
-// What stands of a pod stays as it is where it cannot be told what it is to have: if its
-// IP is nil, because it is not known, which is no error, and if it is invalid. A pod has
+// What stands of a pod stays as it is where it cannot be told what it is to have: if an entry's
+// IP is nil, because it is not known, which is no error, and if it is invalid. An id without
+// entries, or with nil ones alone, loses its rows. A pod has
 // one IP in each family: of several the first one counts. Where two pods
 // want one port, the one that has it keeps it, else the one with the smaller id
 // gets it.
 //
-// Each pod that does not have what it wants is a *PodError among those that the error joins,
-// with an error of Add's. It does not mean that
-// the other pods' rows are not there, unless a transaction failed as a whole: then
-// nothing of that family has changed. If only what another backend carries from
-// before could not be taken out, the new rows stand, and Run or the next Sync
-// tries again. It ends with ctx. What it has changed is in the log.
+// The error has a method Unwrap() []error, as those of errors.Join have. A *PodError there is a
+// pod that does not have what it wants in a family: the others have theirs. Any other error
+// is about a family as a whole, of which nothing has changed then. If only what
+// another backend carries from before could not be taken out, the new rows stand, and Run or the
+// next Sync tries again. It ends with ctx. What it has changed is in the log.
 func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) error {
-	if m.isNoop() {
+	if m.noop {
 		return nil
 	}
 
@@ -212,9 +215,15 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 		}
 	}
 
-	errs = append(errs, m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
-		return fm.sync(ctx, wanted[slices.Index(m.families, fm)])
-	}))
+	if len(errs) > 0 {
+		m.families[0].cfg.observe(Event{Kind: EventSync, Err: errors.Join(errs...)})
+	}
+
+	_ = m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+		errs = append(errs, fm.sync(ctx, wanted[slices.Index(m.families, fm)])...)
+
+		return nil
+	})
 
 	return errors.Join(errs...)
 }
@@ -228,7 +237,7 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 // looked at.
 // ErrInvalidMapping, os.ErrClosed and ctx's error are among the others.
 func (m *Manager) Check(ctx context.Context, id string, podPortMapping *PodPortMapping) error {
-	if m.isNoop() {
+	if m.noop {
 		return nil
 	}
 
@@ -270,7 +279,7 @@ const (
 // errors.ErrUnsupported on systems other than Linux. It is to run once at a time,
 // in the network namespace of the manager.
 func (m *Manager) Run(ctx context.Context) error {
-	if m.isNoop() {
+	if m.noop {
 		<-ctx.Done()
 
 		return ctx.Err()
@@ -357,7 +366,7 @@ func (m *Manager) Mappings() []Mapping {
 // Operations that come later and have something to do fail with os.ErrClosed.
 // Closing again does nothing.
 func (m *Manager) Close() error {
-	if m.isNoop() {
+	if m.noop {
 		return nil
 	}
 

@@ -27,7 +27,7 @@ type misfit struct {
 }
 
 // misfits are those of one family, where a row leads from TCP port 8080 to pod.
-func misfits(f ipFamily, pod netip.Addr) map[string]misfit {
+func misfits(f IPFamily, pod netip.Addr) map[string]misfit {
 	chain := func(name, is string) string {
 		return fmt.Sprintf("flush chain FAM TABLE %[1]s; delete chain FAM TABLE %[1]s; add chain FAM TABLE %[1]s { %[2]s }", name, is)
 	}
@@ -82,7 +82,7 @@ func misfits(f ipFamily, pod netip.Addr) map[string]misfit {
 // Whatever bears our names and is not as ours is named by Check, and put right by whoever
 // comes to it.
 func TestNamesTaken(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		for i := range n.Pods {
 			n.serve(i, "tcp", f, 80)
 		}
@@ -93,7 +93,7 @@ func TestNamesTaken(t *testing.T) {
 	})
 }
 
-func (n *node) testMisfit(f ipFamily, misfit misfit) {
+func (n *node) testMisfit(f IPFamily, misfit misfit) {
 	pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	pods := map[string][]*PodPortMapping{"id": {pod}}
 	at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
@@ -158,7 +158,7 @@ func (n *node) testMisfit(f ipFamily, misfit misfit) {
 
 // The kernel gives back what we make as we would make it, rules to the byte.
 func TestMadeAsWanted(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		b := nftOver(t, n.nfnetlink(), f)
 		n.commit(b.Objects()...)
 
@@ -174,7 +174,7 @@ func TestMadeAsWanted(t *testing.T) {
 
 // On an intact table New changes nothing.
 func TestNewChangesNothing(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.bridgeCalls(f, false) // so that neighbours are masqueraded
 		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
 		n.assignService(serviceIP(f, 1))
@@ -223,7 +223,7 @@ func TestNewChangesNothing(t *testing.T) {
 
 // A rule that differs from ours in a single expression is not taken for it.
 func TestChangedExpressionIsSeen(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.leftBehind("id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 
@@ -312,7 +312,7 @@ func TestRulesShownInAnotherWay(t *testing.T) {
 // An address of the node that somebody has put among those of Services is named by Check,
 // and taken out.
 func TestNodeAddressExempted(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})

@@ -11,7 +11,7 @@ import (
 // On a thread in another network namespace nothing is done: a socket there would hold
 // nothing here.
 func TestOtherNamespace(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		stays := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		more := n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80})

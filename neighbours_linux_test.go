@@ -18,16 +18,16 @@ import (
 )
 
 // bridgeCalls sets whether the node's bridges call iptables.
-func (n *node) bridgeCalls(f ipFamily, on bool) {
+func (n *node) bridgeCalls(f IPFamily, on bool) {
 	n.t.Helper()
 
-	key := map[ipFamily]string{IPv4: "iptables", IPv6: "ip6tables"}[f]
+	key := map[IPFamily]string{IPv4: "iptables", IPv6: "ip6tables"}[f]
 	value := map[bool]string{true: "1", false: "0"}[on]
 	require.NoError(n.t, n.Host.Sysctl("net/bridge/bridge-nf-call-"+key, value))
 }
 
 // masqueradesNeighbours reports whether some rule does.
-func (n *node) masqueradesNeighbours(f ipFamily) bool {
+func (n *node) masqueradesNeighbours(f IPFamily) bool {
 	n.t.Helper()
 
 	return slices.ContainsFunc(n.leftOver(f), func(line string) bool {
@@ -38,7 +38,7 @@ func (n *node) masqueradesNeighbours(f ipFamily) bool {
 // A pod reaches its neighbour through a host port whether bridges call iptables or not,
 // and where they do, with its own address. The state is looked at with Add, and by Run.
 func TestNeighbours(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.addForeign(f)
 
 		for _, network := range []string{"tcp", "udp"} {
@@ -139,7 +139,7 @@ func TestNeighbours(t *testing.T) {
 // Where bridges have changed for a part of a pod's rows, the others take nothing from these when
 // they go.
 func TestNeighboursOfPart(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.bridgeCalls(f, true)
 
@@ -155,7 +155,7 @@ func TestNeighboursOfPart(t *testing.T) {
 
 // Where the sysctl is off, a bridge of its own accord may call iptables all the same.
 func TestBridgeCallsOfItsOwn(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.bridgeCalls(f, false)
 		require.NoError(t, n.Host.BridgeCalls("cni0", f == IPv6))
@@ -186,7 +186,7 @@ const bridgeSysctls = "/proc/sys/net/bridge"
 
 // Without br_netfilter there are no sysctls of bridges, and no bridge calls iptables.
 func TestNeighboursWithoutBridgeNetfilter(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.bridgeCalls(f, false)
 		n.mountOver(bridgeSysctls, "none", "tmpfs", 0)
@@ -201,7 +201,7 @@ func TestNeighboursWithoutBridgeNetfilter(t *testing.T) {
 // Whether bridges call iptables is looked at again by Run where it could not be found out, be
 // it for Add or for rows from before.
 func TestBridgesLookedAtAgain(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.bridgeCalls(f, true)
 
@@ -209,14 +209,14 @@ func TestBridgesLookedAtAgain(t *testing.T) {
 		unreadable := func(n *node) (show func()) {
 			n.t.Helper()
 
-			file := bridgeSysctls + "/bridge-nf-call-" + map[ipFamily]string{IPv4: "iptables", IPv6: "ip6tables"}[f]
+			file := bridgeSysctls + "/bridge-nf-call-" + map[IPFamily]string{IPv4: "iptables", IPv6: "ip6tables"}[f]
 
 			return n.mountOver(file, "/proc/self/mem", "", unix.MS_BIND) // which has nothing at 0
 		}
 		seenAgain := func(n *node, m *Manager, show func()) {
 			n.t.Helper()
 
-			fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+			fm := m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)]
 			n.runOnce(fm, false)
 			assert.False(n.t, n.masqueradesNeighbours(f))
 			show()
@@ -251,7 +251,7 @@ func TestBridgesLookedAtAgain(t *testing.T) {
 
 // Connections of others between neighbours keep their source.
 func TestNeighboursOfOthers(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(0, "tcp", f, 81)
 		n.bridgeCalls(f, false)

@@ -68,7 +68,7 @@ func (n *node) commit(msgs ...netlink.Message) {
 
 // nftRules is all that a family has in nf_tables, to the byte: a line for each
 // table, chain, rule, set and element.
-func (n *node) nftRules(f ipFamily) []string {
+func (n *node) nftRules(f IPFamily) []string {
 	n.t.Helper()
 
 	conn := n.nfnetlink()
@@ -136,7 +136,7 @@ func stringAttr(n *node, attrs []byte, kind uint16) (value string) {
 }
 
 // addForeignNFT adds a table of somebody else's with hooks where ours are.
-func (n *node) addForeignNFT(f ipFamily) {
+func (n *node) addForeignNFT(f IPFamily) {
 	n.t.Helper()
 
 	t := nfnetlink.Table{Family: nftables.NewLayout(f).Table.Family, Name: "cni"}
@@ -152,7 +152,7 @@ func (n *node) addForeignNFT(f ipFamily) {
 }
 
 // wipe deletes all of our rules in a family, but neither chains nor maps.
-func (n *node) wipe(f ipFamily) {
+func (n *node) wipe(f IPFamily) {
 	n.t.Helper()
 
 	if n.variant == viaMemory {
@@ -177,7 +177,7 @@ func (n *node) wipe(f ipFamily) {
 }
 
 // eachNFTFamily runs f on a fresh node with nftables for each IP family.
-func eachNFTFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
+func eachNFTFamily(t *testing.T, f func(t *testing.T, n *node, family IPFamily)) {
 	t.Helper()
 	eachFamilyOf(t, []iptables.Variant{viaNFTables}, f)
 }
@@ -246,7 +246,7 @@ func called(f func() error) error {
 }
 
 // nftOver returns a backend over a connection.
-func nftOver(t testing.TB, conn nftables.Conn, f ipFamily) *nftables.Backend {
+func nftOver(t testing.TB, conn nftables.Conn, f IPFamily) *nftables.Backend {
 	t.Helper()
 
 	ruleset := nftables.NewRuleset(func() (nftables.Conn, error) { return conn, nil })
@@ -265,11 +265,11 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 	m := &Manager{opener: opener, lock: newNodeLock(cfg, IPv4, IPv6)}
 	opener.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return fake, nil })
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
 			return opener.nftables(f)
 		})
-		n.do(func() { require.NoError(n.t, fm.start()) })
+		n.do(func() { require.NoError(n.t, fm.start(context.Background(), false)) })
 		m.families = append(m.families, fm)
 	}
 
@@ -279,7 +279,7 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 }
 
 // elements are those of our table.
-func (n *node) elements(f ipFamily) []string { return n.leftOver(f) }
+func (n *node) elements(f IPFamily) []string { return n.leftOver(f) }
 
 // In the steady state an operation is one transaction and nothing else, also
 // where the families take turns.
@@ -336,7 +336,7 @@ func TestTableMadeAgain(t *testing.T) {
 
 // A table from before without rows is looked over by the first Add.
 func TestTableFromBeforeWithoutRows(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
@@ -387,7 +387,7 @@ func TestLostNewsDisturbs(t *testing.T) {
 // Whatever somebody does to our table between two operations, the next one
 // puts it right, for all rows.
 func TestTableIsRepaired(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		m := n.manager()
@@ -436,7 +436,7 @@ func TestTableIsRepaired(t *testing.T) {
 
 // An element has one owner, and it is looked up before anything is done to it.
 func TestElementsOfStrangers(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		require.NoError(t, n.add(m, "id", n.pod(0, f, port)))
@@ -597,7 +597,7 @@ func TestForeignCommits(t *testing.T) {
 // A list is of one moment, though it takes several requests, and somebody may
 // commit in between.
 func TestListIsOfOneMoment(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.leftBehind("goes", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 		n.leftBehind("stays", n.pod(1, f, &PortMapping{HostPort: 8081, ContainerPort: 80}))
 
@@ -639,8 +639,8 @@ func TestListIsOfOneMoment(t *testing.T) {
 func TestFamiliesLookForThemselves(t *testing.T) {
 	n := newNode(t, viaNFTables)
 	m := n.manager()
-	families := []ipFamily{IPv4, IPv6}
-	add := func(f ipFamily, port int32) {
+	families := []IPFamily{IPv4, IPv6}
+	add := func(f IPFamily, port int32) {
 		require.NoError(t, n.add(m, fmt.Sprint(f, port), n.pod(0, f, &PortMapping{HostPort: port, ContainerPort: 80})))
 	}
 
@@ -695,7 +695,7 @@ func TestOvertakenEachTime(t *testing.T) {
 // What somebody does to rules that have just been made, before they have been looked
 // at, is not taken for ours.
 func TestWipedWhenJustMade(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		m, fake := n.viaFake()
@@ -732,7 +732,7 @@ func fitting(many, fewer int) int {
 
 // Many rows go in one transaction, and come back.
 func TestManyRows(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		many := fitting(20_000, 2000)
 		m := n.manager(WithoutSockets())
 		pod := n.pod(0, f)
@@ -807,7 +807,7 @@ func TestGroupTransactions(t *testing.T) {
 }
 
 // refusing has the real kernel refuse to add elements with a key.
-func refusing(f ipFamily, key []byte) func([]netlink.Message) ([]netlink.Message, error) {
+func refusing(f IPFamily, key []byte) func([]netlink.Message) ([]netlink.Message, error) {
 	return func(msgs []netlink.Message) ([]netlink.Message, error) {
 		msgs = slices.Clone(msgs)
 		for i, m := range msgs {
@@ -823,7 +823,7 @@ func refusing(f ipFamily, key []byte) func([]netlink.Message) ([]netlink.Message
 // Where it is another pod's row, which is to be put back, that the kernel refuses, the
 // operation fails, and nothing else.
 func TestAnothersRowIsRefused(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m, fake := n.viaFake()
 		stays := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		comes := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})
@@ -1056,7 +1056,7 @@ func TestLostAnswer(t *testing.T) {
 
 // What of that somebody else has put another row in place of is not ours to take back.
 func TestLostToOthers(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		port := &PortMapping{HostPort: 8080, ContainerPort: 80}
 		element := func(id string, pod *PodPortMapping) nftables.Element {
 			return nftables.RowElement(rowsOfAll(t, f, map[string][]*PodPortMapping{id: {pod}})[0])
@@ -1097,7 +1097,7 @@ func TestLostToOthers(t *testing.T) {
 // An element that somebody has deleted comes back with its pod's Add, whatever
 // other pods' operations have come in between.
 func TestAddAgainAfterOthers(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
@@ -1193,7 +1193,7 @@ func TestBackendChangesUnnamed(t *testing.T) {
 	for _, tc := range []struct{ from, to iptables.Variant }{
 		{viaNFTables, iptables.NFT}, {viaNFTables, iptables.Legacy}, {iptables.NFT, viaNFTables}, {iptables.Legacy, viaNFTables},
 	} {
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			t.Run(fmt.Sprintf("%s to %s/IPv%s", tc.from, tc.to, f), func(t *testing.T) {
 				n := newNode(t, tc.from)
 				n.serve(0, "tcp", f, 80)
@@ -1257,7 +1257,7 @@ func TestNoProcessWithNFTables(t *testing.T) {
 // An element that no row would make, because somebody has made it for a
 // purpose of his own, is neither listed nor touched.
 func TestOddElements(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		require.NoError(t, n.add(m, "id", pod))
@@ -1325,7 +1325,7 @@ func FuzzNFTElement(f *testing.F) {
 	}
 
 	f.Fuzz(func(t *testing.T, set string, key, data []byte, comment string) {
-		for _, family := range []ipFamily{IPv4, IPv6} {
+		for _, family := range []IPFamily{IPv4, IPv6} {
 			l := nftables.NewLayout(family)
 			e := nftables.ElementOf(set, nfnetlink.Element{Key: key, Data: data, Comment: comment})
 

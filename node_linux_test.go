@@ -78,17 +78,17 @@ func eachNode(t *testing.T, f func(t *testing.T, n *node)) {
 }
 
 // eachFamily runs f on a fresh node for each backend and IP family.
-func eachFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
+func eachFamily(t *testing.T, f func(t *testing.T, n *node, family IPFamily)) {
 	t.Helper()
 	eachFamilyOf(t, backends(), f)
 }
 
 // eachFamilyOf runs f on a fresh node for each of some backends and IP family.
-func eachFamilyOf(t *testing.T, some []iptables.Variant, f func(t *testing.T, n *node, family ipFamily)) {
+func eachFamilyOf(t *testing.T, some []iptables.Variant, f func(t *testing.T, n *node, family IPFamily)) {
 	t.Helper()
 
 	for _, v := range some {
-		for _, family := range []ipFamily{IPv4, IPv6} {
+		for _, family := range []IPFamily{IPv4, IPv6} {
 			t.Run(string(v)+"/IPv"+string(family), func(t *testing.T) { f(t, newBehaviourNode(t, v), family) })
 		}
 	}
@@ -105,7 +105,7 @@ func eachVariant(t *testing.T, f func(t *testing.T, n *node)) {
 
 // eachVariantAndFamily runs f on a fresh node for each variant of iptables and
 // IP family.
-func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family ipFamily)) {
+func eachVariantAndFamily(t *testing.T, f func(t *testing.T, n *node, family IPFamily)) {
 	t.Helper()
 	eachFamilyOf(t, []iptables.Variant{iptables.NFT, iptables.Legacy}, f)
 }
@@ -171,7 +171,7 @@ func newMemoryNode(tb testing.TB) *node {
 }
 
 func (n *node) hint(v iptables.Variant) {
-	for _, family := range []ipFamily{IPv4, IPv6} {
+	for _, family := range []IPFamily{IPv4, IPv6} {
 		n.command(iptables.Command(family)+"-"+string(v), "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
 	}
 }
@@ -264,7 +264,7 @@ func execute(tb testing.TB, stdin, name string, args ...string) (string, error) 
 }
 
 // iptables runs the node's iptables for the nat table.
-func (n *node) iptables(f ipFamily, args ...string) {
+func (n *node) iptables(f IPFamily, args ...string) {
 	n.t.Helper()
 	n.command(iptables.Command(f)+"-"+string(n.variant), append([]string{"-t", iptables.NATTable}, args...)...)
 }
@@ -272,7 +272,7 @@ func (n *node) iptables(f ipFamily, args ...string) {
 // rules returns what there is of a family in nf_tables, or in the nat table, as
 // it can be compared: without counters, and without order where that means
 // nothing.
-func (n *node) rules(f ipFamily) []string {
+func (n *node) rules(f IPFamily) []string {
 	n.t.Helper()
 
 	if n.variant == viaMemory {
@@ -297,7 +297,7 @@ func (n *node) rules(f ipFamily) []string {
 }
 
 // memoryRows are the rows of a family on a node in memory.
-func (n *node) memoryRows(f ipFamily) []*row.Row {
+func (n *node) memoryRows(f IPFamily) []*row.Row {
 	n.t.Helper()
 
 	rows, _, err := n.memory.Backend(f).List(n.t.Context())
@@ -307,7 +307,7 @@ func (n *node) memoryRows(f ipFamily) []*row.Row {
 }
 
 // memoryRules have the form of nftables' elements.
-func (n *node) memoryRules(f ipFamily) (rules []string) {
+func (n *node) memoryRules(f IPFamily) (rules []string) {
 	n.t.Helper()
 
 	for _, r := range n.memoryRows(f) {
@@ -318,7 +318,7 @@ func (n *node) memoryRules(f ipFamily) (rules []string) {
 }
 
 // ours are the rules and chains that bear our names, and the jumps there.
-func (n *node) ours(f ipFamily) []string {
+func (n *node) ours(f IPFamily) []string {
 	n.t.Helper()
 
 	return slices.DeleteFunc(n.rules(f), func(l string) bool { return !isOurs(l) })
@@ -334,7 +334,7 @@ func isOurs(line string) bool {
 }
 
 // leftOver is what is ours beyond what stays without any row.
-func (n *node) leftOver(f ipFamily) []string {
+func (n *node) leftOver(f IPFamily) []string {
 	n.t.Helper()
 
 	return slices.DeleteFunc(n.ours(f), func(line string) bool {
@@ -343,7 +343,7 @@ func (n *node) leftOver(f ipFamily) []string {
 }
 
 // onlyBase asserts that what is ours is what stays without any row, all of it.
-func (n *node) onlyBase(f ipFamily) {
+func (n *node) onlyBase(f IPFamily) {
 	n.t.Helper()
 	assert.Empty(n.t, n.leftOver(f))
 
@@ -478,7 +478,7 @@ func (n *node) leftBehind(id string, pod *PodPortMapping) {
 }
 
 // pod is the mapping of the node's i-th pod in one family.
-func (n *node) pod(i int, f ipFamily, mappings ...*PortMapping) *PodPortMapping {
+func (n *node) pod(i int, f IPFamily, mappings ...*PortMapping) *PodPortMapping {
 	p := n.Pods[i]
 
 	return &PodPortMapping{
@@ -486,11 +486,11 @@ func (n *node) pod(i int, f ipFamily, mappings ...*PortMapping) *PodPortMapping 
 	}
 }
 
-func (n *node) nodeIP(f ipFamily) netip.Addr      { return n.NodeIP(f == IPv6) }
-func (n *node) otherNodeIP(f ipFamily) netip.Addr { return n.OtherNodeIP(f == IPv6) }
+func (n *node) nodeIP(f IPFamily) netip.Addr      { return n.NodeIP(f == IPv6) }
+func (n *node) otherNodeIP(f IPFamily) netip.Addr { return n.OtherNodeIP(f == IPv6) }
 
 // serve answers on a pod's port until the test ends.
-func (n *node) serve(i int, network string, f ipFamily, port uint16) {
+func (n *node) serve(i int, network string, f IPFamily, port uint16) {
 	n.t.Helper()
 
 	if n.variant == viaMemory {
@@ -612,7 +612,7 @@ func (n *node) dump(m interface{ Mappings() []Mapping }) string {
 
 	var b strings.Builder
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		fmt.Fprintln(&b, strings.Join(sorted(n.rules(f)), "\n"))
 	}
 

@@ -18,7 +18,7 @@ import (
 )
 
 // serviceIP is the address of the i-th Service.
-func serviceIP(f ipFamily, i int) netip.Addr {
+func serviceIP(f IPFamily, i int) netip.Addr {
 	if f == IPv6 {
 		return netip.MustParseAddr(fmt.Sprintf("fd00:10:96::%d", i))
 	}
@@ -28,7 +28,7 @@ func serviceIP(f ipFamily, i int) netip.Addr {
 
 // addService puts the address of a Service on the node as kube-proxy does in its IPVS
 // mode. A program of the host's stands for the Service.
-func (n *node) addService(f ipFamily, ip netip.Addr) {
+func (n *node) addService(f IPFamily, ip netip.Addr) {
 	n.t.Helper()
 	n.assignService(ip)
 
@@ -61,7 +61,7 @@ func (n *node) assignService(ip netip.Addr) {
 // Service's number is not for them: whether they were there before or come later, and
 // whoever asks.
 func TestServiceAddresses(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
 

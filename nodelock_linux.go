@@ -10,6 +10,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/nodelock"
+	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/sockets"
 )
 
@@ -22,10 +23,10 @@ type nodeLock struct {
 	done atomic.Bool
 }
 
-func newNodeLock(cfg config, families ...ipFamily) *nodeLock {
+func newNodeLock(cfg config, families ...IPFamily) *nodeLock {
 	g := nodelock.Both
 	if len(families) == 1 {
-		g = map[ipFamily]nodelock.Group{IPv4: nodelock.IPv4, IPv6: nodelock.IPv6}[families[0]]
+		g = map[IPFamily]nodelock.Group{IPv4: nodelock.IPv4, IPv6: nodelock.IPv6}[families[0]]
 	}
 
 	return &nodeLock{lock: nodelock.New(g), log: cfg.log}
@@ -49,6 +50,8 @@ func (l *nodeLock) Take(ctx context.Context, wait bool) error {
 	switch {
 	case errors.As(err, &held):
 		return fmt.Errorf("another manager has the host ports: %s: %w", sockets.ProcessWith(held.Inode), err)
+	case errors.Is(err, outcome.ErrOtherManager):
+		return err
 	case errors.Is(err, nodelock.ErrNotPermitted):
 		return nil // which the backend tells, unless it is an IPTables of the caller's that can do without
 	case errors.Is(err, os.ErrClosed):

@@ -37,7 +37,7 @@ func namesHolder(t *testing.T, err error, pid int) {
 // While a process has the node's host ports, no other one reads or writes rows: one that has
 // begun earlier knows of no row that the first one has removed since.
 func TestSecondManager(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 
 		x := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
@@ -161,16 +161,16 @@ func TestKilledManager(t *testing.T) {
 // Managers of one family each do not hinder each other, nor do those of two nodes. One of
 // both families works in the other one.
 func TestManagersOfOneFamily(t *testing.T) {
-	eachVariantAndFamily(t, func(t *testing.T, n *node, f ipFamily) {
-		other := map[ipFamily]ipFamily{IPv4: IPv6, IPv6: IPv4}[f]
-		of := func(f ipFamily) *hostportManager {
+	eachVariantAndFamily(t, func(t *testing.T, n *node, f IPFamily) {
+		other := map[IPFamily]IPFamily{IPv4: IPv6, IPv6: IPv4}[f]
+		of := func(f IPFamily) *hostportManager {
 			ipt, err := iptables.FindVariant(t.Context(), f, n.variant)
 			require.NoError(t, err)
 
 			return n.oneFamily(ipt, WithTimeout(short))
 		}
 		first, second := of(f), of(other)
-		pod := func(n *node, f ipFamily) *PodPortMapping {
+		pod := func(n *node, f IPFamily) *PodPortMapping {
 			return n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 		}
 
@@ -195,7 +195,7 @@ func TestManagersOfOneFamily(t *testing.T) {
 func TestManagersShareNothing(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {
 		before := n.manager()
-		families := []ipFamily{IPv4, IPv6}
+		families := []IPFamily{IPv4, IPv6}
 		managers := make([]*Manager, len(families))
 		added := make(chan int, len(families))
 
@@ -264,7 +264,7 @@ func TestStormOfProcesses(t *testing.T) {
 
 	eachBackend(t, func(t *testing.T, n *node) {
 		pod := func(i int) *PodPortMapping {
-			f := []ipFamily{IPv4, IPv6}[i/2%2]
+			f := []IPFamily{IPv4, IPv6}[i/2%2]
 
 			return n.pod(i%2, f, &PortMapping{HostPort: int32(8000 + i), ContainerPort: 80})
 		}
@@ -302,7 +302,7 @@ func TestStormOfProcesses(t *testing.T) {
 			require.NoError(t, n.remove(m, id(i), pod(i)))
 		}
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			assert.Empty(t, n.leftOver(f))
 		}
 	})

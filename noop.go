@@ -7,7 +7,4 @@ package hostport
 //
 // The node is not touched. Rows from a time when the runtime did map host ports stay; Sync
 // without pods, of a Manager that New returns, takes them out.
-func NewNoopHostportManager() HostPortManager { return &Manager{} }
-
-// isNoop reports whether the manager is for no family.
-func (m *Manager) isNoop() bool { return len(m.families) == 0 }
+func NewNoopHostportManager() HostPortManager { return &Manager{noop: true} }

@@ -8,8 +8,9 @@ import (
 
 // Observer is told what a manager does, for metrics and alarms. See WithObserver.
 type Observer interface {
-	// Observe is called once for each event, by several goroutines at once. Operations wait for
-	// it: it has to return soon, and must not call the manager.
+	// Observe is called once for each event, by several goroutines at once, and by the constructor
+	// before it returns. Operations wait for it: it has to return soon, and must not call the
+	// manager.
 	Observe(e Event)
 }
 
@@ -19,7 +20,7 @@ type EventKind string
 // The kinds of events.
 const (
 	// EventAdd, EventRemove and EventSync are operations that have ended, in one family, with
-	// Took and Err. What had nothing to do in the family is none.
+	// Took and Err. An Add or Remove that had nothing to do in the family is none.
 	EventAdd    EventKind = "add"
 	EventRemove EventKind = "remove"
 	EventSync   EventKind = "sync"
@@ -36,17 +37,20 @@ const (
 // Event is what a manager has done, or found.
 type Event struct {
 	Kind EventKind
-	// Family is IPv4 or IPv6.
-	Family ipFamily
+	// Family is IPv4 or IPv6, and "" where an Add or Sync is refused what it was given.
+	Family IPFamily
 	// PodID, Namespace and Name are the pod of an Add, of a Remove or of a takeover: that which
 	// has the ports now. Namespace and Name may be empty.
 	PodID, Namespace, Name string
 	// Added, Removed and Kept are how many rows an operation has changed, or found as they
 	// should be. Of a takeover Removed counts the rows of others.
 	Added, Removed, Kept int
+	// Unknown is how many pods of a Sync keep what they have in the family: their IPs are not
+	// known, or what they want is invalid.
+	Unknown int
 	// Repairs is how many things an EventRepair is about.
 	Repairs int
-	// Took is how long the operation took, from its call on.
+	// Took is how long the operation took in the family.
 	Took time.Duration
 	// Err is what it returned, nil if it succeeded.
 	Err error
@@ -75,75 +79,88 @@ const (
 // Status is how one family of a manager stands.
 type Status struct {
 	// Family is IPv4 or IPv6.
-	Family ipFamily
+	Family IPFamily
 	// Backend carries new rows. It is "" where the family cannot work.
 	Backend Backend
 	// Variant is that of iptables, "nft" or "legacy", where it is known.
 	Variant string
 	// Health is how the kernel stands to what it should hold.
 	Health Health
-	// Rows is how many rows there are, and Held how many of their ports are held by sockets.
-	// SCTP's never are.
-	Rows, Held int
+	// Rows is how many rows there are, and Unheld how many ports are not held that are to be:
+	// another process has them, or an outgoing connection.
+	Rows, Unheld int
 	// Err is why the family cannot work, nil if it can.
 	Err error
 }
 
-// Status returns how each family stands, IPv4 first. It looks at what the manager knows, not at
-// the kernel, as Check does, and waits for operations that are being committed.
+// Status returns how each family stands, IPv4 first, as of the last operation that has ended. It
+// waits for nothing. It looks at what the manager knows, not at the kernel, as Check does: what
+// others have broken is known only while Run runs. After Close the families are unavailable.
 func (m *Manager) Status() []Status {
 	list := make([]Status, 0, len(m.families))
 	for _, fm := range m.families {
-		list = append(list, fm.status())
+		list = append(list, fm.statusNow())
 	}
 
 	return list
 }
 
-func (m *hostportManager) status() Status {
-	m.commitLock <- struct{}{}
-	defer m.unlock()
+// statusNow is the last status, and what needs no commit lock to be known.
+func (m *hostportManager) statusNow() Status {
+	s := *m.status.Load()
 
-	s := Status{Family: m.family, Health: m.healthNow()}
-
-	if m.closed {
-		s.Err = errClosed
-	} else if err := m.unavailable.Load(); err != nil {
+	if err := m.unavailable.Load(); err != nil {
 		s.Err = *err
 	}
 
-	if m.backend != nil {
-		s.Backend, s.Variant = Backend(m.backend.Kind(nil)), m.backend.Variant()
-	}
+	m.queueMu.Lock()
+	defer m.queueMu.Unlock()
 
-	for r := range m.table() {
-		s.Rows++
-
-		if m.sockets.Holds(r.Endpoint) {
-			s.Held++
-		}
+	if len(m.unfinished) > 0 && s.Health == HealthInSync {
+		s.Health = HealthLeftovers
 	}
 
 	return s
 }
 
-// healthNow is the health that others are told.
-func (m *hostportManager) healthNow() Health {
-	if m.backend == nil || m.closed {
-		return HealthUnavailable
+// publish has Status say what is so now, and tells the observer of a change of health. The
+// caller has the commit lock.
+func (m *hostportManager) publish() {
+	if m.health.hasAbandoned() && !m.hasGone() {
+		m.health.pruned(nil)
 	}
 
-	return m.health.public()
-}
+	now := Status{Family: m.family, Health: HealthUnavailable}
+	if m.backend != nil && !m.closed {
+		now = Status{
+			Family: m.family, Backend: Backend(m.backend.Kind(nil)), Variant: m.backend.Variant(),
+			Health: m.health.public(), Rows: m.count, Unheld: m.sockets.Waiting(),
+		}
+	}
 
-// observe tells the observer of an event.
-func (m *hostportManager) observe(e Event) {
-	if m.cfg.observer == nil {
+	before := m.status.Load()
+	if now == *before {
 		return
 	}
 
+	m.status.Store(&now)
+
+	if now.Health != before.Health {
+		m.observe(Event{Kind: EventHealth, Health: now.Health})
+	}
+}
+
+// observe tells the observer of an event.
+func (c config) observe(e Event) {
+	if c.observer != nil {
+		c.observer.Observe(e)
+	}
+}
+
+// observe tells the observer of an event of the family.
+func (m *hostportManager) observe(e Event) {
 	e.Family = m.family
-	m.cfg.observer.Observe(e)
+	m.cfg.observe(e)
 }
 
 // observeOperation tells the observer of an Add or a Remove that had something to do.

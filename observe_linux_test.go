@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -9,6 +10,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/memory"
 )
 
 // events keeps what it is told.
@@ -25,14 +28,17 @@ func (o *events) Observe(e Event) {
 }
 
 // take returns what has happened in a family since, in words.
-func (o *events) take(f ipFamily) []string {
+func (o *events) take(f IPFamily) []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 
 	texts := []string{}
+	others := []Event(nil)
 
 	for _, e := range o.list {
 		if e.Family != f {
+			others = append(others, e)
+
 			continue
 		}
 
@@ -45,24 +51,28 @@ func (o *events) take(f ipFamily) []string {
 			text = fmt.Sprintf("repair %t", e.Repairs > 0)
 		}
 
-		if e.Err != nil {
-			text += " failed"
+		if e.Unknown > 0 {
+			text += fmt.Sprintf(" ?%d", e.Unknown)
 		}
 
 		if slices.Contains([]EventKind{EventAdd, EventRemove, EventSync}, e.Kind) && e.Took <= 0 {
 			text += " in no time"
 		}
 
+		if e.Err != nil {
+			text += " failed"
+		}
+
 		texts = append(texts, text)
 	}
 
-	o.list = nil
+	o.list = others
 
 	return texts
 }
 
 func TestObserver(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f IPFamily) {
 		var told events
 
 		pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80})
@@ -75,13 +85,36 @@ func TestObserver(t *testing.T) {
 		require.NoError(t, n.remove(first, "nobody", nil))
 		require.Error(t, n.add(first, "other", other))
 		assert.Equal(t, []string{"add id +2 -0 =0", "add id +0 -0 =2", "add other +0 -0 =0 failed"}, told.take(f))
+
+		// What cannot be accepted is of no family.
+		bad := n.pod(0, f, &PortMapping{HostPort: -1, ContainerPort: 80})
+		require.Error(t, n.add(first, "bad", bad))
+		assert.Equal(t, []string{"add bad +0 -0 =0 in no time failed"}, told.take(""))
+		require.Error(t, n.sync(first, map[string][]*PodPortMapping{"id": {pod}, "bad": {bad}, "unknown": {podAt("", bad.PortMappings...)}}))
+		assert.Equal(t, []string{"sync  +0 -0 =0 in no time failed"}, told.take(""))
+		assert.Equal(t, []string{"sync  +0 -0 =2 ?2"}, told.take(f))
+
+		// A second manager says that it waits.
+		var waits events
+
+		n.do(func() {
+			second := metaManager(t, n.on(), WithObserver(&waits))
+			assert.Equal(t, []string{"health unavailable"}, waits.take(f))
+			require.NoError(t, second.Close())
+		})
+
 		require.NoError(t, first.Close())
+		assert.Equal(t, []string{"health unavailable"}, told.take(f))
 
 		m := n.manager(WithObserver(&told))
 		require.NoError(t, n.add(m, "other", other))
 		assert.Equal(t, []string{"health in sync", "takeover other +0 -1 =0", "add other +1 -1 =0"}, told.take(f))
 		require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"other": {other}}))
 		assert.Equal(t, []string{"sync  +0 -1 =1"}, told.take(f))
+
+		n.wipe(f)
+		require.NoError(t, n.sync(m, map[string][]*PodPortMapping{"other": {other}}))
+		assert.Equal(t, []string{"repair true", "sync  +0 -0 =1"}, told.take(f))
 
 		n.wipe(f)
 		n.run(m)
@@ -104,14 +137,14 @@ func TestObserver(t *testing.T) {
 
 // Status says how each family stands, and why one cannot work.
 func TestStatus(t *testing.T) {
-	eachBackend(t, func(t *testing.T, n *node) {
+	eachNode(t, func(t *testing.T, n *node) {
 		m := n.manager()
 		variant := ""
-		if n.variant != viaNFTables {
+		if n.backend() == BackendIPTables {
 			variant = string(n.variant)
 		}
 
-		status := func() []Status { return m.Status() }
+		status := m.Status
 		want := []Status{
 			{Family: IPv4, Backend: n.backend(), Variant: variant, Health: HealthInSync},
 			{Family: IPv6, Backend: n.backend(), Variant: variant, Health: HealthInSync},
@@ -121,10 +154,27 @@ func TestStatus(t *testing.T) {
 		require.NoError(t, n.add(m, "id", n.pod(0, IPv6,
 			&PortMapping{HostPort: 8080, ContainerPort: 80}, &PortMapping{HostPort: 8081, ContainerPort: 80, Protocol: "SCTP"})))
 
-		want[1].Rows, want[1].Held = 2, 1
+		want[1].Rows = 2
 		assert.Equal(t, want, status())
 
-		fm := m.families[0]
+		// It waits for nobody, and knows what nobody has begun.
+		fm := m.families[1]
+		fm.commitLock <- struct{}{}
+
+		ended, end := context.WithCancel(t.Context())
+		end()
+
+		n.do(func() { require.ErrorIs(t, m.RemoveContext(ended, "id", nil), context.Canceled) })
+		want[0].Health, want[1].Health = HealthLeftovers, HealthLeftovers
+		assert.Equal(t, want, status())
+		<-fm.commitLock
+		assert.Len(t, m.Mappings(), 2)
+		want[0].Health = HealthInSync
+		assert.Equal(t, want, status(), "nobody's")
+		require.NoError(t, n.remove(m, "id", nil))
+		want[1].Health, want[1].Rows = HealthInSync, 0
+		assert.Equal(t, want, status())
+
 		for health, sick := range map[Health]func(*health){
 			HealthSuspect:   func(h *health) { h.suspects() },
 			HealthInDoubt:   func(h *health) { h.doubts() },
@@ -132,27 +182,31 @@ func TestStatus(t *testing.T) {
 		} {
 			before := fm.health
 			sick(&fm.health)
-			assert.Equal(t, health, status()[0].Health)
+			fm.publish()
+			assert.Equal(t, health, status()[1].Health)
 
 			fm.health = before
 		}
 
+		fm.publish()
+		assert.Equal(t, want, status())
+
 		// Another one has the host ports.
 		n.do(func() {
-			second := metaManager(t, WithBackend(n.backend()))
+			second := metaManager(t, n.on())
 			for _, s := range second.Status() {
 				assert.Equal(t, HealthUnavailable, s.Health)
 				assert.Empty(t, s.Backend)
-				assert.ErrorContains(t, s.Err, "another manager has the host ports")
+				assert.ErrorIs(t, s.Err, ErrOtherManager)
 			}
 		})
 
 		require.NoError(t, m.Close())
-		require.ErrorIs(t, status()[0].Err, errClosed)
+		assert.Equal(t, Status{Family: IPv4, Health: HealthUnavailable, Err: errClosed}, status()[0])
 
 		n.do(func() {
-			odd := metaManager(t, WithBackend("odd"))
-			assert.ErrorIs(t, odd.Status()[1].Err, errors.ErrUnsupported)
+			odd := metaManager(t, n.on(), WithBackend("odd"))
+			assert.ErrorContains(t, odd.Status()[1].Err, `backend "odd": want auto, nftables or iptables`)
 		})
 	})
 }
@@ -170,7 +224,7 @@ func (n *node) generation() uint32 {
 // List reads what the kernel holds, in all backends, beside a manager and without one, and
 // changes nothing.
 func TestList(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		list := func() []Mapping {
 			var (
 				list []Mapping
@@ -219,3 +273,19 @@ func TestList(t *testing.T) {
 		assert.Equal(t, n.backend(), all[2].Backend)
 	})
 }
+
+// An observer that panics, where the caller recovers, holds nobody up.
+func TestObserverPanics(t *testing.T) {
+	t.Parallel()
+
+	m := newHostportManager(IPv4, newConfig([]Option{WithMemory(&memory.Node{}), WithObserver(panics{}), nil}), nil)
+	for range 2 {
+		m.status.Store(&Status{})
+		m.commitLock <- struct{}{}
+		assert.Panics(t, m.unlock)
+	}
+}
+
+type panics struct{}
+
+func (panics) Observe(Event) { panic("an observer's") } //nolint:forbidigo // is what it is about

@@ -2,7 +2,6 @@ package hostport
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -32,7 +31,7 @@ const (
 // and shorter than the two minutes that a kubelet waits for a sandbox.
 const defaultTimeout = 30 * time.Second
 
-// Option changes how a manager works.
+// Option changes how a manager works. A nil Option changes nothing.
 type Option func(*config)
 
 type config struct {
@@ -53,16 +52,16 @@ func (c config) kinds() ([]Backend, error) {
 	case BackendNFTables, BackendIPTables:
 		return []Backend{c.backend}, nil
 	default:
-		return nil, fmt.Errorf("backend %q: %w", c.backend, errors.ErrUnsupported)
+		return nil, fmt.Errorf("backend %q: want auto, nftables or iptables", c.backend)
 	}
 }
 
 // localhostIn reports whether host ports of a family are to be reached from
 // loopback addresses. IPv6 has no route_localnet.
-func (c config) localhostIn(f ipFamily) bool { return c.localhost && f == IPv4 }
+func (c config) localhostIn(f IPFamily) bool { return c.localhost && f == IPv4 }
 
 // guardIn reports whether a family needs the guard: the sysctl will be set, or is.
-func (c config) guardIn(f ipFamily) bool { return f == IPv4 && (c.localhost || localhost.Routed()) }
+func (c config) guardIn(f IPFamily) bool { return f == IPv4 && (c.localhost || localhost.Routed()) }
 
 func newConfig(opts []Option) config {
 	cfg := config{
@@ -73,7 +72,9 @@ func newConfig(opts []Option) config {
 		log:       klog.Background(),
 	}
 	for _, opt := range opts {
-		opt(&cfg)
+		if opt != nil {
+			opt(&cfg)
+		}
 	}
 
 	return cfg
@@ -94,7 +95,7 @@ func partOf(ctx context.Context, steps int) (context.Context, context.CancelFunc
 // WithBackend forces a backend for new rows. Those that another one carries
 // from before are kept, held and removed there all the same, and moved over by
 // their pod's next Add, or Sync. The default is BackendAuto. With any other than
-// those of this package, New and Add return errors.ErrUnsupported.
+// those of this package, New and Add fail.
 func WithBackend(b Backend) Option {
 	return func(c *config) { c.backend = b }
 }

@@ -125,7 +125,7 @@ func besideServer(n *node, at netip.AddrPort, kind int) {
 // Nobody else gets a held port, however they ask, and however it came to be
 // held. Sockets know nothing of backends: one will do.
 func TestHeldPortsRefuseOthers(t *testing.T) {
-	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, backends()[:1], func(t *testing.T, n *node, f IPFamily) {
 		anyIP, ip, other := f.AnyAddr(), n.nodeIP(f), n.otherNodeIP(f)
 		anywhere, overlapping := []netip.Addr{anyIP, ip, other, netip.IPv6Unspecified()}, []netip.Addr{anyIP, ip, netip.IPv6Unspecified()}
 
@@ -218,7 +218,7 @@ func TestHeldPortsRefuseOthers(t *testing.T) {
 func TestNobodySlipsIn(t *testing.T) {
 	n := anyNode(t)
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		one, other, anyIP := n.nodeIP(f), n.otherNodeIP(f), netip.Addr{}
 
 		for _, tc := range []struct {
@@ -272,7 +272,7 @@ func TestNobodySlipsIn(t *testing.T) {
 
 // Whoever serves a port keeps it, and is named.
 func TestPortsOfOthers(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 
 		for _, tc := range []struct {
@@ -332,9 +332,9 @@ func TestPortBoundByOthers(t *testing.T) {
 		return
 	}
 
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.do(func() {
-			fd, err := unix.Socket(map[ipFamily]int{IPv4: unix.AF_INET, IPv6: unix.AF_INET6}[f], unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			fd, err := unix.Socket(map[IPFamily]int{IPv4: unix.AF_INET, IPv6: unix.AF_INET6}[f], unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 			require.NoError(t, err)
 
 			defer unix.Close(fd)
@@ -352,7 +352,7 @@ func TestPortBoundByOthers(t *testing.T) {
 // An outgoing connection that happens to have a port as its source is no
 // server: the row works, and is held as soon as that has gone.
 func TestBystander(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(0, "udp", f, 80)
 
@@ -458,7 +458,7 @@ func TestBystanderBesideIPv6(t *testing.T) {
 	}
 }
 
-func podGatewayOf(n *node, f ipFamily) netip.Addr { return n.Pods[0].IP(f == IPv6).Prev() }
+func podGatewayOf(n *node, f IPFamily) netip.Addr { return n.Pods[0].IP(f == IPv6).Prev() }
 
 func addrOf(network string, a netip.AddrPort) net.Addr {
 	if network == "udp" {
@@ -493,7 +493,7 @@ func leaveTimeWait(n *node, to netip.AddrPort, _ int) {
 
 // A server's leftover connections do not keep its port from being held.
 func TestTimeWait(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		leaveTimeWait(n, netip.AddrPortFrom(n.nodeIP(f), 8080), unix.SOCK_STREAM)
 
 		m := n.manager()
@@ -507,7 +507,7 @@ func TestTimeWait(t *testing.T) {
 // A client that meets a held port without a rule is refused at once, and a
 // UDP socket keeps nothing of what it is sent.
 func TestHeldPortWithoutRule(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		require.NoError(t, n.add(m, "id", n.pod(0, f,
 			&PortMapping{HostPort: 8080, ContainerPort: 80},
@@ -539,11 +539,11 @@ func TestHeldPortWithoutRule(t *testing.T) {
 
 // udpQueued is how many bytes wait in each UDP socket of the node's with a port, in
 // hexadecimal (proc_pid_net(5)).
-func (n *node) udpQueued(f ipFamily, port uint16) (queued []string) {
+func (n *node) udpQueued(f IPFamily, port uint16) (queued []string) {
 	n.t.Helper()
 
 	n.do(func() {
-		table, err := os.ReadFile("/proc/thread-self/net/" + map[ipFamily]string{IPv4: "udp", IPv6: "udp6"}[f])
+		table, err := os.ReadFile("/proc/thread-self/net/" + map[IPFamily]string{IPv4: "udp", IPv6: "udp6"}[f])
 		require.NoError(n.t, err)
 
 		for line := range strings.Lines(string(table)) {
@@ -559,10 +559,10 @@ func (n *node) udpQueued(f ipFamily, port uint16) (queued []string) {
 
 // A host IP need not be on the node.
 func TestAddressToCome(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 
-		vip := map[ipFamily]string{IPv4: "203.0.113.7", IPv6: "2001:db8:99::7"}[f]
+		vip := map[IPFamily]string{IPv4: "203.0.113.7", IPv6: "2001:db8:99::7"}[f]
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: vip})))
 		assert.True(t, m.Mappings()[0].Held)
 
@@ -640,7 +640,7 @@ func TestDescriptorLeaks(t *testing.T) {
 
 // A port is held in each family for itself, whichever comes first.
 func TestHeldInEachFamily(t *testing.T) {
-	for _, families := range [][]ipFamily{{IPv4, IPv6}, {IPv6, IPv4}} {
+	for _, families := range [][]IPFamily{{IPv4, IPv6}, {IPv6, IPv4}} {
 		n := anyNode(t)
 		m := n.manager()
 
@@ -750,7 +750,7 @@ func TestPortTakenWhileAway(t *testing.T) {
 
 // A pod's second socket for a port does not take it from others, nor let them in.
 func TestSecondSocketBesideOthers(t *testing.T) {
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		n := anyNode(t)
 		m := n.manager()
 

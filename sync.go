@@ -1,6 +1,7 @@
 package hostport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,21 +15,21 @@ import (
 )
 
 // sync makes the table, the kernel and the sockets what pods, in the order of
-// their ids, say. The error joins what could not be done.
-func (m *hostportManager) sync(ctx context.Context, pods []podRows) (err error) {
+// their ids, say. It returns what could not be done.
+func (m *hostportManager) sync(ctx context.Context, pods []podRows) (errs []error) {
 	var (
 		start = time.Now()
 		c     = &change{m: m}
 	)
 
 	defer func() {
-		e := Event{Kind: EventSync, Took: time.Since(start), Err: err}
+		e := Event{Kind: EventSync, Unknown: unknownIn(pods), Took: time.Since(start), Err: errors.Join(errs...)}
 		e.count(c.delta)
 		m.observe(e)
 	}()
 
 	if err := m.enter(ctx); err != nil {
-		return m.inFamily(err)
+		return []error{m.inFamily(err)}
 	}
 	defer m.unlock()
 
@@ -39,14 +40,12 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) (err error) 
 			return nil
 		}
 
-		return m.inFamily(err)
+		return []error{m.inFamily(err)}
 	}
 
 	m.observeNode(ctx)
 
 	_ = m.lookAgain(ctx) // what it cannot look at, reconcile tells
-
-	var errs []error
 
 	m.planRemovals(c, pods)
 
@@ -56,11 +55,11 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) (err error) 
 		}
 	}
 
-	repairs, err := m.reconcile(ctx, true)
+	changes, err := m.reconcile(ctx, true)
 	if err != nil && !isLeftBehind(err) {
 		c.undo()
 
-		return errors.Join(append(errs, m.inFamily(m.revert(ctx, []row.Delta{c.delta}, err)))...)
+		return append(errs, m.inFamily(m.revert(ctx, []row.Delta{c.delta}, err)))
 	}
 
 	if err != nil {
@@ -79,10 +78,10 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) (err error) 
 		}
 	}
 
-	m.tellSynced(c.delta, repairs, pods, len(errs), time.Since(start))
+	m.tellSynced(c.delta, changes, pods, len(errs), time.Since(start))
 	m.synced = true
 
-	return errors.Join(errs...)
+	return errs
 }
 
 // inFamily names the family in an error that names no row.
@@ -96,6 +95,10 @@ func (m *hostportManager) enter(ctx context.Context) error {
 	}
 
 	if err := m.lockNode(ctx, true); err != nil {
+		return err
+	}
+
+	if err := ctx.Err(); err != nil { // of two cases that are ready select takes either
 		return err
 	}
 
@@ -282,6 +285,17 @@ func (m *hostportManager) runOnce(ctx context.Context, disturbed func(backend) b
 	return nil
 }
 
+// hasGone reports whether there are rows that a Remove could not take out.
+func (m *hostportManager) hasGone() bool {
+	for r := range m.table() {
+		if r.Gone {
+			return true
+		}
+	}
+
+	return false
+}
+
 // prune takes out the rows that could not be removed, if that is due.
 func (m *hostportManager) prune(ctx context.Context) {
 	if !m.health.pruneDue() {
@@ -357,20 +371,19 @@ func (m *hostportManager) check(ctx context.Context, rows []*row.Row) error {
 	)
 
 	for _, w := range rows {
-		found := false
-
-		for _, r := range m.rows[w.PortKey] {
-			if r.Endpoint == w.Endpoint && r.Pod == w.Pod && m.ownedBy(w.Owner, w.Hash, r) {
-				stand, found = append(stand, r), true
-			}
+		r, holder := m.standing(w)
+		if r != nil {
+			stand = append(stand, r)
+		} else {
+			missing.Rows = append(missing.Rows, w.String()+holder)
 		}
 
-		if !found {
-			missing.Rows = append(missing.Rows, w.String())
+		if !m.sockets.Lacks(w.Endpoint) {
+			continue
 		}
 
-		if m.sockets.Lacks(w.Endpoint) {
-			missing.Sockets = append(missing.Sockets, w.String()+": "+m.sockets.Obstacle(w.Endpoint))
+		if obstacle := m.sockets.Obstacle(w.Endpoint); r != nil || obstacle != "" {
+			missing.Sockets = append(missing.Sockets, w.String()+": "+cmp.Or(obstacle, "nothing is in the way any more"))
 		}
 	}
 
@@ -384,4 +397,20 @@ func (m *hostportManager) check(ctx context.Context, rows []*row.Row) error {
 	}
 
 	return err
+}
+
+// standing returns the row of the table that is as a pod wants it, or nil and who has the port.
+func (m *hostportManager) standing(w *row.Row) (found *row.Row, holder string) {
+	for _, r := range m.rows[w.PortKey] {
+		switch {
+		case !m.ownedBy(w.Owner, w.Hash, r):
+			if r.Overlaps(w.Endpoint) {
+				holder += fmt.Sprintf(" (%s has %s)", podOf(r), r)
+			}
+		case r.Endpoint == w.Endpoint && r.Pod == w.Pod:
+			found = r
+		}
+	}
+
+	return found, holder
 }

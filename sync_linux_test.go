@@ -33,7 +33,7 @@ import (
 
 // deviations tells in what the kernel differs from rows of one family, exactly
 // and in full.
-func (n *node) deviations(f ipFamily, rows []*row.Row) []string {
+func (n *node) deviations(f IPFamily, rows []*row.Row) []string {
 	n.t.Helper()
 
 	if n.variant == viaMemory {
@@ -120,7 +120,7 @@ func (n *node) deviations(f ipFamily, rows []*row.Row) []string {
 	return list
 }
 
-func (n *node) memoryDeviations(f ipFamily, rows []*row.Row) (list []string) {
+func (n *node) memoryDeviations(f IPFamily, rows []*row.Row) (list []string) {
 	n.t.Helper()
 
 	wanted := map[string]bool{}
@@ -143,7 +143,7 @@ func (n *node) memoryDeviations(f ipFamily, rows []*row.Row) (list []string) {
 	return list
 }
 
-func (n *node) nftDeviations(f ipFamily, rows []*row.Row) []string {
+func (n *node) nftDeviations(f IPFamily, rows []*row.Row) []string {
 	n.t.Helper()
 
 	var (
@@ -213,7 +213,7 @@ func (n *node) nftDeviations(f ipFamily, rows []*row.Row) []string {
 	return list
 }
 
-func rowsOfAll(t *testing.T, f ipFamily, pods map[string][]*PodPortMapping) []*row.Row {
+func rowsOfAll(t *testing.T, f IPFamily, pods map[string][]*PodPortMapping) []*row.Row {
 	t.Helper()
 
 	var rows []*row.Row
@@ -234,7 +234,7 @@ func (n *node) exactly(m *Manager, pods map[string][]*PodPortMapping) {
 
 	want := map[string]bool{}
 
-	for _, f := range []ipFamily{IPv4, IPv6} {
+	for _, f := range []IPFamily{IPv4, IPv6} {
 		t, ok := n.t.(*testing.T)
 		require.True(n.t, ok)
 
@@ -269,7 +269,7 @@ func (n *node) sync(m *Manager, pods map[string][]*PodPortMapping) error {
 }
 
 // leak leaves in the kernel what bears our names and no row accounts for.
-func (n *node) leak(f ipFamily) {
+func (n *node) leak(f IPFamily) {
 	n.t.Helper()
 
 	if n.variant == viaMemory {
@@ -370,7 +370,7 @@ func TestSync(t *testing.T) {
 			return []*PodPortMapping{n.pod(i, IPv4, mappings(port)...), n.pod(i, IPv6, mappings(port)...)}
 		}
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			n.serve(0, "tcp", f, 80)
 			n.serve(1, "tcp", f, 80)
 		}
@@ -389,7 +389,7 @@ func TestSync(t *testing.T) {
 
 		require.NoError(t, gone.Close())
 
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			n.leak(f)
 		}
 
@@ -429,7 +429,7 @@ func TestSync(t *testing.T) {
 // Where Sync has taken everything out, it is forgotten as well: what comes next begins
 // with nothing, and leaves nothing.
 func TestAfterSyncOfNothing(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		require.NoError(t, n.Host.AddDevice(nodeaddr.ServiceDevice, false))
 		n.assignService(vip(f))
@@ -684,7 +684,7 @@ func TestSyncReports(t *testing.T) {
 		require.ErrorIs(t, err, ErrInvalidMapping)
 		require.ErrorIs(t, err, syscall.EADDRINUSE)
 
-		assert.Equal(t, []string{"a", "bad", "c", "d", "double", "taken"}, podsOf(err))
+		assert.Equal(t, []string{"a", "bad", "c", "d", "double", "taken"}, podsOf(t, err))
 
 		for _, text := range []string{"pod a:", "pod c:", "pod bad", "pod double", "pod taken"} {
 			assert.ErrorContains(t, err, text)
@@ -698,16 +698,18 @@ func TestSyncReports(t *testing.T) {
 	})
 }
 
-// podsOf are the ids in the PodErrors that an error joins, sorted.
-func podsOf(err error) (ids []string) {
-	if pod := (*PodError)(nil); errors.As(err, &pod) {
-		if joined, ok := err.(interface{ Unwrap() []error }); ok {
-			for _, err := range joined.Unwrap() {
-				ids = append(ids, podsOf(err)...)
-			}
-		} else {
-			ids = []string{pod.ID}
-		}
+// podsOf are the ids in the PodErrors of Sync, sorted. All of its errors are such.
+func podsOf(t *testing.T, err error) (ids []string) {
+	t.Helper()
+
+	joined, ok := err.(interface{ Unwrap() []error })
+	require.True(t, ok)
+
+	for _, err := range joined.Unwrap() {
+		pod := (*PodError)(nil)
+		require.ErrorAs(t, err, &pod)
+
+		ids = append(ids, pod.ID)
 	}
 
 	slices.Sort(ids)
@@ -744,7 +746,7 @@ func TestSyncReportsAndHolds(t *testing.T) {
 // Connections to rows that stay do not fail, however often it is called and
 // whatever comes and goes beside.
 func TestSyncIsNotNoticed(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(1, "tcp", f, 80)
 
@@ -792,7 +794,7 @@ func TestRemoveByAnotherProcess(t *testing.T) {
 		for name, named := range map[string]*PodPortMapping{"all": nil, "by mappings": {PortMappings: mappings}} {
 			stays := map[string][]*PodPortMapping{}
 
-			for _, f := range []ipFamily{IPv4, IPv6} {
+			for _, f := range []IPFamily{IPv4, IPv6} {
 				stays["stays"] = append(stays["stays"], n.pod(1, f, &PortMapping{HostPort: 8082, ContainerPort: 80}))
 				n.leftBehind("stays", stays["stays"][len(stays["stays"])-1])
 				n.leftBehind("id", n.pod(0, f, mappings...))
@@ -803,7 +805,7 @@ func TestRemoveByAnotherProcess(t *testing.T) {
 			require.NoError(t, n.remove(m, "id", named))
 			assert.Len(t, m.Mappings(), 2, name)
 
-			for _, f := range []ipFamily{IPv4, IPv6} {
+			for _, f := range []IPFamily{IPv4, IPv6} {
 				assert.Empty(t, n.deviations(f, rowsOfAll(t, f, stays)), name)
 			}
 
@@ -826,7 +828,7 @@ func TestSyncMovesOver(t *testing.T) {
 				n := newNode(t, from)
 				pods := map[string][]*PodPortMapping{}
 
-				for i, f := range []ipFamily{IPv4, IPv6} {
+				for i, f := range []IPFamily{IPv4, IPv6} {
 					pods["id"] = append(pods["id"], n.pod(i, f, &PortMapping{HostPort: 8080, ContainerPort: 80}))
 				}
 
@@ -844,7 +846,7 @@ func TestSyncMovesOver(t *testing.T) {
 				require.NoError(t, n.sync(m, pods))
 				n.exactly(m, pods)
 
-				for _, f := range []ipFamily{IPv4, IPv6} {
+				for _, f := range []IPFamily{IPv4, IPv6} {
 					assert.Empty(t, old.ours(f))
 				}
 
@@ -860,7 +862,7 @@ func (n *node) change(to iptables.Variant) {
 	n.t.Helper()
 
 	if n.variant != viaNFTables {
-		for _, f := range []ipFamily{IPv4, IPv6} {
+		for _, f := range []IPFamily{IPv4, IPv6} {
 			n.command(iptables.Command(f)+"-"+string(n.variant), "-t", "mangle", "-X", "KUBE-IPTABLES-HINT")
 		}
 	}
@@ -928,9 +930,9 @@ func TestSyncFails(t *testing.T) {
 // What a Sync has added whose outcome nobody knew, and what it was to take out, goes with the
 // next Remove.
 func TestSyncIsLost(t *testing.T) {
-	eachFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
-		fm := m.families[slices.Index([]ipFamily{IPv4, IPv6}, f)]
+		fm := m.families[slices.Index([]IPFamily{IPv4, IPv6}, f)]
 		works := fm.backend
 		other := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})
 
@@ -968,7 +970,7 @@ func (b losingBackend) Reconcile(ctx context.Context, t row.Target) ([]row.Repai
 
 // What others put in place of what is about to be taken out goes as well.
 func TestSyncOvertaken(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m, fake := n.viaFake()
 		require.NoError(t, n.add(m, "id", n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})))
 
@@ -1200,7 +1202,7 @@ func TestCheck(t *testing.T) {
 		require.ErrorAs(t, check(pod), &missing)
 		assert.Equal(t, MissingError{
 			Pod: "ns/web", ID: "id", Rows: []string{"TCP 0.0.0.0:8080 -> 10.88.0.2:80", "SCTP 192.0.2.11:8081 -> 10.88.0.2:80"},
-			Sockets: []string{"TCP 0.0.0.0:8080 -> 10.88.0.2:80: nothing is in the way any more"}, Rules: missing.Rules,
+			Rules: missing.Rules,
 		}, *missing)
 		require.EqualError(t, &MissingError{Pod: "ns/web", Rows: []string{"a", "b"}, Sockets: []string{"c"}, Rules: []string{"d is gone"}},
 			"host ports of pod ns/web: row a is missing; row b is missing; not held: c; d is gone")
@@ -1209,6 +1211,13 @@ func TestCheck(t *testing.T) {
 		require.ErrorAs(t, check(pod), &missing)
 		assert.Contains(t, missing.Sockets[0], "in use by "+n.process())
 		require.NoError(t, s.Close())
+
+		other := n.pod(1, IPv4, &PortMapping{HostPort: 8080, ContainerPort: 80, HostIP: "192.0.2.1"})
+		require.NoError(t, n.add(m, "other", other))
+		require.ErrorAs(t, check(pod), &missing)
+		assert.Equal(t, "TCP 0.0.0.0:8080 -> 10.88.0.2:80 (ns/other has TCP 192.0.2.1:8080 -> 10.88.0.3:80)", missing.Rows[0])
+		assert.Empty(t, missing.Sockets)
+		require.NoError(t, n.remove(m, "other", nil))
 
 		broken := func(want string, how func()) {
 			t.Helper()
@@ -1276,7 +1285,7 @@ func TestCheck(t *testing.T) {
 // Check of a row from before does not make it anybody's, and misses no socket where
 // none can be.
 func TestCheckChangesNothing(t *testing.T) {
-	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f ipFamily) {
+	eachFamilyOf(t, everywhere(), func(t *testing.T, n *node, f IPFamily) {
 		mappings := []*PortMapping{{HostPort: 8080, ContainerPort: 80}}
 		if f == IPv6 {
 			mappings = append(mappings, &PortMapping{HostPort: 8081, ContainerPort: 80, HostIP: "fe80::5"})

@@ -110,15 +110,7 @@ func (m *hostportManager) tellDone(op *operation, took time.Duration) {
 // tellSynced tells of a Sync, and whose rows it has taken out. What it has changed in the
 // kernel is what it was for, and what others had broken; where that is all, it is a repair.
 func (m *hostportManager) tellSynced(delta row.Delta, changes []row.Repair, pods []podRows, failed int, took time.Duration) {
-	stay := 0
-
-	for _, pod := range pods {
-		if pod.stays {
-			stay++
-		}
-	}
-
-	m.log.Info("Synced host ports", "pods", len(pods), "leftAsTheyAre", stay, "rows", listWithPods(delta.Add),
+	m.log.Info("Synced host ports", "pods", len(pods), "leftAsTheyAre", unknownIn(pods), "rows", listWithPods(delta.Add),
 		"added", len(delta.Add), "removed", len(delta.Del), "kept", len(delta.Keep),
 		"changes", len(changes), "failed", failed, "took", took)
 
@@ -271,12 +263,8 @@ func yesIf(is bool) answer {
 
 // unlock lets the next operation commit, and tells of ports that are held since, and of health.
 func (m *hostportManager) unlock() {
+	defer func() { <-m.commitLock }() // also if an observer panics
+
 	m.tellHeld()
-
-	if now := m.healthNow(); now != m.lastHealth {
-		m.lastHealth = now
-		m.observe(Event{Kind: EventHealth, Health: now})
-	}
-
-	<-m.commitLock
+	m.publish()
 }

@@ -14,20 +14,20 @@ import (
 )
 
 // NewIPTables returns errors.ErrUnsupported: iptables(8) is Linux's.
-func NewIPTables(ipFamily) (IPTables, error) { return nil, errors.ErrUnsupported }
+func NewIPTables(IPFamily) (IPTables, error) { return nil, errors.ErrUnsupported }
 
 // newSystemOpener finds nothing.
 func newSystemOpener(config) opener { return noOpener{} }
 
 type noOpener struct{}
 
-func (noOpener) open(ipFamily) func(context.Context) (backend, error) {
+func (noOpener) open(IPFamily) func(context.Context) (backend, error) {
 	return func(context.Context) (backend, error) {
 		return nil, fmt.Errorf("host ports are %w: %w", outcome.ErrUnavailable, errors.ErrUnsupported)
 	}
 }
 
-func (noOpener) list(context.Context, ipFamily) ([]Mapping, error) { return nil, errors.ErrUnsupported }
+func (noOpener) list(context.Context, IPFamily) ([]Mapping, error) { return nil, errors.ErrUnsupported }
 
 func (noOpener) watch(context.Context) (<-chan nfnetlink.Transaction, error) {
 	return nil, errors.ErrUnsupported
@@ -36,7 +36,7 @@ func (noOpener) watch(context.Context) (<-chan nfnetlink.Transaction, error) {
 func (noOpener) close() error { return nil }
 
 // newNodeLock has nobody to keep away.
-func newNodeLock(_ config, families ...ipFamily) locker {
+func newNodeLock(_ config, families ...IPFamily) locker {
 	return (&memory.Node{}).Lock(families...)
 }
 

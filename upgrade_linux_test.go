@@ -30,7 +30,7 @@ import (
 //
 //	prerouting: ip6 daddr != ::1 fib daddr type local goto hostports
 //	output:     ip6 saddr != ::1 fib daddr type local goto hostports
-func firstLayout(f ipFamily) []netlink.Message {
+func firstLayout(f IPFamily) []netlink.Message {
 	t := nfnetlink.Table{Family: unix.NFPROTO_IPV4, Name: "crio-hostports"}
 	local := []nfnetlink.Expr{nfnetlink.LoadDestinationType(1), nfnetlink.EqualTo(1, unix.RTN_LOCAL), nfnetlink.Goto("hostports")}
 	in := []nfnetlink.Expr{nfnetlink.LoadNetworkHeader(16, 1, 1), nfnetlink.NotEqual(1, []byte{127})}
@@ -56,7 +56,7 @@ func firstLayout(f ipFamily) []netlink.Message {
 // A manager that finds the table as the first version made it puts its rules
 // where they belong, and no connection fails meanwhile.
 func TestFirstLayoutIsTakenOver(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		n.serve(0, "tcp", f, 80)
 		n.serve(0, "udp", f, 80)
 
@@ -197,7 +197,7 @@ func (a *asking) stop() (asked int) {
 
 // Rules that CRI-O has put where it wants them go again with what comes next.
 func TestChainsForCRIOAreEmptied(t *testing.T) {
-	eachNFTFamily(t, func(t *testing.T, n *node, f ipFamily) {
+	eachNFTFamily(t, func(t *testing.T, n *node, f IPFamily) {
 		m := n.manager()
 		pods := map[string][]*PodPortMapping{"id": {n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})}}
 		other := n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})

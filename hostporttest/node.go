@@ -12,6 +12,7 @@
 package hostporttest
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -38,17 +39,23 @@ type Node struct{ memory memory.Node }
 // WithoutLocalhost change nothing. The Backend of a Mapping is "memory".
 func (n *Node) Option() hostport.Option { return hostport.WithMemory(&n.memory) }
 
+// Fail has each change of rows fail with err, as where the kernel refuses it, until it is called
+// with nil. Nothing has changed then, and what a failed operation is to its caller is as on a real
+// node: Remove leaves its rows to the next Add that wants them, and to Run.
+func (n *Node) Fail(err error) { n.memory.Fail(err) }
+
 // Occupy has another process of the node bind a port, for TCP or UDP, until free is called:
 // Add of the port fails with syscall.EADDRINUSE then. So does Occupy where a manager or another
 // process has it. The address 0.0.0.0 is all of IPv4, and [::] all of both families, which is
 // what a server gets for it on Linux.
 func (n *Node) Occupy(protocol v1.Protocol, addr netip.AddrPort) (free func(), err error) {
-	if !addr.IsValid() || addr.Port() == 0 || protocol != v1.ProtocolTCP && protocol != v1.ProtocolUDP {
+	proto := row.Protocol(strings.ToLower(string(cmp.Or(protocol, v1.ProtocolTCP)))) // as Add reads it
+	if !addr.IsValid() || addr.Port() == 0 || proto != row.TCP && proto != row.UDP {
 		return nil, fmt.Errorf("occupy %s %s: want TCP or UDP, an address, and a port", protocol, addr)
 	}
 
 	ip := addr.Addr().Unmap()
-	e := row.Endpoint{PortKey: row.PortKey{Proto: row.Protocol(strings.ToLower(string(protocol))), Port: addr.Port()}}
+	e := row.Endpoint{PortKey: row.PortKey{Proto: proto, Port: addr.Port()}}
 	families := []row.Family{row.FamilyOf(ip)}
 
 	switch {

@@ -2,6 +2,7 @@ package hostporttest_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -198,6 +199,12 @@ func TestOccupy(t *testing.T) {
 		require.ErrorContains(t, err, "want TCP or UDP")
 	}
 
+	for _, protocol := range []v1.Protocol{"", "tcp", "Udp"} {
+		free, err := node.Occupy(protocol, netip.MustParseAddrPort("0.0.0.0:8099"))
+		require.NoError(t, err)
+		free()
+	}
+
 	// Two addresses are two places, and a pod is in nobody's way itself.
 	_, err := node.Occupy(v1.ProtocolTCP, netip.MustParseAddrPort("192.0.2.1:8090"))
 	require.NoError(t, err)
@@ -375,3 +382,47 @@ func TestUnknownBackend(t *testing.T) {
 	_, err := hostport.New((&hostporttest.Node{}).Option(), hostport.WithBackend("iptabels"))
 	require.ErrorContains(t, err, "iptabels")
 }
+
+// A change that the kernel refuses leaves all as it was, and a Remove to others.
+func TestFail(t *testing.T) {
+	t.Parallel()
+
+	var node hostporttest.Node
+
+	m, err := hostport.New(node.Option())
+	require.NoError(t, err)
+	require.NoError(t, m.Add("web", pod("web", "10.88.0.2", 8080), ""))
+
+	refused := errors.New("refused")
+	node.Fail(refused)
+	require.ErrorIs(t, m.Add("other", pod("other", "10.88.0.3", 8081), ""), refused)
+	require.ErrorIs(t, m.Remove("web", nil), refused)
+	require.ErrorIs(t, m.Sync(t.Context(), nil), refused)
+	require.Len(t, m.Mappings(), 1)
+	assert.Empty(t, m.Mappings()[0].PodID, "nobody's")
+
+	node.Fail(nil)
+	require.NoError(t, m.Add("other", pod("other", "10.88.0.3", 8080), ""))
+	require.Len(t, m.Mappings(), 1)
+	assert.Equal(t, "other", m.Mappings()[0].PodID)
+}
+
+// One family over an IPTables of the caller's works on the node as well.
+func TestOneFamily(t *testing.T) {
+	t.Parallel()
+
+	var node hostporttest.Node
+
+	m := hostport.NewHostportManager(noIPTables{}, node.Option())
+	require.NoError(t, m.Add("web", pod("web", "10.88.0.2", 8080), ""))
+
+	list, err := hostport.List(t.Context(), node.Option())
+	require.NoError(t, err)
+	require.Len(t, list, 1)
+	assert.EqualValues(t, "memory", list[0].Backend)
+}
+
+// noIPTables is there for its family.
+type noIPTables struct{ hostport.IPTables }
+
+func (noIPTables) IsIPv6() bool { return false }

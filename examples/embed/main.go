@@ -29,13 +29,16 @@ func serve(ctx context.Context) error {
 	}
 	defer manager.Close() // releases the ports; the rules stay
 
-	// At the start: the pods that run, by sandbox id. The ports of others go.
-	running := map[string][]*hostport.PodPortMapping{}
-	if err := manager.Sync(ctx, running); err != nil {
+	// At the start, before the first Add: the pods that run. The ports of others go.
+	if err := manager.Sync(ctx, podsOnRecord()); err != nil {
 		fmt.Fprintln(os.Stderr, err) // each pod that lacks a port; the others have theirs
 	}
 
-	go manager.Run(ctx) // repairs what others break, until ctx ends
+	go func() { // repairs what others break, until ctx ends
+		if err := manager.Run(ctx); ctx.Err() == nil {
+			fmt.Fprintln(os.Stderr, "host ports are not repaired any more:", err)
+		}
+	}()
 
 	// When a sandbox is set up, once for each IP of the pod:
 	web := &hostport.PodPortMapping{
@@ -56,3 +59,7 @@ func serve(ctx context.Context) error {
 	// When it is torn down: all its ports, of both families.
 	return manager.Remove("sandbox-1", nil)
 }
+
+// podsOnRecord is for you to write: by sandbox id, what Add was given, once for each IP. An
+// entry whose IP you do not know keeps what the sandbox has.
+func podsOnRecord() map[string][]*hostport.PodPortMapping { return nil }

@@ -78,7 +78,6 @@ func Example_metrics() {
 	}
 	fmt.Println(manager.Add("sandbox-1", web, ""))
 	fmt.Println(manager.Add("sandbox-2", web, "") != nil)
-	fmt.Println(manager.Close())
 
 	families, err := registry.Gather()
 	if err != nil {
@@ -96,12 +95,14 @@ func Example_metrics() {
 			fmt.Println("", m.GetGauge().GetValue(), m.GetHistogram().GetSampleCount())
 		}
 	}
+
+	fmt.Println(manager.Close())
 	// Output:
 	// <nil>
 	// true
-	// <nil>
 	// hostport_in_sync IPv4 1 0
 	// hostport_in_sync IPv6 1 0
 	// hostport_operation_seconds IPv4 add failed 0 1
 	// hostport_operation_seconds IPv4 add ok 0 1
+	// <nil>
 }

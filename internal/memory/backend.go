@@ -1,6 +1,7 @@
 package memory
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"slices"
@@ -77,9 +78,13 @@ func (b *Backend) Missing(_ context.Context, rows []*row.Row) (missing []string,
 }
 
 // Reconcile looks at all rows only if told to, or if somebody has wiped them.
-func (b *Backend) Reconcile(_ context.Context, t row.Target) (repairs []row.Repair, err error) {
+func (b *Backend) Reconcile(ctx context.Context, t row.Target) (repairs []row.Repair, err error) {
 	b.node.mu.Lock()
 	defer b.node.mu.Unlock()
+
+	if err := cmp.Or(ctx.Err(), b.node.fails); err != nil {
+		return nil, err //nolint:wrapcheck // a caller's, of which nothing is to be said
+	}
 
 	for _, d := range t.Deltas {
 		for _, r := range d.Del {

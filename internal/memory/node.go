@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/sockets"
 )
@@ -17,6 +18,7 @@ import (
 type Node struct {
 	mu      sync.Mutex // guards what follows
 	rows    map[key]row.Row
+	fails   error // what each change fails with; nil: none does
 	wipes   int
 	sockets map[int]socket
 	lastFD  int
@@ -48,6 +50,14 @@ func (n *Node) Wipe() {
 
 	clear(n.rows)
 	n.wipes++
+}
+
+// Fail has each change of rows fail with err, until it is called with nil.
+func (n *Node) Fail(err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+
+	n.fails = err
 }
 
 // Occupy has another process bind a port, in some families or in none. Free ends that.
@@ -122,9 +132,6 @@ func (binder) InUse(row.Endpoint, []*sockets.Holder) error {
 // Close gives the port up.
 func (b binder) Close(fd int) { b.node.release(fd) }
 
-// errHeld says that another manager has a lock.
-var errHeld = errors.New("another manager has the host ports")
-
 // Lock is what one manager at a time has.
 type Lock struct {
 	node   *Node
@@ -140,19 +147,19 @@ func (n *Node) Lock(families ...row.Family) *Lock { return &Lock{node: n, name: 
 func (l *Lock) Take(ctx context.Context, wait bool) error {
 	for {
 		closed, err := l.tryTake()
-		if !errors.Is(err, errHeld) || !wait {
+		if !errors.Is(err, outcome.ErrOtherManager) || !wait {
 			return err
 		}
 
 		select {
 		case <-closed:
 		case <-ctx.Done():
-			return fmt.Errorf("%w: %s: %w", errHeld, other, ctx.Err())
+			return fmt.Errorf("%w: %s: %w", outcome.ErrOtherManager, other, ctx.Err())
 		}
 	}
 }
 
-// tryTake returns what is closed before it can succeed, where it fails with errHeld.
+// tryTake returns what is closed before it can succeed, where it fails with outcome.ErrOtherManager.
 func (l *Lock) tryTake() (closed <-chan struct{}, err error) {
 	n := l.node
 
@@ -168,7 +175,7 @@ func (l *Lock) tryTake() (closed <-chan struct{}, err error) {
 	}
 
 	if owner := n.owners[l.name]; owner != nil && owner != l {
-		return n.closed, errHeld
+		return n.closed, outcome.ErrOtherManager
 	}
 
 	n.owners[l.name] = l

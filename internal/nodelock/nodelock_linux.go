@@ -41,15 +41,12 @@ type HeldError struct {
 }
 
 func (e *HeldError) Error() string { return fmt.Sprintf("NFLOG group %d is taken: %v", e.Group, e.Err) }
-func (e *HeldError) Unwrap() error { return e.Err }
 
-// The other errors.
-var (
-	// ErrHeld says that another socket has the lock.
-	ErrHeld = errors.New("another manager has the host ports")
-	// ErrNotPermitted says that CAP_NET_ADMIN is missing in the network namespace.
-	ErrNotPermitted = errors.New("no lock without CAP_NET_ADMIN")
-)
+// Unwrap returns outcome.ErrOtherManager as well.
+func (e *HeldError) Unwrap() []error { return []error{outcome.ErrOtherManager, e.Err} }
+
+// ErrNotPermitted says that CAP_NET_ADMIN is missing in the network namespace.
+var ErrNotPermitted = errors.New("no lock without CAP_NET_ADMIN")
 
 // Lock is what one manager at a time has.
 type Lock struct {
@@ -72,7 +69,7 @@ const pollInterval = 25 * time.Millisecond
 func (l *Lock) Take(ctx context.Context) error {
 	for {
 		err := l.TryTake(context.WithoutCancel(ctx))
-		if !errors.Is(err, ErrHeld) {
+		if !errors.Is(err, outcome.ErrOtherManager) {
 			return err
 		}
 
@@ -85,7 +82,7 @@ func (l *Lock) Take(ctx context.Context) error {
 }
 
 // TryTake takes the lock, in the network namespace of the thread that was the first to ask for
-// it. Nothing happens if it is taken. Errors are ErrHeld, ErrNotPermitted, errors.ErrUnsupported
+// it. Nothing happens if it is taken. Errors are outcome.ErrOtherManager, ErrNotPermitted, errors.ErrUnsupported
 // if the kernel has no such locks, os.ErrClosed after Close, and what keeps a socket from being
 // opened.
 func (l *Lock) TryTake(ctx context.Context) error {
@@ -119,7 +116,7 @@ func (l *Lock) TryTake(ctx context.Context) error {
 	case !errors.Is(err, unix.EPERM):
 		return err
 	case l.conn.Permitted(ctx):
-		return ErrHeld
+		return outcome.ErrOtherManager
 	default:
 		return ErrNotPermitted
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nodelock"
+	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -48,13 +49,13 @@ func TestOneAtATime(t *testing.T) {
 
 	require.NoError(t, tryTake(t, b.Host, first))
 	require.NoError(t, tryTake(t, b.Host, first), "again")
-	require.ErrorIs(t, tryTake(t, b.Host, second), nodelock.ErrHeld)
+	require.ErrorIs(t, tryTake(t, b.Host, second), outcome.ErrOtherManager)
 
 	require.NoError(t, first.Close())
 	require.NoError(t, tryTake(t, b.Host, second))
 	require.NoError(t, first.Close(), "again")
 	require.ErrorIs(t, tryTake(t, b.Host, first), os.ErrClosed)
-	require.ErrorIs(t, tryTake(t, b.Host, newLock(t, nodelock.IPv4)), nodelock.ErrHeld)
+	require.ErrorIs(t, tryTake(t, b.Host, newLock(t, nodelock.IPv4)), outcome.ErrOtherManager)
 }
 
 // Take waits, and says in the end which socket it has waited for.
@@ -101,7 +102,7 @@ func TestCloseEndsTake(t *testing.T) {
 	b := bed(t)
 	first, second := newLock(t, nodelock.IPv4), newLock(t, nodelock.IPv4)
 	require.NoError(t, tryTake(t, b.Host, first))
-	require.ErrorIs(t, tryTake(t, b.Host, second), nodelock.ErrHeld)
+	require.ErrorIs(t, tryTake(t, b.Host, second), outcome.ErrOtherManager)
 
 	waits := make(chan error)
 
@@ -155,7 +156,7 @@ func TestUnprivileged(t *testing.T) {
 	require.ErrorIs(t, unprivileged(newLock(t, nodelock.IPv4)), nodelock.ErrNotPermitted)
 	require.NoError(t, tryTake(t, b.Host, holder))
 	require.ErrorIs(t, unprivileged(newLock(t, nodelock.IPv4)), nodelock.ErrNotPermitted)
-	require.ErrorIs(t, tryTake(t, b.Host, newLock(t, nodelock.IPv4)), nodelock.ErrHeld)
+	require.ErrorIs(t, tryTake(t, b.Host, newLock(t, nodelock.IPv4)), outcome.ErrOtherManager)
 }
 
 func openFiles(t *testing.T) map[string]bool {

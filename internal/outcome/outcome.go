@@ -56,6 +56,9 @@ func IsPartly(err error) bool {
 	return errors.As(err, &partly)
 }
 
+// ErrOtherManager says that another manager has the host ports.
+var ErrOtherManager = errors.New("another manager has the host ports")
+
 // IsAbsence reports whether err says that something is not there. Any other error says that
 // nobody could look, as if no file can be opened.
 func IsAbsence(err error) bool {

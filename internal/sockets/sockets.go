@@ -178,7 +178,7 @@ func (s *Set) wants(e row.Endpoint) bool {
 // Lacks reports whether an endpoint is to be held and is not.
 func (s *Set) Lacks(e row.Endpoint) bool { return s.wants(e) && !s.Holds(e) }
 
-// Obstacle says why an endpoint is not held.
+// Obstacle says what keeps an endpoint from being held now, "" if nothing does.
 func (s *Set) Obstacle(e row.Endpoint) string {
 	fd, err := s.bindOrName(e)
 
@@ -188,7 +188,7 @@ func (s *Set) Obstacle(e row.Endpoint) string {
 	case fd >= 0:
 		s.binder.Close(fd)
 
-		return "nothing is in the way any more"
+		return ""
 	default:
 		return "an outgoing connection has it"
 	}
@@ -229,6 +229,9 @@ func (s *Set) Gained() []row.Endpoint {
 	return gained
 }
 
+// Waiting is how many endpoints are to be held and are not.
+func (s *Set) Waiting() int { return len(s.waiting) }
+
 // Close releases everything.
 func (s *Set) Close() {
 	for _, holders := range s.Held {
@@ -241,4 +244,6 @@ func (s *Set) Close() {
 
 	clear(s.Held)
 	clear(s.waiting)
+
+	s.gained = nil
 }
