@@ -259,14 +259,14 @@ func TestBackendAutoAsksAgain(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, closed.Close())
 
-	o.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return closed, nil })
+	o.finder.Ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return closed, nil })
 
 	n.do(func() {
 		_, err := o.open(IPv4)(t.Context())
 		require.ErrorIs(t, err, net.ErrClosed)
 		assert.False(t, holdsNothing(err))
 
-		o.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return conn, nil })
+		o.finder.Ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return conn, nil })
 		b, err := o.open(IPv4)(t.Context())
 		require.NoError(t, err)
 		assert.Equal(t, string(BackendNFTables), b.Kind(nil))

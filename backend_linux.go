@@ -6,38 +6,28 @@ import (
 	"fmt"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/cri-o/hostport/internal/discover"
 	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/nfnetlink"
-	"github.com/cri-o/hostport/internal/nftables"
 	"github.com/cri-o/hostport/internal/outcome"
 )
 
-// systemOpener finds the backends of both families, which share a netlink socket.
+// systemOpener finds the backends of both families.
 type systemOpener struct {
-	cfg     config
-	ruleset *nftables.Ruleset
+	cfg    config
+	finder *discover.Finder
 }
 
 func newSystemOpener(cfg config) *systemOpener {
-	return &systemOpener{cfg: cfg, ruleset: nftables.NewRuleset(func() (nftables.Conn, error) {
-		conn, err := nfnetlink.Dial()
-		if err != nil {
-			return nil, outcome.Unavailable(err) // and no interface around a nil pointer
-		}
-
-		return conn, nil
-	})}
+	return &systemOpener{cfg: cfg, finder: discover.New(cfg.localhostIn, cfg.guardIn)}
 }
 
-// close closes the socket.
-func (o *systemOpener) close() error { return o.ruleset.Close() }
+func (o *systemOpener) close() error { return o.finder.Close() }
 
 // open returns what finds the backend for a family.
 func (o *systemOpener) open(f IPFamily) func(context.Context) (backend, error) {
 	return func(ctx context.Context) (backend, error) {
-		if err := errors.Join(haveNetAdmin(), haveFamily(f)); err != nil {
+		if err := errors.Join(discover.HaveNetAdmin(), discover.HaveFamily(f)); err != nil {
 			return nil, err
 		}
 
@@ -97,10 +87,10 @@ func (o *systemOpener) find(ctx context.Context, kind Backend, f IPFamily) (back
 				"family", string(f), "variant", string(t.Variant), "reason", t.InsteadOf)
 		}
 
-		return o.iptables(t), t.Variant, nil
+		return o.finder.IPTables(t), t.Variant, nil
 	}
 
-	b, err := o.nftables(f)
+	b, err := o.finder.NFTables(f)
 	if err != nil {
 		return nil, "", err
 	}
@@ -110,21 +100,13 @@ func (o *systemOpener) find(ctx context.Context, kind Backend, f IPFamily) (back
 	return b, "", err
 }
 
-func (o *systemOpener) nftables(f IPFamily) (*nftables.Backend, error) {
-	if err := o.ruleset.Open(); err != nil {
-		return nil, err
-	}
-
-	return nftables.New(o.ruleset, f, o.cfg.localhostIn(f), o.cfg.guardIn(f)), nil
-}
-
-// list lists the rows of a family in all backends.
+// list lists the rows of a family in all discover.
 func (o *systemOpener) list(ctx context.Context, f IPFamily) ([]Mapping, error) {
-	if err := haveNetAdmin(); err != nil {
+	if err := discover.HaveNetAdmin(); err != nil {
 		return nil, err
 	}
 
-	if err := haveFamily(f); err != nil {
+	if err := discover.HaveFamily(f); err != nil {
 		if errors.Is(err, outcome.ErrUnavailable) {
 			return nil, nil
 		}
@@ -165,12 +147,12 @@ func (o *systemOpener) others(f IPFamily, inUse iptables.Variant) []finder {
 // nftablesWithRows finds nftables.
 func (o *systemOpener) nftablesWithRows(f IPFamily) finder {
 	return func(ctx context.Context, _ bool) (backend, error) {
-		nft, chains, err := o.chains(ctx, f)
-		if err != nil || nft == nil || !nft.IsThere(chains) {
-			return nil, err
+		b, err := o.finder.NFTablesInUse(ctx, f)
+		if err != nil || b == nil {
+			return nil, err // and no interface around a nil pointer
 		}
 
-		return nft, nil
+		return b, nil
 	}
 }
 
@@ -185,68 +167,16 @@ func (o *systemOpener) variants(f IPFamily, inUse iptables.Variant) (finders []f
 	return finders
 }
 
-// chains lists the chains of a family in nf_tables, where the kernel has that.
-func (o *systemOpener) chains(ctx context.Context, f IPFamily) (*nftables.Backend, []nfnetlink.ChainInfo, error) {
-	nft, err := o.nftables(f)
-	if errors.Is(err, outcome.ErrUnavailable) {
-		return nil, nil, nil
-	}
-
-	if err != nil {
-		return nil, nil, err
-	}
-
-	chains, err := nft.AllChains(ctx)
-	if err != nil && errors.Is(nft.Usable(ctx), outcome.ErrUnavailable) {
-		return nil, nil, nil
-	}
-
-	return nft, chains, err
-}
-
-// previous returns an iptables that carries rows from before. No program is started for one
-// that does not: the kernel itself says whether there are chains of ours.
+// previous returns an iptables that carries rows from before.
 func (o *systemOpener) previous(ctx context.Context, f IPFamily, v iptables.Variant, all bool) (backend, error) {
-	var there bool
-
-	if v == iptables.NFT { // which keeps its tables among those of nf_tables
-		_, chains, err := o.chains(ctx, f)
-		if err != nil {
-			return nil, err
-		}
-
-		there = iptables.HaveOurs(chains, all)
-	} else {
-		var err error
-		if there, err = iptables.LegacyHasOurs(f, all); err != nil {
-			return nil, err
-		}
+	b, err := o.finder.IPTablesInUse(ctx, f, v, all)
+	if err != nil || b == nil {
+		return nil, err // likewise
 	}
 
-	if !there {
-		return nil, nil //nolint:nilnil // as finder says
-	}
-
-	t, err := iptables.FindVariant(ctx, f, v)
-	if err != nil {
-		return nil, err
-	}
-
-	b := o.iptables(t)
 	b.OnlyPrevious()
 
 	return b, nil
-}
-
-// iptables returns a backend that can be told of what others do to its tables.
-func (o *systemOpener) iptables(t *iptables.Installed) *iptables.Backend {
-	var generation func(context.Context) (uint32, error)
-
-	if t.Variant == iptables.NFT && o.ruleset.Open() == nil {
-		generation = o.ruleset.Generation
-	}
-
-	return t.NewBackend(o.cfg.localhostIn(t.Family), o.cfg.guardIn(t.Family), generation, o.ruleset.Ours())
 }
 
 // watch returns the transactions of nf_tables, until ctx ends. If they cannot be
@@ -311,7 +241,7 @@ func NewIPTables(family IPFamily) (IPTables, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), iptables.CommandTimeout)
 	defer cancel()
 
-	if err := errors.Join(haveNetAdmin(), haveFamily(family)); err != nil {
+	if err := errors.Join(discover.HaveNetAdmin(), discover.HaveFamily(family)); err != nil {
 		return nil, err
 	}
 
@@ -321,35 +251,4 @@ func NewIPTables(family IPFamily) (IPTables, error) {
 	}
 
 	return t, nil
-}
-
-// haveNetAdmin looks at the effective capabilities: iptables-save would not
-// tell, where it has nothing to save.
-func haveNetAdmin() error {
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&hdr, &data[0]); err != nil {
-		return fmt.Errorf("capget: %w", err)
-	}
-
-	if data[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0 {
-		return fmt.Errorf("CAP_NET_ADMIN is missing: %w", unix.EPERM)
-	}
-
-	return nil
-}
-
-// haveFamily fails where the kernel does not have an IP family.
-func haveFamily(f IPFamily) error {
-	if f == IPv4 {
-		return nil
-	}
-
-	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return outcome.Unavailable(fmt.Errorf("look for IPv6 in the kernel: %w", err))
-	}
-
-	return unix.Close(fd) //nolint:wrapcheck // cannot fail
 }

@@ -263,11 +263,11 @@ func (n *node) viaFake(opts ...Option) (*Manager, *fakeNFT) {
 	cfg := newConfig(append([]Option{WithLogger(testLogger(n.t))}, opts...))
 	opener := newSystemOpener(cfg)
 	m := &Manager{opener: opener, lock: newNodeLock(cfg, IPv4, IPv6)}
-	opener.ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return fake, nil })
+	opener.finder.Ruleset = nftables.NewRuleset(func() (nftables.Conn, error) { return fake, nil })
 
 	for _, f := range []IPFamily{IPv4, IPv6} {
 		fm := newHostportManager(f, cfg, func(context.Context) (backend, error) {
-			return opener.nftables(f)
+			return opener.finder.NFTables(f)
 		})
 		n.do(func() { require.NoError(n.t, fm.start(context.Background(), false)) })
 		m.families = append(m.families, fm)
