@@ -76,7 +76,7 @@ func (l *Lock) Take(ctx context.Context) error {
 		select {
 		case <-time.After(pollInterval):
 		case <-ctx.Done():
-			return &HeldError{Group: l.group, Inode: holder(l.group), Err: ctx.Err()}
+			return &HeldError{Group: l.group, Inode: Holder(l.group), Err: ctx.Err()}
 		}
 	}
 }
@@ -136,8 +136,9 @@ func (l *Lock) Close() error {
 	return l.conn.Close()
 }
 
-// holder returns the inode of the socket that has a group, 0 if /proc does not show it.
-func holder(g Group) uint32 {
+// Holder returns the inode of the socket that has a group, 0 if none has it, or /proc does not
+// show it.
+func Holder(g Group) uint32 {
 	var (
 		portID string
 		inode  uint64

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"iter"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -70,39 +71,63 @@ func (b binder) InUse(e row.Endpoint, ours []*Holder) error {
 // bound and may yet. The inode is 0 if there is none. Sockets of ours do not
 // count, those that are not held yet included if they are named.
 func (b binder) findServer(e row.Endpoint, holders []*Holder, ownFDs ...int) (uint32, error) {
-	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
-	if err != nil {
-		return 0, fmt.Errorf("open sock_diag: %w", err)
-	}
-	defer func() { _ = conn.Close() }()
-
-	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
-		return 0, fmt.Errorf("sock_diag: %w", err)
-	}
-
 	for _, h := range holders {
 		ownFDs = append(ownFDs, h.fd)
 	}
 
 	ours := inodesOf(ownFDs)
 
+	bound, err := dump(b.family, e.PortKey)
+	for _, s := range bound {
+		if s.Overlaps(e) && !ours[s.Inode] {
+			return s.Inode, err
+		}
+	}
+
+	return 0, err
+}
+
+// Socket is one that serves a port, or is bound and may yet.
+type Socket struct {
+	row.Endpoint
+
+	// Inode is what /proc has for it, see Processes.
+	Inode uint32
+}
+
+// List returns the sockets of a family and protocol that are bound to ports. A TCP socket that does
+// not listen is shown since Linux 6.8.
+func List(f row.Family, p row.Protocol) ([]Socket, error) { return dump(f, row.PortKey{Proto: p}) }
+
+// dump returns the sockets that have a port, 0 being any.
+func dump(f row.Family, k row.PortKey) (bound []Socket, err error) {
+	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open sock_diag: %w", err)
+	}
+	defer func() { _ = conn.Close() }()
+
+	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return nil, fmt.Errorf("sock_diag: %w", err)
+	}
+
 	// An IPv6 socket that is not IPV6_V6ONLY has the port in IPv4 as well.
 	families := []uint8{unix.AF_INET6}
-	if b.family == row.IPv4 {
+	if f == row.IPv4 {
 		families = append(families, unix.AF_INET)
 	}
 
 	for _, family := range families {
 		req := inetDiagReq{Family: family, Protocol: unix.IPPROTO_TCP, States: 1<<tcpListen | 1<<tcpBoundInactive}
-		if e.Proto == row.UDP {
+		if k.Proto == row.UDP {
 			req.Protocol, req.States = unix.IPPROTO_UDP, 1<<tcpClose
 		}
 
-		binary.BigEndian.PutUint16(req.ID.SPort[:], e.Port)
+		binary.BigEndian.PutUint16(req.ID.SPort[:], k.Port)
 
 		var data bytes.Buffer
 		if err := binary.Write(&data, binary.NativeEndian, req); err != nil {
-			return 0, fmt.Errorf("sock_diag: %w", err)
+			return nil, fmt.Errorf("sock_diag: %w", err)
 		}
 
 		msgs, err := conn.Execute(netlink.Message{
@@ -110,40 +135,41 @@ func (b binder) findServer(e row.Endpoint, holders []*Holder, ownFDs ...int) (ui
 			Data:   data.Bytes(),
 		})
 		if err != nil {
-			return 0, fmt.Errorf("sock_diag: %w", err)
+			return nil, fmt.Errorf("sock_diag: %w", err)
 		}
 
 		for _, m := range msgs {
-			if inode := servedBy(m.Data, e, b.family); inode != 0 && !ours[uint64(inode)] {
-				return inode, nil
+			if s, ok := parse(m.Data, k, f); ok {
+				bound = append(bound, s)
 			}
 		}
 	}
 
-	return 0, nil
+	return bound, nil
 }
 
-func inodesOf(fds []int) map[uint64]bool {
-	inodes := map[uint64]bool{}
+func inodesOf(fds []int) map[uint32]bool {
+	inodes := map[uint32]bool{}
 
 	for _, fd := range fds {
 		var st unix.Stat_t
 		if fd >= 0 && unix.Fstat(fd, &st) == nil {
-			inodes[st.Ino] = true
+			inodes[uint32(st.Ino)] = true //nolint:gosec // sock_diag has no more of it
 		}
 	}
 
 	return inodes
 }
 
-// servedBy returns the inode of the socket that a sock_diag answer is about,
-// if that socket is in e's way, and 0 otherwise.
-func servedBy(data []byte, e row.Endpoint, f row.Family) uint32 {
+// parse reads a sock_diag answer, if that is about a socket that has a port in a family.
+func parse(data []byte, k row.PortKey, f row.Family) (Socket, bool) {
 	var m inetDiagMsg
 
 	n, err := binary.Decode(data, binary.NativeEndian, &m)
-	if err != nil || binary.BigEndian.Uint16(m.ID.SPort[:]) != e.Port {
-		return 0
+
+	port := binary.BigEndian.Uint16(m.ID.SPort[:])
+	if err != nil || k.Port != 0 && k.Port != port {
+		return Socket{}, false
 	}
 
 	src := netip.AddrFrom16(m.ID.Src).Unmap()
@@ -153,19 +179,15 @@ func servedBy(data []byte, e row.Endpoint, f row.Family) uint32 {
 
 	// The kernel makes one that is bound to an address of IPv6 v6-only itself (__inet6_bind, net/ipv6/af_inet6.c).
 	if m.Family == unix.AF_INET6 && f == row.IPv4 && v6Only(data[n:]) {
-		return 0
+		return Socket{}, false
 	}
 
-	o := row.Endpoint{PortKey: e.PortKey}
+	s := Socket{Endpoint: row.Endpoint{PortKey: row.PortKey{Proto: k.Proto, Port: port}}, Inode: m.INode}
 	if !src.IsUnspecified() {
-		o.IP = src
+		s.IP = src
 	}
 
-	if !o.Overlaps(e) {
-		return 0
-	}
-
-	return m.INode
+	return s, true
 }
 
 func v6Only(attrs []byte) bool {
@@ -186,19 +208,51 @@ func v6Only(attrs []byte) bool {
 // ProcessWith names the process that has a socket open, as far as /proc shows
 // the files of others.
 func ProcessWith(inode uint32) string {
-	link := fmt.Sprintf("socket:[%d]", inode)
-
-	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, fd := range fds {
-		if to, err := os.Readlink(fd); err != nil || to != link {
-			continue
+	for has, process := range processes() {
+		if has == inode {
+			return process()
 		}
-
-		proc := filepath.Dir(filepath.Dir(fd))
-		name, _ := os.ReadFile(filepath.Join(proc, "comm"))
-
-		return fmt.Sprintf("process %s (%s)", filepath.Base(proc), strings.TrimSpace(string(name)))
 	}
 
 	return "a process that /proc does not show"
+}
+
+// Processes names the processes by the inodes of their sockets, as far as /proc shows the files of
+// others.
+func Processes() map[uint32]string {
+	names := map[uint32]string{}
+
+	for inode, process := range processes() {
+		if names[inode] == "" {
+			names[inode] = process()
+		}
+	}
+
+	return names
+}
+
+// processes yields the inodes of sockets, and what names the process that has each.
+func processes() iter.Seq2[uint32, func() string] {
+	return func(yield func(uint32, func() string) bool) {
+		fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+		for _, fd := range fds {
+			link, _ := os.Readlink(fd)
+
+			var inode uint32
+			if _, err := fmt.Sscanf(link, "socket:[%d]", &inode); err != nil {
+				continue
+			}
+
+			name := func() string {
+				proc := filepath.Dir(filepath.Dir(fd))
+				name, _ := os.ReadFile(filepath.Join(proc, "comm"))
+
+				return fmt.Sprintf("process %s (%s)", filepath.Base(proc), strings.TrimSpace(string(name)))
+			}
+
+			if !yield(inode, name) {
+				return
+			}
+		}
+	}
 }
