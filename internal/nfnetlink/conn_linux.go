@@ -71,6 +71,9 @@ func Dial() (*Conn, error) {
 	return &Conn{nl: nl}, nil
 }
 
+// Port is the number of the socket. No other of the network namespace has it meanwhile.
+func (c *Conn) Port() uint32 { return c.nl.PID() }
+
 // Close closes the socket. The other methods return net.ErrClosed then, and
 // further calls do nothing.
 func (c *Conn) Close() error {

@@ -145,6 +145,26 @@ func Masquerade() Expr {
 	return Expr{"masq", func(*netlink.AttributeEncoder) {}}
 }
 
+// SetTrace has it told what becomes of the packet from here on; see Traces.
+func SetTrace(reg uint32) []Expr {
+	return []Expr{{"immediate", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_IMMEDIATE_DREG, reg)
+		value(ae, unix.NFTA_IMMEDIATE_DATA, []byte{1})
+	}}, {"meta", func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(unix.NFTA_META_KEY, unix.NFT_META_NFTRACE)
+		ae.Uint32(unix.NFTA_META_SREG, reg)
+	}}}
+}
+
+// OncePer goes on for one packet in so many seconds.
+func OncePer(seconds uint64) Expr {
+	return Expr{"limit", func(ae *netlink.AttributeEncoder) {
+		ae.Uint64(unix.NFTA_LIMIT_RATE, 1)
+		ae.Uint64(unix.NFTA_LIMIT_UNIT, seconds)
+		ae.Uint32(unix.NFTA_LIMIT_BURST, 1)
+	}}
+}
+
 // Goto continues in another chain, and does not come back.
 func Goto(chain string) Expr {
 	return verdict(unix.NFT_GOTO, func(ae *netlink.AttributeEncoder) { ae.String(unix.NFTA_VERDICT_CHAIN, chain) })

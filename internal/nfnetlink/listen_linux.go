@@ -20,8 +20,18 @@ const listenBuffer = 4 << 20
 
 // Listen begins to listen in the network namespace of the calling thread.
 func Listen() (*Listener, error) {
+	nl, err := listen(unix.NFNLGRP_NFTABLES)
+	if err != nil {
+		return nil, err
+	}
+
+	return &Listener{nl: nl}, nil
+}
+
+// listen joins a multicast group of the kernel's.
+func listen(group int) (*netlink.Conn, error) {
 	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{
-		Groups: 1 << (unix.NFNLGRP_NFTABLES - 1), MessageBufferSize: receiveBuffer,
+		Groups: 1 << (group - 1), MessageBufferSize: receiveBuffer,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("listen to nf_tables: %w", err)
@@ -29,7 +39,7 @@ func Listen() (*Listener, error) {
 
 	_ = nl.SetReadBuffer(listenBuffer) // with less, more is lost, and told so
 
-	return &Listener{nl: nl}, nil
+	return nl, nil
 }
 
 // Close ends Next.

@@ -28,6 +28,22 @@ func dial(t *testing.T) *Conn {
 	return c
 }
 
+// dialTwice opens two connections in one namespace.
+func dialTwice(t *testing.T) (c, other *Conn) {
+	t.Helper()
+
+	inNamespace(t, func() (err error) {
+		if c, err = Dial(); err == nil {
+			other, err = Dial()
+		}
+
+		return err
+	})
+	t.Cleanup(func() { assert.NoError(t, errors.Join(c.Close(), other.Close())) })
+
+	return c, other
+}
+
 func dialAndListen(t *testing.T) (*Conn, *Listener) {
 	t.Helper()
 
@@ -36,6 +52,22 @@ func dialAndListen(t *testing.T) (*Conn, *Listener) {
 		l *Listener
 	)
 
+	inNamespace(t, func() (err error) {
+		if c, err = Dial(); err == nil {
+			l, err = Listen()
+		}
+
+		return err
+	})
+	t.Cleanup(func() { assert.NoError(t, c.Close()) })
+
+	return c, l
+}
+
+// inNamespace calls open in a network namespace that ends with what it opens.
+func inNamespace(t *testing.T, open func() error) {
+	t.Helper()
+
 	done := make(chan error)
 
 	go func() {
@@ -43,18 +75,11 @@ func dialAndListen(t *testing.T) (*Conn, *Listener) {
 
 		err := unix.Unshare(unix.CLONE_NEWNET)
 		if err == nil {
-			c, err = Dial()
-		}
-
-		if err == nil {
-			l, err = Listen()
+			err = open()
 		}
 		done <- err
 	}()
 	require.NoError(t, <-done, "be root, or run under unshare -Urn")
-	t.Cleanup(func() { assert.NoError(t, c.Close()) })
-
-	return c, l
 }
 
 //nolint:gochecknoglobals // constants in all but name
@@ -351,6 +376,7 @@ func FuzzParse(f *testing.F) {
 		m := netlink.Message{Data: data}
 		_, _ = ParseTable(m)
 		_, _ = ParseRule(m)
+		_, _ = ParseTrace(m)
 		_ = describe(m)
 		_, _, _ = parseFlow(m)
 
@@ -419,4 +445,34 @@ func TestListener(t *testing.T) {
 	heard = next()
 	assert.NotZero(t, heard.Generation)
 	assert.Contains(t, heard.Changes, Change{Family: table.Family, Table: table.Name, Deleted: true})
+}
+
+// An owned table is for the connection that made it alone, and goes with it.
+func TestOwnedTable(t *testing.T) {
+	t.Parallel()
+
+	c, other := dialTwice(t)
+	owned := table
+	owned.Owned = true
+	err := c.Commit(t.Context(), 0, []netlink.Message{owned.Create(), owned.CreateChain(Chain{Name: "c"})})
+
+	if !KernelAtLeast(5, 12) {
+		require.ErrorIs(t, err, unix.EINVAL)
+
+		return
+	}
+
+	require.NoError(t, err)
+	require.NoError(t, c.Commit(t.Context(), 0, []netlink.Message{owned.DeleteChain("c")}))
+	require.ErrorIs(t, other.Commit(t.Context(), 0, []netlink.Message{table.Delete()}), unix.EPERM)
+
+	there := func() bool {
+		answers, err := other.Get(t.Context(), table.Get())
+		require.NoError(t, err)
+
+		return answers[0] != nil
+	}
+	assert.True(t, there())
+	require.NoError(t, c.Close())
+	assert.False(t, there())
 }

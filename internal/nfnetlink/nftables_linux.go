@@ -16,6 +16,7 @@ const (
 	nfDrop            = 0 // linux/netfilter.h
 	nfAccept          = 1
 	setElemCatchall   = 2 // NFT_SET_ELEM_CATCHALL
+	tableOwner        = 2 // NFT_TABLE_F_OWNER, Linux 5.12
 )
 
 // Types of user data, from libnftnl's udata.h: a type, a length and a value
@@ -36,6 +37,9 @@ type Table struct {
 	Family  uint8
 	Name    string
 	Comment string
+	// Owned has the table made as one that only the connection that makes it can change, and that
+	// goes when that is closed, however the process ends. Before Linux 5.12 this is EINVAL.
+	Owned bool
 }
 
 // TableInfo is what the kernel tells of a table.
@@ -145,9 +149,14 @@ type Element struct {
 
 // Create makes the table, unless it is there.
 func (t Table) Create() netlink.Message {
+	flags := uint32(0)
+	if t.Owned {
+		flags = tableOwner
+	}
+
 	return t.message(unix.NFT_MSG_NEWTABLE, netlink.Create, func(ae *netlink.AttributeEncoder) {
 		ae.String(unix.NFTA_TABLE_NAME, t.Name)
-		ae.Uint32(unix.NFTA_TABLE_FLAGS, 0)
+		ae.Uint32(unix.NFTA_TABLE_FLAGS, flags)
 		ae.Bytes(nftaTableUserdata, comment(udataTableComment, t.Comment))
 	})
 }
