@@ -121,11 +121,15 @@ func connect(device string, f row.Family) (netip.Addr, error) {
 	}
 
 	routes, err := routing.RouteGet(addr.AsSlice())
-	if err != nil || routes[0].LinkIndex != link.Attrs().Index {
-		return netip.Addr{}, fmt.Errorf("the route to %s leads elsewhere: does a rule (ip rule) come before the main table? %w", addr, err)
-	}
 
-	return addr, nil
+	switch {
+	case err != nil:
+		return netip.Addr{}, fmt.Errorf("look up the route to %s: %w", addr, err)
+	case routes[0].LinkIndex != link.Attrs().Index:
+		return netip.Addr{}, fmt.Errorf("the node sends what is for %s elsewhere: a rule (ip rule) comes before the main table", addr)
+	default:
+		return addr, nil
+	}
 }
 
 // pick returns an address that the node has no use for. Firewalls take packets from the networks

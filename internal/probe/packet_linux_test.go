@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/row"
@@ -93,6 +94,23 @@ func TestHears(t *testing.T) {
 
 			r, ok := parse(f.first())
 			assert.False(t, ok && f.hears(r), "its own packet")
+		}
+	}
+}
+
+// A packet sums up to nothing, and UDP's never says that it has no sum.
+func TestChecksums(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		f, _ := question(v6, row.UDP)
+
+		for port := range 1 << 16 {
+			f.from = netip.AddrPortFrom(f.from.Addr(), uint16(port))
+			b := f.first()
+			body := b[len(b)-8:]
+
+			if [2]byte(body[6:]) == [2]byte{} || !v6 && checksum(b[:20]) != 0 || f.checksum(body) != 0xffff {
+				require.Fail(t, "wrong", "%x", b)
+			}
 		}
 	}
 }
