@@ -42,7 +42,7 @@ test: ## all tests, against the real kernel (RUN=, PKG=, V=-v)
 
 test-kernels: ## the tests on other kernels, emulated, for hours (KERNELS=, RUN=, PKG=, V=-v)
 	@$(DEPS) go iptables nft apt-get busybox qemu-system-x86_64 xz
-	@RUN='$(RUN)' V='$(V)' hack/test-kernels.sh '$(KERNELS)' $(PKG:./...=. ./internal/iptables ./internal/links ./internal/nfnetlink ./internal/nodeaddr ./internal/nodelock ./internal/row ./internal/sockets ./internal/testbed ./internal/trace)
+	@RUN='$(RUN)' V='$(V)' hack/test-kernels.sh '$(KERNELS)' $(PKG:./...=. ./internal/iptables ./internal/links ./internal/nfnetlink ./internal/nodeaddr ./internal/nodelock ./internal/probe ./internal/row ./internal/sockets ./internal/testbed ./internal/trace)
 
 lint: lint-tool ## golangci-lint for Linux and for the other systems' files, shellcheck for the scripts
 	@$(DEPS) shellcheck

@@ -71,6 +71,7 @@ exec </dev/null >/dev/ttyS0 2>&1
 stty -F /dev/ttyS0 -onlcr
 ulimit -n 65536
 modprobe br_netfilter
+modprobe tun
 for folder in /tests/*/; do
 	cd "$folder"
 	echo "@@ begin ${folder%/}"

@@ -502,6 +502,7 @@ func listenSCTP(t *testing.T, pod *testbed.Pod, v6 bool) (ends func()) {
 		return err
 	})
 	if err == nil {
+		t.Log("the kernel has SCTP")
 		t.Cleanup(func() { assert.NoError(t, unix.Close(fd)) })
 		require.NoError(t, unix.Bind(fd, local))
 		require.NoError(t, unix.Listen(fd, 1))
