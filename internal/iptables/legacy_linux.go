@@ -186,5 +186,5 @@ func LegacyHasOurs(f row.Family, all bool) (bool, error) {
 
 // isOurs reports whether a chain is ours: with all any, else one that rows have.
 func isOurs(chain string, all bool) bool {
-	return ourChain(chain) && (all || chain != DNATDispatch && chain != MasqDispatch)
+	return IsOurs(chain) && (all || chain != DNATDispatch && chain != MasqDispatch)
 }

@@ -252,7 +252,7 @@ func (s *script) base(guard, nat []Rule) {
 	s.begin(NATTable)
 
 	for _, b := range nat {
-		if ourChain(b.Target) {
+		if IsOurs(b.Target) {
 			s.newChain(row.Shared, nil, b.Target)
 		}
 
@@ -542,7 +542,7 @@ func (s *script) needs(base []Rule, rows []*row.Row, misplaced map[*row.Row]bool
 func (n needed) foreign(chain string) bool {
 	_, ok := n.chains[chain]
 
-	return ourChain(chain) && !ok
+	return IsOurs(chain) && !ok
 }
 
 // removeForeign takes out, of the chains that bear our names, those that are not needed, and
@@ -556,7 +556,7 @@ func (s *script) removeForeign(n needed) {
 		seen := map[string]bool{}
 
 		for _, r := range slices.Clone(rules) {
-			stays := n.lines[r.Line] && !seen[r.Line] || !n.chains[chain] && !ourChain(r.Target)
+			stays := n.lines[r.Line] && !seen[r.Line] || !n.chains[chain] && !IsOurs(r.Target)
 			seen[r.Line] = true
 
 			if !stays || n.foreign(r.Target) {

@@ -85,7 +85,7 @@ func (rs *Ruleset) lookOver() {
 		t.Jumps = nil
 
 		for chain, rules := range t.Chains {
-			if !ourChain(chain) && !slices.Contains([]string{PreRouting, Output, PostRouting}, chain) {
+			if !IsOurs(chain) && !slices.Contains([]string{PreRouting, Output, PostRouting}, chain) {
 				delete(t.Chains, chain)
 			}
 
@@ -334,7 +334,8 @@ func isRange(chain string) bool {
 	return false
 }
 
-func ourChain(chain string) bool {
+// IsOurs reports whether a chain is of host ports.
+func IsOurs(chain string) bool {
 	return chain == DNATDispatch || chain == MasqDispatch ||
 		strings.HasPrefix(chain, DNATPrefix) || strings.HasPrefix(chain, MasqPrefix)
 }

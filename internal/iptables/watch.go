@@ -148,7 +148,7 @@ func (w *tableWatch) concerns(t nfnetlink.Transaction) bool {
 		}
 
 		first := c.Table == NATTable && c.Chain == PostRouting || c.Table == RawTable && c.Chain == PreRouting
-		if ourChain(c.Chain) || first && !c.Last || c.Deleted && slices.Contains([]string{"", PreRouting, Output, PostRouting}, c.Chain) {
+		if IsOurs(c.Chain) || first && !c.Last || c.Deleted && slices.Contains([]string{"", PreRouting, Output, PostRouting}, c.Chain) {
 			return true
 		}
 	}

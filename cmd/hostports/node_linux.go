@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/cri-o/hostport/internal/discover"
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/localhost"
+	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nodelock"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
+	"github.com/cri-o/hostport/internal/sockets"
+)
+
+// node is what the kernel holds of host ports, as it was at one moment.
+type node struct {
+	carriers []carrier
+	// unseen is what could not be looked at, by family.
+	unseen map[row.Family]error
+	// manager is the process that has the host ports of a family, "" if none has.
+	manager map[row.Family]string
+	sockets map[row.Family][]sockets.Socket
+	// processes are those that have the sockets, by inode.
+	processes map[uint32]string
+}
+
+// carrier is a backend that has something of ours, in one family.
+type carrier struct {
+	family  row.Family
+	name    string
+	rows    []*row.Row
+	missing []string // what the kernel lacks of what the rows take
+	// loopback is set if the rows are to be reached through 127.0.0.0/8.
+	loopback bool
+}
+
+// backend is what is asked of one here.
+type backend interface {
+	List(ctx context.Context) (rows []*row.Row, intact bool, err error)
+	Missing(ctx context.Context, rows []*row.Row) ([]string, error)
+}
+
+// look asks the kernel. It changes nothing.
+func look(ctx context.Context) (*node, error) {
+	if err := discover.HaveNetAdmin(); err != nil {
+		return nil, err
+	}
+
+	n := &node{
+		unseen: map[row.Family]error{}, manager: map[row.Family]string{},
+		sockets: map[row.Family][]sockets.Socket{}, processes: sockets.Processes(),
+	}
+
+	for _, f := range []row.Family{row.IPv4, row.IPv6} {
+		if err := discover.HaveFamily(f); errors.Is(err, outcome.ErrUnavailable) {
+			continue
+		}
+
+		n.unseen[f] = errors.Join(n.lookAt(ctx, f)...)
+		n.manager[f] = n.managerOf(f)
+	}
+
+	return n, nil
+}
+
+// lookAt asks about one family.
+func (n *node) lookAt(ctx context.Context, f row.Family) (errs []error) {
+	// Whether the manager means 127.0.0.1 to work cannot be asked. What stands shows it.
+	carriers, err := carriersIn(ctx, f, true)
+
+	if f == row.IPv4 {
+		without, _ := carriersIn(ctx, f, false)
+		for i := range min(len(carriers), len(without)) {
+			if len(without[i].missing) < len(carriers[i].missing) {
+				carriers[i] = without[i]
+			}
+		}
+	}
+
+	n.carriers, errs = append(n.carriers, carriers...), append(errs, err)
+
+	for _, p := range []row.Protocol{row.TCP, row.UDP} {
+		bound, err := sockets.List(f, p)
+		n.sockets[f], errs = append(n.sockets[f], bound...), append(errs, err)
+	}
+
+	return errs
+}
+
+// carriersIn are those of a family. What rows take depends on whether they are to be reached through
+// 127.0.0.0/8.
+func carriersIn(ctx context.Context, f row.Family, loopback bool) (carriers []carrier, err error) {
+	wanted := func(f row.Family) bool { return f == row.IPv4 && loopback }
+	guarded := func(f row.Family) bool { return f == row.IPv4 && (loopback || localhost.Routed()) }
+
+	finder := discover.New(wanted, guarded)
+	defer func() { _ = finder.Close() }()
+
+	var errs []error
+
+	add := func(name string, b backend, err error) {
+		c := carrier{family: f, name: name, loopback: wanted(f)}
+
+		if err == nil {
+			if c.rows, _, err = b.List(ctx); err == nil {
+				c.missing, err = b.Missing(ctx, c.rows)
+				carriers = append(carriers, c)
+			}
+		}
+
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+
+	if nft, err := finder.NFTablesInUse(ctx, f); nft != nil || err != nil {
+		add("nftables", nft, err)
+	}
+
+	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
+		if ipt, err := finder.IPTablesInUse(ctx, f, v, true); ipt != nil || err != nil {
+			add("iptables-"+string(v), ipt, err)
+		}
+	}
+
+	return carriers, errors.Join(errs...)
+}
+
+// managerOf names the process that has the host ports of a family.
+func (n *node) managerOf(f row.Family) string {
+	group := map[row.Family]nodelock.Group{row.IPv4: nodelock.IPv4, row.IPv6: nodelock.IPv6}[f]
+
+	inode := nodelock.Holder(group)
+	if inode == 0 {
+		return ""
+	}
+
+	return n.process(inode)
+}
+
+func (n *node) process(inode uint32) string {
+	if p := n.processes[inode]; p != "" {
+		return p
+	}
+
+	return "a process that /proc does not show"
+}
+
+// found is a host port and what carries it.
+type found struct {
+	*row.Row
+
+	in *carrier
+}
+
+// rows are all host ports, sorted by port.
+func (n *node) rows() (all []found) {
+	for i := range n.carriers {
+		for _, r := range n.carriers[i].rows {
+			all = append(all, found{r, &n.carriers[i]})
+		}
+	}
+
+	slices.SortStableFunc(all, func(a, b found) int {
+		if a.Port != b.Port {
+			return int(a.Port) - int(b.Port)
+		}
+
+		return strings.Compare(string(a.Proto), string(b.Proto))
+	})
+
+	return all
+}
+
+// holders name the processes that have the port of an endpoint, in a family.
+func (n *node) holders(e row.Endpoint, f row.Family) (all []string) {
+	for _, s := range n.sockets[f] {
+		if s.PortKey == e.PortKey && s.Overlaps(e) {
+			all = append(all, n.process(s.Inode))
+		}
+	}
+
+	slices.Sort(all)
+
+	return slices.Compact(all)
+}
+
+// shows reports whether the kernel shows the sockets that hold ports of a protocol.
+func shows(p row.Protocol) bool {
+	return p == row.UDP || p == row.TCP && nfnetlink.KernelAtLeast(6, 8) //nolint:mnd // a version
+}
+
+// pod is what is known of whose a row is.
+func pod(r *row.Row) string {
+	if r.Label != "" {
+		return r.Label
+	}
+
+	return r.OwnerMark()
+}

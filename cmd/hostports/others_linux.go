@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cri-o/hostport/internal/iptables"
+	"github.com/cri-o/hostport/internal/outcome"
+	"github.com/cri-o/hostport/internal/row"
+)
+
+// claim is a rule of somebody else's that translates what comes to a port.
+type claim struct {
+	variant iptables.Variant
+	proto   string
+	ports   []string // "8080" or "8000:8999"
+	rule    string
+}
+
+func (c claim) String() string { return fmt.Sprintf("iptables-%s -t nat %s", c.variant, c.rule) }
+
+// covers reports whether it is for a port.
+func (c claim) covers(k row.PortKey) bool {
+	return (c.proto == "" || c.proto == string(k.Proto)) && slices.ContainsFunc(c.ports, func(ports string) bool {
+		first, last, ranged := strings.Cut(ports, ":")
+		if !ranged {
+			last = first
+		}
+
+		from, _ := strconv.Atoi(first)
+		to, _ := strconv.Atoi(last)
+
+		return from <= int(k.Port) && int(k.Port) <= to
+	})
+}
+
+// othersClaims looks for such rules in both variants of iptables, where they have tables.
+func othersClaims(ctx context.Context, f row.Family) (claims []claim, err error) {
+	var errs []error
+
+	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
+		t, err := iptables.FindVariant(ctx, f, v)
+		if errors.Is(err, outcome.ErrUnavailable) {
+			continue // nobody can have made any with it, or they are told by what carries rows
+		}
+
+		var dump []byte
+		if err == nil {
+			dump, err = t.Save(ctx, iptables.NATTable)
+		}
+
+		errs = append(errs, err)
+
+		for line := range strings.Lines(string(dump)) {
+			if c, ok := parseClaim(strings.TrimSpace(line)); ok {
+				c.variant = v
+				claims = append(claims, c)
+			}
+		}
+	}
+
+	return claims, errors.Join(errs...)
+}
+
+// parseClaim reads a line of iptables-save(8).
+func parseClaim(line string) (c claim, ok bool) {
+	fields := strings.Fields(line)
+	if len(fields) < 2 || fields[0] != "-A" || iptables.IsOurs(fields[1]) {
+		return claim{}, false
+	}
+
+	value := func(flags ...string) string {
+		for i, f := range fields[:len(fields)-1] {
+			if slices.Contains(flags, f) && (i == 0 || fields[i-1] != "!") {
+				return fields[i+1]
+			}
+		}
+
+		return ""
+	}
+
+	target := value("-j")
+	c = claim{proto: value("-p"), ports: strings.Split(value("--dport", "--dports"), ","), rule: line}
+
+	return c, (target == "DNAT" || target == "REDIRECT") && c.ports[0] != ""
+}

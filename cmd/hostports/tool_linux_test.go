@@ -1,0 +1,312 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cri-o/hostport/internal/nfnetlink"
+)
+
+// state is what must not change: the ruleset without its counters, sysctls, interfaces, routes and
+// flows of the node, line by line.
+func (b *bed) state() []string {
+	b.t.Helper()
+
+	var state strings.Builder
+
+	for _, command := range []string{
+		"nft list ruleset", "iptables-legacy-save", "ip6tables-legacy-save", "ip -o link", "ip -o addr", "ip -4 route show table all",
+		"ip -6 route show table all", "conntrack -L",
+	} {
+		args := strings.Fields(command)
+		state.WriteString(command + "\n" + b.run(args[0], args[1:]...))
+	}
+
+	b.do(func() {
+		paths, err := filepath.Glob("/proc/sys/net/ipv[46]/conf/*/*")
+		require.NoError(b.t, err)
+
+		for _, path := range append(paths, "/proc/sys/net/ipv4/ip_forward") {
+			value, _ := os.ReadFile(path)
+			state.WriteString(path + " " + string(value))
+		}
+	})
+
+	// Of IGMP, of which the kernel itself tells, conntrack says "unknown".
+	counters := regexp.MustCompile(`(?m)counter packets \d+ bytes \d+|\[\d+:\d+\]|^# .* on .*$|^conntrack v.*|^unknown .*$`)
+
+	return strings.Split(counters.ReplaceAllString(state.String(), ""), "\n")
+}
+
+// onlyIn are the lines of one state that are not in another.
+func onlyIn(one, other []string) (lines []string) {
+	there := map[string]bool{}
+	for _, line := range other {
+		there[line] = true
+	}
+
+	return slices.DeleteFunc(slices.Clone(one), func(line string) bool { return there[line] })
+}
+
+// generation is that of nf_tables.
+func (b *bed) generation() (gen uint32) {
+	b.t.Helper()
+	b.do(func() {
+		conn, err := nfnetlink.Dial()
+		require.NoError(b.t, err)
+
+		gen, err = conn.Generation(b.t.Context())
+		require.NoError(b.t, err)
+		require.NoError(b.t, conn.Close())
+	})
+
+	return gen
+}
+
+// List and check change nothing, and nothing that explain makes is left, beside a manager and
+// without one.
+func TestNothingChanges(t *testing.T) {
+	t.Parallel()
+
+	for _, via := range []string{"nftables", "nft", "legacy"} {
+		t.Run(via, func(t *testing.T) {
+			t.Parallel()
+
+			b := newBed(t, via)
+			b.add(0, false, "TCP", 80)
+			b.add(0, true, "UDP", 81)
+
+			for _, managed := range []bool{true, false} {
+				if !managed {
+					require.NoError(t, b.m.Close())
+				}
+
+				state, gen := b.state(), b.generation()
+
+				code, out := b.tool("list")
+				assert.Equal(t, good, code)
+				assert.Contains(t, out, "TCP       0.0.0.0:8080  10.88.0.2:80")
+				assert.Equal(t, managed, strings.Contains(out, "process "))
+
+				code, out = b.tool("check")
+				if managed {
+					assert.Equal(t, good, code)
+					assert.Equal(t, "2 host ports, all as they should be\n", out)
+				} else {
+					assert.Equal(t, bad, code)
+					assert.Equal(t, 2, strings.Count(out, "no manager runs"))
+				}
+
+				assert.Equal(t, gen, b.generation())
+
+				b.cause("answers", "8080")
+				b.cause("nothing listens on UDP", "8080/udp")
+
+				assert.Len(t, b.rows(), 2)
+
+				after := b.state()
+				assert.Empty(t, onlyIn(state, after))
+				assert.Empty(t, onlyIn(after, state))
+			}
+		})
+	}
+}
+
+// As the tool is killed, whenever that is, what it has made goes.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	b.add(0, false, "TCP", 80)
+	b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy drop; }")
+
+	interfaces := func() int { return strings.Count(b.run("ip", "-o", "link"), "\n") }
+	tables := func() string { return b.run("nft", "list", "tables") }
+	links, before := interfaces(), tables()
+	seen := false
+
+	for delay := range 40 { // of some 5 ms each
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "explain", "8080") //nolint:gosec // the tests themselves
+		cmd.Env = append(os.Environ(), toolVariable+"=1")
+
+		b.do(func() { require.NoError(t, cmd.Start()) })
+
+		for range delay {
+			seen = interfaces() > links || seen
+		}
+
+		require.NoError(t, cmd.Process.Kill())
+		_ = cmd.Wait()
+
+		require.Equal(t, links, interfaces())
+		require.Equal(t, before, tables())
+	}
+
+	assert.True(t, seen, "it was never killed while it had something")
+}
+
+// What is asked of a process without CAP_NET_ADMIN, and of one that has nothing else.
+func TestCapabilities(t *testing.T) {
+	t.Parallel()
+
+	for _, via := range []string{"nftables", "nft", "legacy"} {
+		t.Run(via, func(t *testing.T) {
+			t.Parallel()
+
+			b := newBed(t, via)
+			b.add(0, false, "TCP", 80)
+
+			for caps, want := range map[string]struct {
+				code int
+				out  string
+			}{"-all": {cannotLook, "CAP_NET_ADMIN is missing"}, "-all,+net_admin": {good, "8080/tcp answers"}} {
+				if via == "legacy" && want.code == good { // its programs want CAP_NET_RAW
+					want.code, want.out = cannotLook, "iptables-legacy: open raw socket: operation not permitted"
+				}
+
+				for _, command := range []string{"list", "check", "explain 8080"} {
+					args := append([]string{"--bounding-set", caps, os.Args[0]}, strings.Fields(command)...)
+					cmd := exec.CommandContext(t.Context(), "setpriv", args...) //nolint:gosec // the tests themselves
+					cmd.Env = append(os.Environ(), toolVariable+"=1")
+
+					var out []byte
+
+					b.do(func() { out, _ = cmd.CombinedOutput() })
+					t.Logf("%s %s: %s", caps, command, out)
+					assert.Equal(t, want.code, cmd.ProcessState.ExitCode())
+
+					if command == "explain 8080" || want.code != good {
+						assert.Contains(t, string(out), want.out)
+						assert.NotContains(t, string(out), "all as they should be")
+						assert.NotContains(t, string(out), "rules are gone")
+					}
+				}
+			}
+		})
+	}
+}
+
+// Clean takes everything out, unless a manager runs.
+func TestClean(t *testing.T) {
+	t.Parallel()
+
+	for _, via := range []string{"nftables", "nft", "legacy"} {
+		t.Run(via, func(t *testing.T) {
+			t.Parallel()
+
+			b := newBed(t, via)
+			b.add(0, false, "TCP", 80)
+			b.add(1, true, "UDP", 80)
+
+			code, out := b.tool("clean")
+			assert.Equal(t, cannotLook, code)
+			assert.Contains(t, out, "another manager has the host ports: process ")
+			assert.Len(t, b.rows(), 2)
+
+			require.NoError(t, b.m.Close())
+
+			code, out = b.tool("clean")
+			assert.Equal(t, good, code)
+			assert.Contains(t, out, "2 host ports taken out")
+			assert.Contains(t, out, "the guard of 127.0.0.0/8 stays")
+			assert.Empty(t, b.rows())
+
+			code, out = b.tool("clean", "-o", "json")
+			assert.Equal(t, good, code)
+			assert.JSONEq(t, `{"removed": 0, "guard": true}`, out)
+		})
+	}
+}
+
+// Explain follows the next packet that really comes.
+func TestWait(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	b.add(0, false, "TCP", 80)
+	b.cause("no packet came to the port within 100ms", "8080", "--wait", "100ms")
+
+	// Somebody asks again and again.
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	t.Cleanup(func() { cancel(); <-done })
+
+	go func() {
+		defer close(done)
+
+		for ask := time.NewTicker(20 * time.Millisecond); ctx.Err() == nil; <-ask.C {
+			_, _ = b.Client.Ask(ctx, "tcp", netip.AddrPortFrom(b.NodeIP(false), 8080))
+		}
+	}()
+
+	b.cause("answers", "-wait", "20s", "8080")
+
+	b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy accept; }; "+
+		"add rule inet firewall forward iifname eth0 tcp dport 80 reject with tcp reset")
+	b.cause("the packet is dropped in the forward hook by table inet firewall, chain forward, rule", "-wait", "20s", "8080/tcp")
+}
+
+// Check names what is not as it should be.
+func TestCheckProblems(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	problems := func() (list []string) {
+		_, out := b.tool("check", "-o", "json")
+		require.NoError(t, json.Unmarshal([]byte(out), &list))
+
+		return list
+	}
+	assert.Empty(t, problems())
+
+	b.add(0, false, "TCP", 80)
+	assert.Empty(t, problems())
+
+	b.stale(false, "legacy")
+	b.forward(false, "0")
+	b.run("nft", "flush", "chain", "ip", "crio-hostports", "guard")
+
+	list := strings.Join(problems(), "\n")
+	for _, want := range []string{
+		"IPv4: nftables: rule of chain guard is missing",
+		"IPv4: the node does not forward",
+		"another port mapper has the port: iptables-legacy -t nat -A PREROUTING",
+	} {
+		assert.Contains(t, list, want)
+	}
+}
+
+// What cannot be understood says how it is called.
+func TestUsage(t *testing.T) {
+	t.Parallel()
+
+	for _, args := range [][]string{
+		nil, {"odd"}, {"explain"}, {"list", "8080"}, {"explain", "8080", "8081"}, {"list", "-o", "yaml"}, {"list", "-odd"}, {"-h"},
+	} {
+		var stdout, stderr bytes.Buffer
+
+		assert.Equal(t, cannotLook, run(t.Context(), args, &stdout, &stderr), args)
+		assert.Contains(t, stderr.String(), "usage: hostports", args)
+		assert.Empty(t, stdout.String())
+	}
+
+	for _, port := range []string{"0", "70000", "http", "80/icmp", "/tcp"} {
+		var stdout, stderr bytes.Buffer
+
+		assert.Equal(t, cannotLook, run(t.Context(), []string{"explain", port}, &stdout, &stderr), port)
+		assert.Contains(t, stderr.String(), "want ", port)
+	}
+}
