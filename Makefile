@@ -28,7 +28,7 @@ INSIDE := hack/in-namespace.sh
 .PHONY: help demo test test-kernels lint fmt cross bench fuzz chaos oldest newest verify tidy-check clean lint-tool
 
 help:
-	@echo "hostport: host ports for container runtimes. None of this needs root or touches the host's network."
+	@echo "hostport: host ports for container runtimes. None of this touches the host's network, and only bench needs root."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
