@@ -62,7 +62,7 @@ func run(ctx context.Context, w io.Writer, opts ...hostport.Option) (err error) 
 	}
 	defer func() { err = errors.Join(err, d.manager.Close()) }()
 
-	for _, chapter := range []func(context.Context) error{d.start, d.traffic, d.conflict, d.probes, d.removal, d.operator} {
+	for _, chapter := range []func(context.Context) error{d.start, d.traffic, d.conflict, d.probes, d.removal, d.operator, d.tool} {
 		if err := chapter(ctx); err != nil {
 			return err
 		}

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/cri-o/hostport"
+	"github.com/cri-o/hostport/internal/tool"
 )
 
 // operator shows what is left in the kernel, which is all of dns, as the tools
@@ -76,4 +77,34 @@ func (d *demo) iptablesSave(ctx context.Context, rows []hostport.Mapping) error 
 		}
 	}
 	return nil
+}
+
+// tool shows what cmd/hostports says of the node: as it is, and after somebody has broken it.
+func (d *demo) tool(ctx context.Context) error {
+	if err := d.hostports(ctx, "What is there.", tool.Good, "list"); err != nil {
+		return err
+	}
+	if err := d.hostports(ctx, "Why does the port of dns not answer? It does.", tool.Good, "explain", "5353/udp"); err != nil {
+		return err
+	}
+	if err := d.bed.Host.Sysctl("net/ipv4/ip_forward", "0"); err != nil {
+		return fmt.Errorf("end forwarding: %w", err)
+	}
+	return d.hostports(ctx, "And when somebody has ended forwarding?", tool.Bad, "explain", "5353/udp")
+}
+
+// hostports runs the tool on the node. Where nobody may send a probe, it says so.
+func (d *demo) hostports(ctx context.Context, why string, want int, args ...string) error {
+	d.title(why + " hostports " + strings.Join(args, " "))
+	var out strings.Builder
+	code := 0
+	_, err := d.onHost(func() error {
+		code = tool.Run(ctx, args, &out, &out)
+		return nil
+	})
+	d.linef("%s", strings.TrimSpace(out.String()))
+	if err == nil && code != want && code != tool.CannotLook {
+		err = fmt.Errorf("hostports %v: exit code %d: %w", args, code, errUnexpected)
+	}
+	return err
 }

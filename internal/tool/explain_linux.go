@@ -1,4 +1,4 @@
-package main
+package tool
 
 import (
 	"context"
@@ -25,6 +25,8 @@ type report struct {
 	Steps []string `json:"steps"`
 	// Cause is why the port does not answer, "" if it does.
 	Cause string `json:"cause"`
+	// Unknown is why nobody has tried whether it does, "" if somebody has.
+	Unknown string `json:"unknown,omitempty"`
 }
 
 func (r *report) stepf(format string, args ...any) {
@@ -74,19 +76,25 @@ func explain(ctx context.Context, out output, text string, wait time.Duration) e
 		return err
 	}
 
-	if q.Cause != "" {
+	switch {
+	case q.Cause != "":
 		return errFound
+	case q.Unknown != "":
+		return errUntried
+	default:
+		return nil
 	}
-
-	return nil
 }
 
 func (q *question) lines() []string {
-	if q.Cause == "" {
+	switch {
+	case q.Cause != "":
+		return append(q.Steps, "cause: "+q.Cause)
+	case q.Unknown != "":
+		return append(q.Steps, "nothing is seen in the way, and nobody has tried: "+q.Unknown)
+	default:
 		return append(q.Steps, q.Asked+" answers")
 	}
-
-	return append(q.Steps, "cause: "+q.Cause)
 }
 
 // answer finds the cause.
@@ -223,7 +231,7 @@ func (q *question) fromOutside(ctx context.Context, r found, w way) string {
 
 	o, err := probe.Open(r.Family())
 	if err != nil {
-		q.stepf("  cannot send a probe: %v", err)
+		q.Unknown = fmt.Sprintf("cannot send a probe: %v", err)
 
 		return w.obstacle
 	}
@@ -249,7 +257,7 @@ func (q *question) fromOutside(ctx context.Context, r found, w way) string {
 		cancel()
 
 		if err != nil {
-			q.stepf("  cannot send a probe: %v", err)
+			q.Unknown = fmt.Sprintf("cannot send a probe: %v", err)
 
 			return w.obstacle
 		}
@@ -325,7 +333,12 @@ func describeStep(s trace.Step) string {
 	case s.Milestone, s.Policy && s.Verdict == "accept":
 		return ""
 	default:
-		return fmt.Sprintf("%s: %s: %s", s.Hook, whereOf(s), s.Verdict)
+		where := s.Hook + ": " + whereOf(s)
+		if strings.HasSuffix(where, " "+s.Verdict) { // nft has said it
+			return where
+		}
+
+		return where + ": " + s.Verdict
 	}
 }
 
@@ -437,7 +450,7 @@ func (q *question) lost(r found, a probe.Answer, steps []trace.Step) string {
 func (q *question) awaited(ctx context.Context, r found) string {
 	t, err := trace.StartNext(ctx, r.Family(), r.Proto, r.Port)
 	if err != nil {
-		q.stepf("  cannot follow a packet: %v", err)
+		q.Unknown = fmt.Sprintf("cannot follow a packet: %v", err)
 
 		return ""
 	}

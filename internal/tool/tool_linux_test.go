@@ -1,4 +1,4 @@
-package main
+package tool
 
 import (
 	"bytes"
@@ -97,16 +97,16 @@ func TestNothingChanges(t *testing.T) {
 				state, gen := b.state(), b.generation()
 
 				code, out := b.tool("list")
-				assert.Equal(t, good, code)
+				assert.Equal(t, Good, code)
 				assert.Contains(t, out, "TCP       0.0.0.0:8080  10.88.0.2:80")
 				assert.Equal(t, managed, strings.Contains(out, "process "))
 
 				code, out = b.tool("check")
 				if managed {
-					assert.Equal(t, good, code)
+					assert.Equal(t, Good, code)
 					assert.Equal(t, "2 host ports, all as they should be\n", out)
 				} else {
-					assert.Equal(t, bad, code)
+					assert.Equal(t, Bad, code)
 					assert.Equal(t, 2, strings.Count(out, "no manager runs"))
 				}
 
@@ -172,9 +172,9 @@ func TestCapabilities(t *testing.T) {
 			for caps, want := range map[string]struct {
 				code int
 				out  string
-			}{"-all": {cannotLook, "CAP_NET_ADMIN is missing"}, "-all,+net_admin": {good, "8080/tcp answers"}} {
-				if via == "legacy" && want.code == good { // its programs want CAP_NET_RAW
-					want.code, want.out = cannotLook, "iptables-legacy: open raw socket: operation not permitted"
+			}{"-all": {CannotLook, "CAP_NET_ADMIN is missing"}, "-all,+net_admin": {Good, "8080/tcp answers"}} {
+				if via == "legacy" && want.code == Good { // its programs want CAP_NET_RAW
+					want.code, want.out = CannotLook, "iptables-legacy: open raw socket: operation not permitted"
 				}
 
 				for _, command := range []string{"list", "check", "explain 8080"} {
@@ -188,7 +188,7 @@ func TestCapabilities(t *testing.T) {
 					t.Logf("%s %s: %s", caps, command, out)
 					assert.Equal(t, want.code, cmd.ProcessState.ExitCode())
 
-					if command == "explain 8080" || want.code != good {
+					if command == "explain 8080" || want.code != Good {
 						assert.Contains(t, string(out), want.out)
 						assert.NotContains(t, string(out), "all as they should be")
 						assert.NotContains(t, string(out), "rules are gone")
@@ -212,20 +212,20 @@ func TestClean(t *testing.T) {
 			b.add(1, true, "UDP", 80)
 
 			code, out := b.tool("clean")
-			assert.Equal(t, cannotLook, code)
+			assert.Equal(t, CannotLook, code)
 			assert.Contains(t, out, "another manager has the host ports: process ")
 			assert.Len(t, b.rows(), 2)
 
 			require.NoError(t, b.m.Close())
 
 			code, out = b.tool("clean")
-			assert.Equal(t, good, code)
+			assert.Equal(t, Good, code)
 			assert.Contains(t, out, "2 host ports taken out")
 			assert.Contains(t, out, "the guard of 127.0.0.0/8 stays")
 			assert.Empty(t, b.rows())
 
 			code, out = b.tool("clean", "-o", "json")
-			assert.Equal(t, good, code)
+			assert.Equal(t, Good, code)
 			assert.JSONEq(t, `{"removed": 0, "guard": true}`, out)
 		})
 	}
@@ -298,7 +298,7 @@ func TestUsage(t *testing.T) {
 	} {
 		var stdout, stderr bytes.Buffer
 
-		assert.Equal(t, cannotLook, run(t.Context(), args, &stdout, &stderr), args)
+		assert.Equal(t, CannotLook, Run(t.Context(), args, &stdout, &stderr), args)
 		assert.Contains(t, stderr.String(), "usage: hostports", args)
 		assert.Empty(t, stdout.String())
 	}
@@ -306,7 +306,7 @@ func TestUsage(t *testing.T) {
 	for _, port := range []string{"0", "70000", "http", "80/icmp", "/tcp"} {
 		var stdout, stderr bytes.Buffer
 
-		assert.Equal(t, cannotLook, run(t.Context(), []string{"explain", port}, &stdout, &stderr), port)
+		assert.Equal(t, CannotLook, Run(t.Context(), []string{"explain", port}, &stdout, &stderr), port)
 		assert.Contains(t, stderr.String(), "want ", port)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package tool
 
 import (
 	"bufio"
@@ -122,7 +122,7 @@ func (b *bed) tool(args ...string) (code int, out string) {
 
 	var stdout, stderr bytes.Buffer
 
-	b.do(func() { code = run(b.t.Context(), args, &stdout, &stderr) })
+	b.do(func() { code = Run(b.t.Context(), args, &stdout, &stderr) })
 	b.t.Logf("hostports %s: %d\n%s%s", strings.Join(args, " "), code, stdout.String(), stderr.String())
 
 	return code, stdout.String() + stderr.String()
@@ -135,7 +135,7 @@ func (b *bed) cause(want string, args ...string) {
 	code, out := b.tool(append([]string{"explain"}, args...)...)
 	lines := strings.Split(strings.TrimSpace(out), "\n")
 	assert.Contains(b.t, lines[len(lines)-1], want)
-	assert.Equal(b.t, map[bool]int{true: good, false: bad}[want == "answers"], code)
+	assert.Equal(b.t, map[bool]int{true: Good, false: Bad}[want == "answers"], code)
 }
 
 // fault is something that keeps a host port from answering.
@@ -311,7 +311,7 @@ const (
 
 func TestMain(m *testing.M) {
 	if os.Getenv(toolVariable) != "" {
-		main()
+		os.Exit(Run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
 	}
 
 	address := os.Getenv(addressVariable)
