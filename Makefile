@@ -37,7 +37,7 @@ demo: ## a runtime in miniature: pods, host ports and connections, in a network 
 	@$(INSIDE) bin/sandbox
 
 test: ## all tests, against the real kernel (RUN=, PKG=, V=-v)
-	@$(DEPS) go iptables nft unshare
+	@$(DEPS) go iptables nft tun unshare
 	@$(INSIDE) hack/test.sh $(V) -run '$(RUN)' $(PKG)
 
 test-kernels: ## the tests on other kernels, emulated, for hours (KERNELS=, RUN=, PKG=, V=-v)
@@ -74,7 +74,7 @@ oldest: ## go vet with the oldest Go that can build it, and a caller on the modu
 	@hack/oldest.sh
 
 newest: ## go vet, and the tests that dependencies can break, with the newest Go and dependencies
-	@$(DEPS) go iptables nft unshare
+	@$(DEPS) go iptables nft tun unshare
 	@hack/newest.sh
 
 verify: ## everything that CI runs

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Usage: install-deps.sh NEED...
-# Sees to it that each NEED is there: go, iptables (both variants), nft, unshare, shellcheck, make; for other kernels
+# Sees to it that each NEED is there: go, iptables (both variants), nft, tun, unshare, shellcheck, make; for other kernels
 # also apt-get, busybox, qemu-system-x86_64, xz.
 # Root gets what is missing from the distribution; a plain user gets one line that says what to install.
 set -eu
@@ -13,9 +13,11 @@ die() {
 	exit 1
 }
 
-# The programs that a need stands for.
+# The programs that a need stands for. tun is a device, which everybody may open where udev has made it
+# (50-udev-default.rules); what to do with it takes CAP_NET_ADMIN.
 programs() {
 	case $1 in
+	tun) [ -w /dev/net/tun ] || echo /dev/net/tun ;;
 	iptables) echo iptables-nft-restore ip6tables-nft-restore iptables-legacy-restore ip6tables-legacy-restore ;;
 	*) echo "$1" ;;
 	esac
@@ -53,6 +55,16 @@ lacking=$(missing "$@" | xargs)
 case " $lacking " in
 *' go '*) die "go is missing: install Go $(sed -n 's/^go //p' go.mod) or later, see https://go.dev/doc/install" ;;
 '  ') exit 0 ;;
+esac
+
+case " $lacking " in
+*' tun '*)
+	[ "$(id -u)" -eq 0 ] || die "you may not open /dev/net/tun; as root, run: chmod 0666 /dev/net/tun"
+	mkdir -p /dev/net
+	mknod -m 0666 /dev/net/tun c 10 200 || die 'missing: /dev/net/tun; could not make it'
+	lacking=$(missing "$@" | xargs)
+	[ -n "$lacking" ] || exit 0
+	;;
 esac
 
 manager=

@@ -17,6 +17,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
@@ -234,9 +235,11 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 		}, want: "the pod is gone, and its row has leaked",
 	},
 	{
-		name: "pod's link down", how: func(b *bed, v6 bool) {
+		name: "link of the pod down", how: func(b *bed, v6 bool) {
 			b.add(0, v6, "TCP", 80)
-			require.NoError(b.t, b.Pods[0].Do(func() error { return exec.CommandContext(b.t.Context(), "ip", "link", "set", "eth0", "down").Run() }))
+			require.NoError(b.t, b.Pods[0].Do(func() error {
+				return netlink.LinkSetDown(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}})
+			}))
 		}, want: "the pod's link is down (no carrier: veth1)",
 	},
 	{

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -16,21 +17,20 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 )
 
-// state is what must not change: the ruleset without its counters, sysctls, interfaces, routes and
-// flows of the node, line by line.
+// state is what must not change: the ruleset without its counters, sysctls, interfaces, addresses,
+// routes, and flows of TCP and UDP of the node, line by line.
 func (b *bed) state() []string {
 	b.t.Helper()
 
 	var state strings.Builder
 
-	for _, command := range []string{
-		"nft list ruleset", "iptables-legacy-save", "ip6tables-legacy-save", "ip -o link", "ip -o addr", "ip -4 route show table all",
-		"ip -6 route show table all", "conntrack -L",
-	} {
+	for _, command := range []string{"nft list ruleset", "iptables-legacy-save", "ip6tables-legacy-save"} {
 		args := strings.Fields(command)
 		state.WriteString(command + "\n" + b.run(args[0], args[1:]...))
 	}
@@ -43,10 +43,46 @@ func (b *bed) state() []string {
 			value, _ := os.ReadFile(path)
 			state.WriteString(path + " " + string(value))
 		}
+
+		links, err := netlink.LinkList()
+		require.NoError(b.t, err)
+
+		for _, l := range links {
+			fmt.Fprintln(&state, l.Attrs().Name, l.Attrs().Flags, l.Attrs().MTU)
+		}
+
+		conn, err := nfnetlink.Dial()
+		require.NoError(b.t, err)
+
+		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+			addrs, err := netlink.AddrList(nil, int(family))
+			require.NoError(b.t, err)
+
+			for _, a := range addrs {
+				fmt.Fprintln(&state, a)
+			}
+
+			routes, err := netlink.RouteListFiltered(int(family), &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+			require.NoError(b.t, err)
+
+			for _, r := range routes {
+				fmt.Fprintln(&state, r)
+			}
+
+			for _, protocol := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+				flows, err := conn.Flows(b.t.Context(), family, protocol, 0)
+				require.NoError(b.t, err)
+
+				for _, f := range flows {
+					fmt.Fprintln(&state, f.Source, f.Destination, f.Responder)
+				}
+			}
+		}
+
+		require.NoError(b.t, conn.Close())
 	})
 
-	// Of IGMP, of which the kernel itself tells, conntrack says "unknown".
-	counters := regexp.MustCompile(`(?m)counter packets \d+ bytes \d+|\[\d+:\d+\]|^# .* on .*$|^conntrack v.*|^unknown .*$`)
+	counters := regexp.MustCompile(`(?m)counter packets \d+ bytes \d+|\[\d+:\d+\]|^# .* on .*$`)
 
 	return strings.Split(counters.ReplaceAllString(state.String(), ""), "\n")
 }
@@ -133,7 +169,16 @@ func TestKilled(t *testing.T) {
 	b.add(0, false, "TCP", 80)
 	b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy drop; }")
 
-	interfaces := func() int { return strings.Count(b.run("ip", "-o", "link"), "\n") }
+	interfaces := func() (count int) {
+		b.do(func() {
+			links, err := netlink.LinkList()
+			require.NoError(t, err)
+
+			count = len(links)
+		})
+
+		return count
+	}
 	tables := func() string { return b.run("nft", "list", "tables") }
 	links, before := interfaces(), tables()
 	seen := false
