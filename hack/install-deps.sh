@@ -17,7 +17,7 @@ die() {
 # (50-udev-default.rules); what to do with it takes CAP_NET_ADMIN.
 programs() {
 	case $1 in
-	tun) [ -w /dev/net/tun ] || echo /dev/net/tun ;;
+	tun) [ -w /dev/net/tun ] || echo tun-that-may-be-opened ;;
 	iptables) echo iptables-nft-restore ip6tables-nft-restore iptables-legacy-restore ip6tables-legacy-restore ;;
 	*) echo "$1" ;;
 	esac

@@ -44,7 +44,7 @@ func (b *bed) state() []string {
 			state.WriteString(path + " " + string(value))
 		}
 
-		links, err := netlink.LinkList()
+		links, err := whole(netlink.LinkList)
 		require.NoError(b.t, err)
 
 		for _, l := range links {
@@ -171,7 +171,7 @@ func TestKilled(t *testing.T) {
 
 	interfaces := func() (count int) {
 		b.do(func() {
-			links, err := netlink.LinkList()
+			links, err := whole(netlink.LinkList)
 			require.NoError(t, err)
 
 			count = len(links)
@@ -183,13 +183,14 @@ func TestKilled(t *testing.T) {
 	links, before := interfaces(), tables()
 	seen := false
 
-	for delay := range 40 { // of some 5 ms each
+	for i := range 40 {
+		delay := time.Duration(i) * 5 * time.Millisecond
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "explain", "8080") //nolint:gosec // the tests themselves
 		cmd.Env = append(os.Environ(), toolVariable+"=1")
 
 		b.do(func() { require.NoError(t, cmd.Start()) })
 
-		for range delay {
+		for start := time.Now(); time.Since(start) < delay; {
 			seen = interfaces() > links || seen
 		}
 

@@ -49,6 +49,20 @@ func wayTo(pod netip.Addr) way {
 	return w
 }
 
+// whole repeats a dump during which something has changed, so that some may be missing
+// (NLM_F_DUMP_INTR).
+func whole[T any](dump func() (T, error)) (list T, err error) {
+	const most = 10
+
+	for range most {
+		if list, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+
+	return list, err
+}
+
 // isSilent reports whether a machine has last not answered for its address.
 func isSilent(link netlink.Link, ip netip.Addr) bool {
 	family := netlink.FAMILY_V4
@@ -56,7 +70,7 @@ func isSilent(link netlink.Link, ip netip.Addr) bool {
 		family = netlink.FAMILY_V6
 	}
 
-	neighbours, err := netlink.NeighList(link.Attrs().Index, family)
+	neighbours, err := whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(link.Attrs().Index, family) })
 
 	for _, n := range neighbours {
 		if err == nil && n.IP.Equal(ip.AsSlice()) {
@@ -71,7 +85,7 @@ func isSilent(link netlink.Link, ip netip.Addr) bool {
 func nobodyAt(link netlink.Link, ip netip.Addr) string {
 	text := fmt.Sprintf("no machine on %s answers for %s", link.Attrs().Name, ip)
 
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return text
 	}
@@ -108,7 +122,7 @@ func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 		family = netlink.FAMILY_V6
 	}
 
-	addrs, err := netlink.AddrList(nil, family)
+	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("look up the node's addresses: %w", err)
 	}
