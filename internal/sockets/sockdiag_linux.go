@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -247,7 +248,7 @@ func processes() iter.Seq2[uint32, func() string] {
 				proc := filepath.Dir(filepath.Dir(fd))
 				name, _ := os.ReadFile(filepath.Join(proc, "comm"))
 
-				return fmt.Sprintf("process %s (%s)", filepath.Base(proc), strings.TrimSpace(string(name)))
+				return fmt.Sprintf("process %s (%s)", filepath.Base(proc), printable(strings.TrimSpace(string(name))))
 			}
 
 			if !yield(inode, name) {
@@ -255,4 +256,16 @@ func processes() iter.Seq2[uint32, func() string] {
 			}
 		}
 	}
+}
+
+// printable replaces what would be more than text in a log or on a terminal: anybody may name a
+// process as he likes.
+func printable(name string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+
+		return r
+	}, name)
 }

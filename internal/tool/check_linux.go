@@ -84,8 +84,10 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 		problems = append(problems, fmt.Sprintf("cannot look for other port mappers: %v", err))
 	}
 
+	network := readNetwork()
+
 	for _, r := range rows {
-		for _, p := range n.problemsOf(r, claims) {
+		for _, p := range n.problemsOf(r, network, claims) {
 			problems = append(problems, fmt.Sprintf("%s of %s: %s", r, pod(r.Row), p))
 		}
 	}
@@ -98,13 +100,13 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 }
 
 // problemsOf are those of one row.
-func (n *node) problemsOf(r found, claims []claim) (problems []string) {
+func (n *node) problemsOf(r found, network *network, claims []claim) (problems []string) {
 	manager, by := n.manager[r.Family()], n.holders(r.Endpoint, r.Family())
-	if manager != "" && shows(r.Proto) && !slices.Contains(by, manager) {
+	if manager != "" && shows(r.Proto) && !slices.Contains(by, manager) && !slices.Contains(by, unseen) {
 		problems = append(problems, "the port is not held: "+holder(r.Proto, by)+" has it")
 	}
 
-	if w := wayTo(r.Pod.Addr()); w.obstacle != "" {
+	if w := network.wayTo(r.Pod.Addr()); w.obstacle != "" {
 		problems = append(problems, w.obstacle)
 	}
 

@@ -1,6 +1,7 @@
 package tool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,7 +26,7 @@ type report struct {
 	Steps []string `json:"steps"`
 	// Cause is why the port does not answer, "" if it does.
 	Cause string `json:"cause"`
-	// Unknown is why nobody has tried whether it does, "" if somebody has.
+	// Unknown is why it is not known whether it does, "" if it is.
 	Unknown string `json:"unknown,omitempty"`
 }
 
@@ -91,7 +92,7 @@ func (q *question) lines() []string {
 	case q.Cause != "":
 		return append(q.Steps, "cause: "+q.Cause)
 	case q.Unknown != "":
-		return append(q.Steps, "nothing is seen in the way, and nobody has tried: "+q.Unknown)
+		return append(q.Steps, "not known, and nothing is seen in the way: "+q.Unknown)
 	default:
 		return append(q.Steps, q.Asked+" answers")
 	}
@@ -136,6 +137,10 @@ func (q *question) whyNoRow(ctx context.Context) string {
 		by := q.holders(row.Endpoint{PortKey: q.PortKey}, f)
 
 		switch {
+		case slices.Contains(by, unseen):
+			q.Unknown = unseen + " has the port: the manager, if the rules are gone, or another one. Root sees which"
+
+			return ""
 		case slices.Contains(by, q.manager[f]):
 			return fmt.Sprintf("IPv%s: the rules are gone: %s, the manager, holds the port for a pod, and the kernel has no rule. "+
 				"Run or Sync of the manager puts them back, or the pod's next Add", f, q.manager[f])
@@ -186,26 +191,26 @@ func (q *question) whyNot(ctx context.Context, r found) string {
 		return obstacles[0]
 	}
 
-	w := wayTo(r.Pod.Addr())
+	w := readNetwork().wayTo(r.Pod.Addr())
 	if w.device == "" {
 		return w.obstacle
 	}
 
 	q.stepf("  the way to the pod is %s", w.device)
 
-	if !r.IP.IsLoopback() {
-		if cause := q.fromOutside(ctx, r, w); cause != "" {
-			return cause
-		}
+	if r.IP.IsLoopback() {
+		q.Unknown = "the row is for a loopback address, which no packet from outside reaches"
+
+		return cmp.Or(w.obstacle, q.besides(r, w))
 	}
 
-	return q.besides(r, w)
+	return cmp.Or(q.fromOutside(ctx, r, w), q.besides(r, w))
 }
 
 // besides says what does not work of a row that is reached from outside.
 func (q *question) besides(r found, w way) string {
 	manager, by := q.manager[r.Family()], q.holders(r.Endpoint, r.Family())
-	if len(by) > 0 && manager != "" && !slices.Contains(by, manager) {
+	if len(by) > 0 && manager != "" && !slices.Contains(by, manager) && !slices.Contains(by, unseen) {
 		return fmt.Sprintf("the port is not held: %s has it as well. Connections reach the pod as long as the rules stand",
 			strings.Join(by, ", "))
 	}
@@ -386,7 +391,7 @@ func (q *question) ledTo(ctx context.Context, r found, source netip.AddrPort) (l
 
 // judge says what became of a probe, "" if it has reached the pod.
 func (q *question) judge(ctx context.Context, r found, a probe.Answer, steps []trace.Step, led netip.AddrPort) string {
-	if i := dropped(steps); i >= 0 {
+	if i := dropped(steps); i >= 0 && a.Kind != probe.Accepted {
 		what := "the packet"
 		if steps[i].Packet != steps[0].Packet {
 			what = "the pod's answer"
@@ -395,8 +400,8 @@ func (q *question) judge(ctx context.Context, r found, a probe.Answer, steps []t
 		return fmt.Sprintf("%s is dropped in the %s hook by %s", what, steps[i].Hook, whereOf(steps[i]))
 	}
 
-	if i := slices.IndexFunc(steps, func(s trace.Step) bool { return s.Hook == "forward" }); i >= 0 {
-		led = steps[i].To
+	if to := ledBy(steps); to.IsValid() {
+		led = to
 	}
 
 	if led.IsValid() && led != r.Pod {
@@ -412,25 +417,39 @@ func (q *question) judge(ctx context.Context, r found, a probe.Answer, steps []t
 	case probe.Accepted:
 		return ""
 	case probe.Refused:
-		if led == r.Pod {
+		if led == r.Pod && reached(steps, "forward-last") {
 			return fmt.Sprintf("the pod refuses: nothing listens on %s %s", r.Proto.API(), r.Pod)
 		}
-
-		return "the packet was not translated, and the node itself has refused it"
 	case probe.Unreachable, probe.Silence:
 	}
 
 	return q.lost(r, a, steps)
 }
 
+// ledBy is where the first packet was going when it was routed, the zero AddrPort if that was not seen.
+func ledBy(steps []trace.Step) netip.AddrPort {
+	for _, s := range steps {
+		if s.Packet == steps[0].Packet && (s.Hook == "forward" || s.Hook == "input") {
+			return s.To
+		}
+	}
+
+	return netip.AddrPort{}
+}
+
 // lost says where a packet ended that nothing is seen to have dropped.
 func (q *question) lost(r found, a probe.Answer, steps []trace.Step) string {
-	w := wayTo(r.Pod.Addr())
+	w := readNetwork().wayTo(r.Pod.Addr())
 
 	switch {
+	case len(steps) == 0 && w.obstacle == "":
+		q.Unknown = strings.TrimSpace(fmt.Sprintf("a probe got %s %s", a.Kind, a.Why)) +
+			", and could not be followed: the pod, a firewall or the node may be why"
+
+		return ""
 	case !reached(steps, "forward-first") && !reached(steps, "input-first"):
 		return "the packet ended in routing, before the forward hook: reverse path filtering (rp_filter), or no route"
-	case !reached(steps, "forward-last") || len(steps) == 0 && w.obstacle == "" && legacyFilters(r.Family()):
+	case !reached(steps, "forward-last"):
 		return "the packet ended in the forward hook, and no rule of nf_tables has dropped it: look at " +
 			legacySave(r.Family()) + " -t filter, chain FORWARD"
 	case w.obstacle != "":
@@ -438,7 +457,7 @@ func (q *question) lost(r found, a probe.Answer, steps []trace.Step) string {
 	case a.Kind == probe.Unreachable:
 		return fmt.Sprintf("%s says: %s", a.From.Addr(), a.Why)
 	case r.Proto == row.UDP:
-		q.stepf("  the packet has reached the pod. It need not answer one without data")
+		q.Unknown = "the packet has left for the pod, which need not answer one without data"
 
 		return ""
 	default:
@@ -467,7 +486,9 @@ func (q *question) awaited(ctx context.Context, r found) string {
 	}
 
 	if len(steps) == 0 {
-		return fmt.Sprintf("no packet came to the port within %s: it is lost before the node, or nobody has sent one", q.wait)
+		q.Unknown = fmt.Sprintf("no packet came to the port within %s: it is lost before the node, or nobody has sent one", q.wait)
+
+		return ""
 	}
 
 	for _, s := range steps {
@@ -476,10 +497,12 @@ func (q *question) awaited(ctx context.Context, r found) string {
 		}
 	}
 
-	cause := q.judge(ctx, r, probe.Answer{Kind: probe.Accepted}, steps, netip.AddrPort{})
-	if cause == "" && !reached(steps, "postrouting-last") {
-		cause = q.lost(r, probe.Answer{Kind: probe.Silence}, steps)
+	// Its answer is another packet, which is not followed.
+	if dropped(steps) < 0 && reached(steps, "postrouting-last") {
+		q.Unknown = "the packet has left the node for the pod; its answer is not followed"
+
+		return readNetwork().wayTo(r.Pod.Addr()).obstacle
 	}
 
-	return cause
+	return q.judge(ctx, r, probe.Answer{Kind: probe.Silence}, steps, netip.AddrPort{})
 }

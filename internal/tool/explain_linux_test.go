@@ -139,6 +139,15 @@ func (b *bed) cause(want string, args ...string) {
 	assert.Equal(b.t, map[bool]int{true: Good, false: Bad}[want == "answers"], code)
 }
 
+// unknown asserts why explain does not know.
+func (b *bed) unknown(want string, args ...string) {
+	b.t.Helper()
+
+	code, out := b.tool(append([]string{"explain"}, args...)...)
+	assert.Contains(b.t, out, "\nnot known, and nothing is seen in the way: "+want)
+	assert.Equal(b.t, CannotLook, code)
+}
+
 // fault is something that keeps a host port from answering.
 type fault struct {
 	name string

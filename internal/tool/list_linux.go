@@ -23,7 +23,7 @@ type hostPort struct {
 func describe(n *node, r found) hostPort {
 	return hostPort{
 		Protocol: r.Proto.API(), Host: netip.AddrPortFrom(r.HostIP(r.Family()), r.Port).String(), Pod: r.Pod.String(),
-		Owner: pod(r.Row), Backend: r.in.name, HeldBy: n.holders(r.Endpoint, r.Family()),
+		Owner: pod(r.Row), Backend: r.in.name, HeldBy: append([]string{}, n.holders(r.Endpoint, r.Family())...),
 	}
 }
 

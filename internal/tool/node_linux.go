@@ -11,6 +11,8 @@ import (
 	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/nodelock"
 	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
@@ -24,7 +26,7 @@ type node struct {
 	unseen map[row.Family]error
 	// manager is the process that has the host ports of a family, "" if none has.
 	manager map[row.Family]string
-	sockets map[row.Family][]sockets.Socket
+	sockets map[row.Family]map[row.PortKey][]sockets.Socket
 	// processes are those that have the sockets, by inode.
 	processes map[uint32]string
 }
@@ -53,7 +55,7 @@ func look(ctx context.Context) (*node, error) {
 
 	n := &node{
 		unseen: map[row.Family]error{}, manager: map[row.Family]string{},
-		sockets: map[row.Family][]sockets.Socket{}, processes: sockets.Processes(),
+		sockets: map[row.Family]map[row.PortKey][]sockets.Socket{}, processes: sockets.Processes(),
 	}
 
 	for _, f := range []row.Family{row.IPv4, row.IPv6} {
@@ -84,9 +86,15 @@ func (n *node) lookAt(ctx context.Context, f row.Family) (errs []error) {
 
 	n.carriers, errs = append(n.carriers, carriers...), append(errs, err)
 
+	n.sockets[f] = map[row.PortKey][]sockets.Socket{}
+
 	for _, p := range []row.Protocol{row.TCP, row.UDP} {
 		bound, err := sockets.List(f, p)
-		n.sockets[f], errs = append(n.sockets[f], bound...), append(errs, err)
+		errs = append(errs, err)
+
+		for _, s := range bound {
+			n.sockets[f][s.PortKey] = append(n.sockets[f][s.PortKey], s)
+		}
 	}
 
 	return errs
@@ -119,6 +127,10 @@ func carriersIn(ctx context.Context, f row.Family, loopback bool) (carriers []ca
 	}
 
 	if nft, err := finder.NFTablesInUse(ctx, f); nft != nil || err != nil {
+		if err == nil {
+			err = exempt(ctx, nft, f)
+		}
+
 		add("nftables", nft, err)
 	}
 
@@ -129,6 +141,21 @@ func carriersIn(ctx context.Context, f row.Family, loopback bool) (carriers []ca
 	}
 
 	return carriers, errors.Join(errs...)
+}
+
+// exempt tells a backend which addresses are those of Services, as the manager does.
+func exempt(ctx context.Context, b *nftables.Backend, f row.Family) error {
+	table := nodeaddr.New(f == row.IPv6)
+	defer func() { _ = table.Close() }()
+
+	addresses, err := table.Now(ctx)
+	if err != nil {
+		return fmt.Errorf("look up the node's addresses: %w", err)
+	}
+
+	b.Exempt(addresses.Services())
+
+	return nil
 }
 
 // managerOf names the process that has the host ports of a family.
@@ -143,12 +170,15 @@ func (n *node) managerOf(f row.Family) string {
 	return n.process(inode)
 }
 
+// unseen stands for processes of which /proc does not show the files: to others than root, or from another PID namespace.
+const unseen = "a process that /proc does not show"
+
 func (n *node) process(inode uint32) string {
 	if p := n.processes[inode]; p != "" {
 		return p
 	}
 
-	return "a process that /proc does not show"
+	return unseen
 }
 
 // found is a host port and what carries it.
@@ -179,8 +209,8 @@ func (n *node) rows() (all []found) {
 
 // holders name the processes that have the port of an endpoint, in a family.
 func (n *node) holders(e row.Endpoint, f row.Family) (all []string) {
-	for _, s := range n.sockets[f] {
-		if s.PortKey == e.PortKey && s.Overlaps(e) {
+	for _, s := range n.sockets[f][e.PortKey] {
+		if s.Overlaps(e) {
 			all = append(all, n.process(s.Inode))
 		}
 	}

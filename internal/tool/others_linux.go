@@ -16,8 +16,8 @@ import (
 // claim is a rule of somebody else's that translates what comes to a port.
 type claim struct {
 	variant iptables.Variant
-	proto   string
-	ports   []string // "8080" or "8000:8999"
+	proto   string // "" is any
+	ports   [][2]int
 	rule    string
 }
 
@@ -25,16 +25,8 @@ func (c claim) String() string { return fmt.Sprintf("iptables-%s -t nat %s", c.v
 
 // covers reports whether it is for a port.
 func (c claim) covers(k row.PortKey) bool {
-	return (c.proto == "" || c.proto == string(k.Proto)) && slices.ContainsFunc(c.ports, func(ports string) bool {
-		first, last, ranged := strings.Cut(ports, ":")
-		if !ranged {
-			last = first
-		}
-
-		from, _ := strconv.Atoi(first)
-		to, _ := strconv.Atoi(last)
-
-		return from <= int(k.Port) && int(k.Port) <= to
+	return (c.proto == "" || c.proto == string(k.Proto)) && slices.ContainsFunc(c.ports, func(ports [2]int) bool {
+		return ports[0] <= int(k.Port) && int(k.Port) <= ports[1]
 	})
 }
 
@@ -84,7 +76,21 @@ func parseClaim(line string) (c claim, ok bool) {
 	}
 
 	target := value("-j")
-	c = claim{proto: value("-p"), ports: strings.Split(value("--dport", "--dports"), ","), rule: line}
+	c = claim{proto: value("-p"), rule: line}
 
-	return c, (target == "DNAT" || target == "REDIRECT") && c.ports[0] != ""
+	for ports := range strings.SplitSeq(value("--dport", "--dports"), ",") {
+		first, last, ranged := strings.Cut(ports, ":")
+		if !ranged {
+			last = first
+		}
+
+		from, err := strconv.Atoi(first)
+		to, lastErr := strconv.Atoi(last)
+
+		if err == nil && lastErr == nil {
+			c.ports = append(c.ports, [2]int{from, to})
+		}
+	}
+
+	return c, (target == "DNAT" || target == "REDIRECT") && len(c.ports) > 0
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -13,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/row"
 )
 
@@ -23,16 +23,44 @@ type way struct {
 	obstacle string
 }
 
+// network is what the node knows of machines that it reaches directly. It is read once for many
+// questions: there may be thousands.
+type network struct {
+	links      map[int]netlink.Link
+	neighbours map[string]int // states, by address and interface
+	err        error          // why some of it is not known
+}
+
+func readNetwork() *network {
+	n := &network{links: map[int]netlink.Link{}, neighbours: map[string]int{}}
+
+	links, err := whole(netlink.LinkList)
+	for _, l := range links {
+		n.links[l.Attrs().Index] = l
+	}
+
+	neighbours, neighboursErr := whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(0, netlink.FAMILY_ALL) })
+	for _, neighbour := range neighbours {
+		n.neighbours[neighbourKey(neighbour.IP, neighbour.LinkIndex)] = neighbour.State
+	}
+
+	n.err = errors.Join(err, neighboursErr)
+
+	return n
+}
+
+func neighbourKey(ip net.IP, link int) string { return fmt.Sprintf("%s %d", ip, link) }
+
 // wayTo looks up the way to a pod.
-func wayTo(pod netip.Addr) way {
+func (n *network) wayTo(pod netip.Addr) way {
 	routes, err := netlink.RouteGet(pod.AsSlice())
 	if err != nil || len(routes) == 0 {
 		return way{obstacle: fmt.Sprintf("the node has no route to %s: the pod is gone, or its network is", pod)}
 	}
 
-	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
-	if err != nil {
-		return way{obstacle: fmt.Sprintf("the interface to %s is gone", pod)}
+	link := n.links[routes[0].LinkIndex]
+	if link == nil {
+		return way{obstacle: fmt.Sprintf("the interface to %s is not known", pod)}
 	}
 
 	w := way{device: link.Attrs().Name}
@@ -42,8 +70,8 @@ func wayTo(pod netip.Addr) way {
 		w.obstacle = fmt.Sprintf("interface %s, which leads to %s, is down", w.device, pod)
 	case state == netlink.OperLowerLayerDown || state == netlink.OperDown:
 		w.obstacle = fmt.Sprintf("interface %s, which leads to %s, has no carrier: the pod's link is down", w.device, pod)
-	case isSilent(link, pod):
-		w.obstacle = nobodyAt(link, pod)
+	case n.neighbours[neighbourKey(pod.AsSlice(), routes[0].LinkIndex)]&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0:
+		w.obstacle = n.nobodyAt(link, pod)
 	}
 
 	return w
@@ -63,58 +91,54 @@ func whole[T any](dump func() (T, error)) (list T, err error) {
 	return list, err
 }
 
-// isSilent reports whether a machine has last not answered for its address.
-func isSilent(link netlink.Link, ip netip.Addr) bool {
-	family := netlink.FAMILY_V4
-	if ip.Is6() {
-		family = netlink.FAMILY_V6
-	}
-
-	neighbours, err := whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(link.Attrs().Index, family) })
-
-	for _, n := range neighbours {
-		if err == nil && n.IP.Equal(ip.AsSlice()) {
-			return n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0
-		}
-	}
-
-	return false
-}
-
 // nobodyAt says why no machine may answer for an address.
-func nobodyAt(link netlink.Link, ip netip.Addr) string {
+func (n *network) nobodyAt(link netlink.Link, ip netip.Addr) string {
 	text := fmt.Sprintf("no machine on %s answers for %s", link.Attrs().Name, ip)
-
-	links, err := whole(netlink.LinkList)
-	if err != nil {
-		return text
-	}
 
 	var dead []string
 
-	for _, l := range links {
+	for _, l := range n.links {
 		if a := l.Attrs(); a.MasterIndex == link.Attrs().Index && a.OperState != netlink.OperUp && a.OperState != netlink.OperUnknown {
 			dead = append(dead, a.Name)
 		}
 	}
 
 	if len(dead) > 0 {
+		slices.Sort(dead)
+
 		return text + ": the pod's link is down (no carrier: " + strings.Join(dead, ", ") + ")"
 	}
 
 	return text + ": the pod is gone, and its row has leaked"
 }
 
-// nodeAddress chooses an address of the node for packets to a row. device leads to the pod: an
-// address on another interface is one that machines outside use.
+// isLocal fails if an address is none of the node's.
+func isLocal(ip netip.Addr) error {
+	routes, err := netlink.RouteGet(ip.AsSlice())
+	if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_LOCAL {
+		return fmt.Errorf("the node does not have the address %s", ip)
+	}
+
+	return nil
+}
+
+// uplinkOf is the index of the interface with the default route, 0 if there is none.
+func uplinkOf(family int) int {
+	routes, _ := whole(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
+	for _, r := range routes {
+		if r.Dst == nil || r.Dst.IP.IsUnspecified() {
+			return r.LinkIndex
+		}
+	}
+
+	return 0
+}
+
+// nodeAddress chooses an address of the node for packets to a row: that of the interface with the
+// default route, else of one that does not lead to the pod, which device does.
 func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 	if r.IP.IsValid() {
-		routes, err := netlink.RouteGet(r.IP.AsSlice())
-		if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_LOCAL {
-			return netip.Addr{}, fmt.Errorf("the node does not have the address %s", r.IP)
-		}
-
-		return r.IP, nil
+		return r.IP, isLocal(r.IP)
 	}
 
 	family := netlink.FAMILY_V4
@@ -127,6 +151,8 @@ func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("look up the node's addresses: %w", err)
 	}
 
+	uplink := uplinkOf(family)
+
 	var chosen netip.Addr
 
 	for _, a := range addrs {
@@ -135,11 +161,17 @@ func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 			continue
 		}
 
-		if link, err := netlink.LinkByIndex(a.LinkIndex); err == nil && link.Attrs().Name != device {
-			return ip, nil
+		link, err := netlink.LinkByIndex(a.LinkIndex)
+		if err != nil || link.Attrs().Name == nodeaddr.ServiceDevice {
+			continue
 		}
 
-		chosen = ip
+		switch {
+		case a.LinkIndex == uplink:
+			return ip, nil
+		case !chosen.IsValid() || link.Attrs().Name != device:
+			chosen = ip
+		}
 	}
 
 	if !chosen.IsValid() {
@@ -164,15 +196,6 @@ func ruleText(family, table, chain string, handle uint64) string {
 	}
 
 	return ""
-}
-
-// legacyFilters reports whether iptables-legacy has a table filter in a family. Tracing does not see
-// it.
-func legacyFilters(f row.Family) bool {
-	names := map[row.Family]string{row.IPv4: "ip_tables_names", row.IPv6: "ip6_tables_names"}[f]
-	tables, _ := os.ReadFile("/proc/thread-self/net/" + names)
-
-	return slices.Contains(strings.Fields(string(tables)), "filter")
 }
 
 func legacySave(f row.Family) string {
