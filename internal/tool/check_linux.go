@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/cri-o/hostport/internal/localhost"
@@ -43,12 +42,9 @@ func check(ctx context.Context, out output) error {
 
 // problems are those of a family.
 func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
-	var (
-		rows []found
-		with []string // the backends that have rows
-	)
+	var with []string // the backends that have rows
 
-	for i, c := range n.carriers {
+	for _, c := range n.carriers {
 		if c.family != f {
 			continue
 		}
@@ -57,16 +53,12 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 			problems = append(problems, c.name+": "+missing)
 		}
 
-		for _, r := range c.rows {
-			rows = append(rows, found{r, &n.carriers[i]})
-		}
-
 		if len(c.rows) > 0 {
 			with = append(with, fmt.Sprintf("%s (%d)", c.name, len(c.rows)))
 		}
 	}
 
-	if len(rows) > 0 {
+	if len(with) > 0 {
 		problems = append(problems, blocked(f)...)
 	}
 
@@ -75,21 +67,8 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 			": those of the one not in use are from before, and move with their pods' next Add")
 	}
 
-	if len(rows) > 0 && n.manager[f] == "" {
-		problems = append(problems, "no manager runs: nothing is repaired, and no port is held")
-	}
-
-	claims, err := othersClaims(ctx, f)
-	if err != nil && len(rows) > 0 {
-		problems = append(problems, fmt.Sprintf("cannot look for other port mappers: %v", err))
-	}
-
-	network := readNetwork()
-
-	for _, r := range rows {
-		for _, p := range n.problemsOf(r, network, claims) {
-			problems = append(problems, fmt.Sprintf("%s of %s: %s", r, pod(r.Row), p))
-		}
+	if len(with) > 0 {
+		problems = append(problems, n.problemsOfRows(ctx, f)...)
 	}
 
 	for i, p := range problems {
@@ -99,10 +78,39 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 	return problems
 }
 
+// problemsOfRows are those of the rows of a family, of which there is at least one.
+func (n *node) problemsOfRows(ctx context.Context, f row.Family) (problems []string) {
+	if n.manager[f] == "" {
+		problems = append(problems, "no manager runs: nothing is repaired, and no port is held")
+	}
+
+	claims, err := othersClaims(ctx, f)
+	if err != nil {
+		problems = append(problems, fmt.Sprintf("cannot look for other port mappers: %v", err))
+	}
+
+	network, err := readNetwork()
+	if err != nil {
+		problems = append(problems, fmt.Sprintf("cannot look at all interfaces and neighbours: %v", err))
+	}
+
+	for _, r := range n.rows() {
+		if r.in.family != f {
+			continue
+		}
+
+		for _, p := range n.problemsOf(r, network, claims) {
+			problems = append(problems, fmt.Sprintf("%s of %s: %s", r, pod(r.Row), p))
+		}
+	}
+
+	return problems
+}
+
 // problemsOf are those of one row.
 func (n *node) problemsOf(r found, network *network, claims []claim) (problems []string) {
-	manager, by := n.manager[r.Family()], n.holders(r.Endpoint, r.Family())
-	if manager != "" && shows(r.Proto) && !slices.Contains(by, manager) && !slices.Contains(by, unseen) {
+	by := n.holders(r.Endpoint, r.Family())
+	if shows(r.Proto) && n.lacks(r, by) {
 		problems = append(problems, "the port is not held: "+holder(r.Proto, by)+" has it")
 	}
 

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-o/hostport/internal/iptables"
 	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/probe"
@@ -81,7 +82,7 @@ func explain(ctx context.Context, out output, text string, wait time.Duration) e
 	case q.Cause != "":
 		return errFound
 	case q.Unknown != "":
-		return errUntried
+		return errUnknown
 	default:
 		return nil
 	}
@@ -191,7 +192,7 @@ func (q *question) whyNot(ctx context.Context, r found) string {
 		return obstacles[0]
 	}
 
-	w := readNetwork().wayTo(r.Pod.Addr())
+	w := q.wayTo(r)
 	if w.device == "" {
 		return w.obstacle
 	}
@@ -207,10 +208,20 @@ func (q *question) whyNot(ctx context.Context, r found) string {
 	return cmp.Or(q.fromOutside(ctx, r, w), q.besides(r, w))
 }
 
+// wayTo looks up the way to a row's pod, as it is now.
+func (q *question) wayTo(r found) way {
+	network, err := readNetwork()
+	if err != nil {
+		q.stepf("  cannot look at all interfaces and neighbours: %v", err)
+	}
+
+	return network.wayTo(r.Pod.Addr())
+}
+
 // besides says what does not work of a row that is reached from outside.
 func (q *question) besides(r found, w way) string {
-	manager, by := q.manager[r.Family()], q.holders(r.Endpoint, r.Family())
-	if len(by) > 0 && manager != "" && !slices.Contains(by, manager) && !slices.Contains(by, unseen) {
+	by := q.holders(r.Endpoint, r.Family())
+	if len(by) > 0 && q.lacks(r, by) {
 		return fmt.Sprintf("the port is not held: %s has it as well. Connections reach the pod as long as the rules stand",
 			strings.Join(by, ", "))
 	}
@@ -314,20 +325,25 @@ func (q *question) follow(ctx context.Context, t *trace.Tracer, source netip.Add
 	var steps, others []trace.Step
 
 	for _, s := range all {
-		if s.Packet != all[first].Packet {
+		if s.Packet == all[first].Packet {
+			steps = append(steps, s)
+		} else {
 			others = append(others, s)
-
-			continue
 		}
+	}
 
-		steps = append(steps, s)
+	q.tell(steps)
 
+	return append(steps, others...)
+}
+
+// tell tells the steps of a packet.
+func (q *question) tell(steps []trace.Step) {
+	for _, s := range steps {
 		if text := describeStep(s); text != "" {
 			q.stepf("    %s", text)
 		}
 	}
-
-	return append(steps, others...)
 }
 
 // describeStep is a line about a step, "" for one that tells nothing.
@@ -439,7 +455,7 @@ func ledBy(steps []trace.Step) netip.AddrPort {
 
 // lost says where a packet ended that nothing is seen to have dropped.
 func (q *question) lost(r found, a probe.Answer, steps []trace.Step) string {
-	w := readNetwork().wayTo(r.Pod.Addr())
+	w := q.wayTo(r)
 
 	switch {
 	case len(steps) == 0 && w.obstacle == "":
@@ -451,7 +467,7 @@ func (q *question) lost(r found, a probe.Answer, steps []trace.Step) string {
 		return "the packet ended in routing, before the forward hook: reverse path filtering (rp_filter), or no route"
 	case !reached(steps, "forward-last"):
 		return "the packet ended in the forward hook, and no rule of nf_tables has dropped it: look at " +
-			legacySave(r.Family()) + " -t filter, chain FORWARD"
+			iptables.Command(r.Family()) + "-legacy-save -t filter, chain FORWARD"
 	case w.obstacle != "":
 		return w.obstacle
 	case a.Kind == probe.Unreachable:
@@ -491,17 +507,13 @@ func (q *question) awaited(ctx context.Context, r found) string {
 		return ""
 	}
 
-	for _, s := range steps {
-		if text := describeStep(s); text != "" {
-			q.stepf("    %s", text)
-		}
-	}
+	q.tell(steps)
 
 	// Its answer is another packet, which is not followed.
 	if dropped(steps) < 0 && reached(steps, "postrouting-last") {
 		q.Unknown = "the packet has left the node for the pod; its answer is not followed"
 
-		return readNetwork().wayTo(r.Pod.Addr()).obstacle
+		return q.wayTo(r).obstacle
 	}
 
 	return q.judge(ctx, r, probe.Answer{Kind: probe.Silence}, steps, netip.AddrPort{})

@@ -75,7 +75,7 @@ func (n *node) lookAt(ctx context.Context, f row.Family) (errs []error) {
 	// Whether the manager means 127.0.0.1 to work cannot be asked. What stands shows it.
 	carriers, err := carriersIn(ctx, f, true)
 
-	if f == row.IPv4 {
+	if f == row.IPv4 && slices.ContainsFunc(carriers, func(c carrier) bool { return len(c.missing) > 0 }) {
 		without, _ := carriersIn(ctx, f, false)
 		for i := range min(len(carriers), len(without)) {
 			if len(without[i].missing) < len(carriers[i].missing) {
@@ -218,6 +218,14 @@ func (n *node) holders(e row.Endpoint, f row.Family) (all []string) {
 	slices.Sort(all)
 
 	return slices.Compact(all)
+}
+
+// lacks reports whether a manager runs that is not among those who have the port of a row, as far
+// as that is seen.
+func (n *node) lacks(r found, by []string) bool {
+	manager := n.manager[r.Family()]
+
+	return manager != "" && !slices.Contains(by, manager) && !slices.Contains(by, unseen)
 }
 
 // shows reports whether the kernel shows the sockets that hold ports of a protocol.

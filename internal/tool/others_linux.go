@@ -37,7 +37,7 @@ func othersClaims(ctx context.Context, f row.Family) (claims []claim, err error)
 	for _, v := range []iptables.Variant{iptables.NFT, iptables.Legacy} {
 		t, err := iptables.FindVariant(ctx, f, v)
 		if errors.Is(err, outcome.ErrUnavailable) {
-			continue // nobody can have made any with it, or they are told by what carries rows
+			continue // without its programs nobody reads its rules here
 		}
 
 		var dump []byte

@@ -27,8 +27,8 @@ const usage = `usage: hostports list | check | explain PORT[/PROTOCOL] [-wait 10
 // errFound says that something is not as it should be, which the output has told.
 var errFound = errors.New("not as it should be")
 
-// errUntried says that it is not known whether something is as it should be, which the output has told.
-var errUntried = errors.New("not known")
+// errUnknown says that it is not known whether something is as it should be, which the output has told.
+var errUnknown = errors.New("not known")
 
 // errUsage says that nobody can tell what is asked for.
 var errUsage = errors.New("no such command")
@@ -40,7 +40,7 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return Good
 	case errors.Is(err, errFound):
 		return Bad
-	case errors.Is(err, errUntried):
+	case errors.Is(err, errUnknown):
 		return CannotLook
 	case errors.Is(err, errUsage):
 		_, _ = io.WriteString(stderr, usage)

@@ -27,12 +27,18 @@ type way struct {
 // questions: there may be thousands.
 type network struct {
 	links      map[int]netlink.Link
-	neighbours map[string]int // states, by address and interface
-	err        error          // why some of it is not known
+	neighbours map[neighbour]int // states
 }
 
-func readNetwork() *network {
-	n := &network{links: map[int]netlink.Link{}, neighbours: map[string]int{}}
+// neighbour is an address behind an interface.
+type neighbour struct {
+	ip   netip.Addr
+	link int
+}
+
+// readNetwork returns what could be read, and why the rest could not.
+func readNetwork() (*network, error) {
+	n := &network{links: map[int]netlink.Link{}, neighbours: map[neighbour]int{}}
 
 	links, err := whole(netlink.LinkList)
 	for _, l := range links {
@@ -40,16 +46,13 @@ func readNetwork() *network {
 	}
 
 	neighbours, neighboursErr := whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(0, netlink.FAMILY_ALL) })
-	for _, neighbour := range neighbours {
-		n.neighbours[neighbourKey(neighbour.IP, neighbour.LinkIndex)] = neighbour.State
+	for _, neigh := range neighbours {
+		ip, _ := netip.AddrFromSlice(neigh.IP)
+		n.neighbours[neighbour{ip.Unmap(), neigh.LinkIndex}] = neigh.State
 	}
 
-	n.err = errors.Join(err, neighboursErr)
-
-	return n
+	return n, errors.Join(err, neighboursErr)
 }
-
-func neighbourKey(ip net.IP, link int) string { return fmt.Sprintf("%s %d", ip, link) }
 
 // wayTo looks up the way to a pod.
 func (n *network) wayTo(pod netip.Addr) way {
@@ -70,7 +73,7 @@ func (n *network) wayTo(pod netip.Addr) way {
 		w.obstacle = fmt.Sprintf("interface %s, which leads to %s, is down", w.device, pod)
 	case state == netlink.OperLowerLayerDown || state == netlink.OperDown:
 		w.obstacle = fmt.Sprintf("interface %s, which leads to %s, has no carrier: the pod's link is down", w.device, pod)
-	case n.neighbours[neighbourKey(pod.AsSlice(), routes[0].LinkIndex)]&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0:
+	case n.neighbours[neighbour{pod, routes[0].LinkIndex}]&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0:
 		w.obstacle = n.nobodyAt(link, pod)
 	}
 
@@ -196,12 +199,4 @@ func ruleText(family, table, chain string, handle uint64) string {
 	}
 
 	return ""
-}
-
-func legacySave(f row.Family) string {
-	if f == row.IPv6 {
-		return "ip6tables-legacy-save"
-	}
-
-	return "iptables-legacy-save"
 }
