@@ -143,7 +143,8 @@ func (m *hostportManager) publish() {
 		return
 	}
 
-	m.status.Store(&now)
+	changed := now // of its own, or each operation would allocate
+	m.status.Store(&changed)
 
 	if now.Health != before.Health {
 		m.observe(Event{Kind: EventHealth, Health: now.Health})
