@@ -100,7 +100,7 @@ func (o *systemOpener) find(ctx context.Context, kind Backend, f IPFamily) (back
 	return b, "", err
 }
 
-// list lists the rows of a family in all discover.
+// list lists the rows of a family in all backends.
 func (o *systemOpener) list(ctx context.Context, f IPFamily) ([]Mapping, error) {
 	if err := discover.HaveNetAdmin(); err != nil {
 		return nil, err

@@ -19,22 +19,22 @@ import (
 	"github.com/cri-o/hostport/internal/row"
 )
 
-// misfit is something by one of our names that is not as we would make it.
-type misfit struct {
+// nameTaken is something by one of our names that is not as we would make it.
+type nameTaken struct {
 	script string // for nft(8)
 	says   string // Check
 	silent bool   // the host port goes on working
 }
 
-// misfits are those of one family, where a row leads from TCP port 8080 to pod.
-func misfits(f IPFamily, pod netip.Addr) map[string]misfit {
+// namesTaken are those of one family, where a row leads from TCP port 8080 to pod.
+func namesTaken(f IPFamily, pod netip.Addr) map[string]nameTaken {
 	chain := func(name, is string) string {
 		return fmt.Sprintf("flush chain FAM TABLE %[1]s; delete chain FAM TABLE %[1]s; add chain FAM TABLE %[1]s { %[2]s }", name, is)
 	}
 	anew := func(objects string) string { return "delete table FAM TABLE; add table FAM TABLE; " + objects }
 	element := fmt.Sprintf("; add element FAM TABLE hostports { tcp . 8080 comment %q : %s . 80 }", row.ShortHash("id"), pod)
 
-	all := map[string]misfit{
+	all := map[string]nameTaken{
 		"table dormant": {script: "add table FAM TABLE { flags dormant; }", says: "TABLE is dormant"},
 
 		"chain elsewhere":   {script: chain("nat-prerouting", "type nat hook input priority -99;"), says: "chain nat-prerouting has another type, hook or priority"},
@@ -87,13 +87,13 @@ func TestNamesTaken(t *testing.T) {
 			n.serve(i, "tcp", f, 80)
 		}
 
-		for name, misfit := range misfits(f, n.Pods[0].IP(f == IPv6)) {
-			t.Run(name, func(t *testing.T) { n.within(t).testMisfit(f, misfit) })
+		for name, taken := range namesTaken(f, n.Pods[0].IP(f == IPv6)) {
+			t.Run(name, func(t *testing.T) { n.within(t).testNameTaken(f, taken) })
 		}
 	})
 }
 
-func (n *node) testMisfit(f IPFamily, misfit misfit) {
+func (n *node) testNameTaken(f IPFamily, taken nameTaken) {
 	pod := n.pod(0, f, &PortMapping{HostPort: 8080, ContainerPort: 80})
 	pods := map[string][]*PodPortMapping{"id": {pod}}
 	at := func(port uint16) netip.AddrPort { return netip.AddrPortFrom(n.nodeIP(f), port) }
@@ -112,23 +112,23 @@ func (n *node) testMisfit(f IPFamily, misfit misfit) {
 
 	require.NoError(n.t, n.add(m, "id", pod))
 	right()
-	n.command("nft", misfit.script)
-	require.ErrorContains(n.t, check(), misfit.says)
+	n.command("nft", taken.script)
+	require.ErrorContains(n.t, check(), taken.says)
 
 	ctx, cancel := context.WithTimeout(n.t.Context(), patience/30)
 	defer cancel()
 
 	_, err := n.Client.Ask(ctx, "tcp", at(8080))
-	assert.Equal(n.t, misfit.silent, err == nil, err)
+	assert.Equal(n.t, taken.silent, err == nil, err)
 
 	require.NoError(n.t, n.sync(m, pods))
 	right()
 
-	n.command("nft", misfit.script)
+	n.command("nft", taken.script)
 	require.NoError(n.t, n.add(m, "id", pod))
 	n.answers(n.Client, "tcp", at(8080), "web")
 
-	n.command("nft", misfit.script)
+	n.command("nft", taken.script)
 	require.NoError(n.t, n.add(m, "other", n.pod(1, f, &PortMapping{HostPort: 9090, ContainerPort: 80})))
 	n.answers(n.Client, "tcp", at(8080), "web")
 	n.answers(n.Client, "tcp", at(9090), "other")
@@ -136,7 +136,7 @@ func (n *node) testMisfit(f IPFamily, misfit misfit) {
 
 	for _, backend := range []Backend{BackendAuto, BackendNFTables} {
 		require.NoError(n.t, m.Close())
-		n.command("nft", misfit.script)
+		n.command("nft", taken.script)
 
 		m = n.manager(WithBackend(backend))
 		if len(m.Mappings()) == 0 { // what is there cannot hold a row
@@ -151,7 +151,7 @@ func (n *node) testMisfit(f IPFamily, misfit misfit) {
 	}
 
 	n.run(m)
-	n.command("nft", misfit.script)
+	n.command("nft", taken.script)
 	n.soon(func() bool { return check() == nil })
 	n.answers(n.Client, "tcp", at(8080), "web")
 }
@@ -165,9 +165,9 @@ func TestMadeAsWanted(t *testing.T) {
 		there, err := b.Observe(t.Context())
 		require.NoError(t, err)
 
-		misfits, recreate, err := b.Differences(there)
+		differences, recreate, err := b.Differences(there)
 		require.NoError(t, err)
-		assert.Empty(t, misfits)
+		assert.Empty(t, differences)
 		assert.False(t, recreate)
 	})
 }

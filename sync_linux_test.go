@@ -201,10 +201,10 @@ func (n *node) nftDeviations(f IPFamily, rows []*row.Row) []string {
 	observed, err := b.Observe(n.t.Context())
 	require.NoError(n.t, err)
 
-	misfits, _, err := b.Differences(observed)
+	differences, _, err := b.Differences(observed)
 	require.NoError(n.t, err)
 
-	list = append(list, misfits...)
+	list = append(list, differences...)
 
 	if int(observed.Table.Use) > len(b.Sets())+len(b.Chains()) {
 		list = append(list, "left over chains or sets")

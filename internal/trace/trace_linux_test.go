@@ -455,7 +455,7 @@ func TestStartNextBegins(t *testing.T) {
 	}
 }
 
-// What has come by the end of the context is told after it, too.
+// Steps that came before the context ended are returned after it.
 func TestContextEnded(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(b *bed) {
@@ -471,7 +471,7 @@ func TestContextEnded(t *testing.T) {
 	})
 }
 
-// Whoever comes too late to hear it all is told so.
+// Where traces are lost, Steps fails with ENOBUFS.
 func TestLost(t *testing.T) {
 	t.Parallel()
 	eachFamily(t, func(b *bed) {
