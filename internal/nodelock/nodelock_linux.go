@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -76,7 +76,9 @@ func (l *Lock) Take(ctx context.Context) error {
 		select {
 		case <-time.After(pollInterval):
 		case <-ctx.Done():
-			return &HeldError{Group: l.group, Inode: Holder(l.group), Err: ctx.Err()}
+			inode, _ := Holder(l.group)
+
+			return &HeldError{Group: l.group, Inode: inode, Err: ctx.Err()}
 		}
 	}
 }
@@ -136,40 +138,50 @@ func (l *Lock) Close() error {
 	return l.conn.Close()
 }
 
-// Holder returns the inode of the socket that has a group, 0 if none has it, or /proc does not
-// show it.
-func Holder(g Group) uint32 {
+// Holder returns the inode of the socket that has a group, 0 if none has it. The error is that of
+// reading /proc, which shows the groups to root alone.
+func Holder(g Group) (uint32, error) {
 	var (
 		portID string
 		inode  uint64
 	)
 
 	// group, port id, and more (seq_show in net/netfilter/nfnetlink_log.c)
-	for f := range lines("netfilter/nfnetlink_log") {
+	groups, err := lines("netfilter/nfnetlink_log")
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil // without the module nobody has one
+	}
+
+	for _, f := range groups {
 		if f[0] == strconv.Itoa(int(g)) {
 			portID = f[1]
 		}
 	}
 
+	if err != nil || portID == "" {
+		return 0, err
+	}
+
 	// address, protocol, port id, and more, inode (netlink_native_seq_show in net/netlink/af_netlink.c)
-	for f := range lines("netlink") {
+	sockets, err := lines("netlink")
+	for _, f := range sockets {
 		if f[1] == strconv.Itoa(unix.NETLINK_NETFILTER) && f[2] == portID {
 			inode, _ = strconv.ParseUint(f[len(f)-1], 10, 32)
 		}
 	}
 
-	return uint32(inode)
+	return uint32(inode), err
 }
 
-// lines yields the fields of each line of a file about the thread's network namespace.
-func lines(file string) iter.Seq[[]string] {
-	return func(yield func([]string) bool) {
-		data, _ := os.ReadFile("/proc/thread-self/net/" + file)
+// lines are the fields of each line of a file about the thread's network namespace.
+func lines(file string) (all [][]string, err error) {
+	data, err := os.ReadFile("/proc/thread-self/net/" + file)
 
-		for line := range strings.Lines(string(data)) {
-			if f := strings.Fields(line); len(f) > 2 && !yield(f) {
-				return
-			}
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Fields(line); len(f) > 2 {
+			all = append(all, f)
 		}
 	}
+
+	return all, err //nolint:wrapcheck // names the file
 }

@@ -84,8 +84,7 @@ func newDevice() (*os.File, string, error) {
 	return os.NewFile(uintptr(fd), path), request.Name(), nil
 }
 
-// connect raises the device, and makes it lead to an address, which it returns. The device gets
-// none: that would be one of the node's.
+// connect raises the device, and makes it lead to an address, which it returns.
 func connect(device string, f row.Family) (netip.Addr, error) {
 	routing, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -102,8 +101,15 @@ func connect(device string, f row.Family) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("raise it: %w", err)
 	}
 
+	// It may be off on new devices. Where this cannot be written, a probe shows what that does.
+	_ = os.WriteFile("/proc/sys/net/ipv4/conf/"+device+"/forwarding", []byte("1"), 0)
+
 	addr, err := pick(routing, f)
 	if err != nil {
+		return netip.Addr{}, err
+	}
+
+	if err := addAddress(routing, link, f); err != nil {
 		return netip.Addr{}, err
 	}
 
@@ -130,6 +136,30 @@ func connect(device string, f row.Family) (netip.Addr, error) {
 	default:
 		return addr, nil
 	}
+}
+
+// addAddress gives the device one of IPv4, as any way into a node has: a rule that redirects drops what
+// comes in by a device without (nf_nat_redirect_ipv4, net/netfilter/nf_nat_redirect.c). With IPv6
+// the device has a link-local one.
+func addAddress(routing *netlink.Handle, link netlink.Link, f row.Family) error {
+	if f == row.IPv6 {
+		return nil
+	}
+
+	addr, err := pick(routing, f)
+	if err != nil {
+		return err
+	}
+
+	err = routing.AddrAdd(link, &netlink.Addr{
+		IPNet: &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())},
+		Scope: unix.RT_SCOPE_LINK, // it is no source for what goes elsewhere
+	})
+	if err != nil {
+		return fmt.Errorf("add the address %s: %w", addr, err)
+	}
+
+	return nil
 }
 
 // pick returns an address that the node has no use for. Firewalls take packets from the networks

@@ -94,6 +94,8 @@ type Socket struct {
 
 	// Inode is what /proc has for it, see Processes.
 	Inode uint32
+	// Listening tells a TCP socket that serves the port from one that is only bound.
+	Listening bool
 }
 
 // List returns the sockets of a family and protocol that are bound to ports. A TCP socket that does
@@ -183,7 +185,7 @@ func parse(data []byte, k row.PortKey, f row.Family) (Socket, bool) {
 		return Socket{}, false
 	}
 
-	s := Socket{Endpoint: row.Endpoint{PortKey: row.PortKey{Proto: k.Proto, Port: port}}, Inode: m.INode}
+	s := Socket{Endpoint: row.Endpoint{PortKey: row.PortKey{Proto: k.Proto, Port: port}}, Inode: m.INode, Listening: m.State == tcpListen}
 	if !src.IsUnspecified() {
 		s.IP = src
 	}

@@ -1,9 +1,12 @@
 package tool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/cri-o/hostport/internal/localhost"
@@ -59,7 +62,7 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 	}
 
 	if len(with) > 0 {
-		problems = append(problems, blocked(f)...)
+		problems = append(problems, n.blocked(f)...)
 	}
 
 	if len(with) > 1 {
@@ -69,6 +72,11 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 
 	if len(with) > 0 {
 		problems = append(problems, n.problemsOfRows(ctx, f)...)
+	}
+
+	for _, e := range n.wiped(f) {
+		problems = append(problems,
+			fmt.Sprintf("%s: %s, the manager, holds the port for a pod, and the kernel has no rule", e, n.manager[f]))
 	}
 
 	for i, p := range problems {
@@ -94,13 +102,28 @@ func (n *node) problemsOfRows(ctx context.Context, f row.Family) (problems []str
 		problems = append(problems, fmt.Sprintf("cannot look at all interfaces and neighbours: %v", err))
 	}
 
+	interfaces := map[string]bool{} // those that lead to pods, and whether 127.0.0.1 is to reach these
+
 	for _, r := range n.rows() {
 		if r.in.family != f {
 			continue
 		}
 
-		for _, p := range n.problemsOf(r, network, claims) {
+		w := network.wayTo(r.Pod.Addr())
+		if w.device != "" {
+			interfaces[w.device] = interfaces[w.device] || r.in.loopback && r.ForLoopback()
+		}
+
+		for _, p := range append(n.problemsOf(r, w, claims), network.lacks(r)...) {
 			problems = append(problems, fmt.Sprintf("%s of %s: %s", r, pod(r.Row), p))
+		}
+	}
+
+	problems = append(problems, n.notForwarding(f, append(slices.Sorted(maps.Keys(interfaces)), network.uplinks[f])...)...)
+
+	for device, loopback := range interfaces {
+		if text := n.notOpened(device); loopback && text != "" {
+			problems = append(problems, text)
 		}
 	}
 
@@ -108,18 +131,17 @@ func (n *node) problemsOfRows(ctx context.Context, f row.Family) (problems []str
 }
 
 // problemsOf are those of one row.
-func (n *node) problemsOf(r found, network *network, claims []claim) (problems []string) {
-	by := n.holders(r.Endpoint, r.Family())
-	if shows(r.Proto) && n.lacks(r, by) {
-		problems = append(problems, "the port is not held: "+holder(r.Proto, by)+" has it")
+func (n *node) problemsOf(r found, w way, claims []claim) (problems []string) {
+	if n.lacks(r) {
+		problems = append(problems, "the port is not held: "+holder(r.Proto, n.holders(r.Endpoint, r.Family()))+" has it")
 	}
 
-	if w := network.wayTo(r.Pod.Addr()); w.obstacle != "" {
-		problems = append(problems, w.obstacle)
+	if text := cmp.Or(w.obstacle, w.unknown); text != "" {
+		problems = append(problems, text)
 	}
 
 	for _, c := range claims {
-		if c.covers(r.PortKey) {
+		if c.covers(r.Endpoint) {
 			problems = append(problems, "another port mapper has the port: "+c.String())
 		}
 	}
@@ -128,16 +150,39 @@ func (n *node) problemsOf(r found, network *network, claims []claim) (problems [
 }
 
 // blocked says what keeps the host ports of a family as a whole from work, by its sysctls.
-func blocked(f row.Family) (obstacles []string) {
+func (n *node) blocked(f row.Family) (obstacles []string) {
 	const noIPv6 = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
 
-	if set, err := localhost.IsSet(noIPv6); f == row.IPv6 && set && err == nil {
+	if f == row.IPv6 && n.isSet(f, noIPv6, false) {
 		obstacles = append(obstacles, "IPv6 is off: "+noIPv6+" is 1")
 	}
 
-	if set, err := localhost.IsSet(localhost.Forwarding(f)); !set && err == nil {
+	if !n.isSet(f, localhost.Forwarding(f), true) {
 		obstacles = append(obstacles, "the node does not forward, so that nobody else reaches its pods: "+localhost.Forwarding(f)+" is 0")
 	}
 
 	return obstacles
+}
+
+// notForwarding says which of some interfaces take in no packet that is to be forwarded. IPv6 asks
+// for all alone (ip6_forward, net/ipv6/ip6_output.c).
+func (n *node) notForwarding(f row.Family, devices ...string) (obstacles []string) {
+	for _, device := range devices {
+		sysctl := "/proc/sys/net/ipv4/conf/" + device + "/forwarding"
+		if f == row.IPv4 && !n.isSet(f, sysctl, true) {
+			obstacles = append(obstacles, fmt.Sprintf("the node does not forward what comes in by %s: %s is 0", device, sysctl))
+		}
+	}
+
+	return obstacles
+}
+
+// notOpened says that the interface to a pod does not let 127.0.0.0/8 through, "" if it does.
+func (n *node) notOpened(device string) string {
+	sysctl := "/proc/sys/net/ipv4/conf/" + device + "/route_localnet"
+	if device == row.LoopbackDevice || n.isSet(row.IPv4, sysctl, true) {
+		return ""
+	}
+
+	return fmt.Sprintf("from the node, 127.0.0.1 does not reach the pod: %s is 0", sysctl)
 }

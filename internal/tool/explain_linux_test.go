@@ -18,10 +18,12 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -98,21 +100,54 @@ func (b *bed) run(name string, args ...string) string {
 		err error
 	)
 
-	b.do(func() { out, err = exec.CommandContext(b.t.Context(), name, args...).CombinedOutput() })
+	b.do(func() {
+		out, err = exec.CommandContext(b.t.Context(), name, args...).CombinedOutput() //nolint:gosec // what the test says
+	})
 	require.NoError(b.t, err, "%s %v: %s", name, args, out)
 
 	return string(out)
 }
 
+// route adds a route over eth0, if it is not one to nowhere.
+func (b *bed) route(v6 bool, r netlink.Route) {
+	b.t.Helper()
+	b.do(func() {
+		link, err := netlink.LinkByName("eth0")
+		require.NoError(b.t, err)
+
+		r.Family = familyOf(map[bool]row.Family{false: row.IPv4, true: row.IPv6}[v6])
+		if r.Type == 0 {
+			r.LinkIndex = link.Attrs().Index
+		}
+
+		if r.Dst == nil {
+			r.Dst = &net.IPNet{IP: make(net.IP, b.NodeIP(v6).BitLen()/8), Mask: make(net.IPMask, b.NodeIP(v6).BitLen()/8)}
+		}
+
+		require.NoError(b.t, netlink.RouteAdd(&r))
+	})
+}
+
+// only is the network of one address.
+func only(ip netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(ip.BitLen(), ip.BitLen())}
+}
+
 // add maps host port 8080 to port 80 of a pod, or to another one.
 func (b *bed) add(pod int, v6 bool, protocol v1.Protocol, containerPort int32) {
+	b.t.Helper()
+	b.addAt("", pod, v6, protocol, containerPort)
+}
+
+// addAt is add for one address of the node.
+func (b *bed) addAt(hostIP string, pod int, v6 bool, protocol v1.Protocol, containerPort int32) {
 	b.t.Helper()
 
 	p := b.Pods[pod]
 	b.do(func() {
 		require.NoError(b.t, b.m.Add(p.Name, &hostport.PodPortMapping{
 			Namespace: "ns", Name: p.Name, IP: p.IP(v6).AsSlice(),
-			PortMappings: []*hostport.PortMapping{{HostPort: 8080, ContainerPort: containerPort, Protocol: protocol}},
+			PortMappings: []*hostport.PortMapping{{HostPort: 8080, ContainerPort: containerPort, Protocol: protocol, HostIP: hostIP}},
 		}, ""))
 	})
 }
@@ -272,6 +307,88 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 		}, want: "something else has the port: packets go to ",
 	},
 	{
+		name: "DNAT of another mapper, nftables", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.run("nft", "add table inet mapper; add chain inet mapper p { type nat hook prerouting priority -150; }; "+
+				"add rule inet mapper p tcp dport 8080 redirect to :9090")
+		}, want: ", by table inet mapper, chain p, rule 2: tcp dport 8080 redirect to :9090",
+	},
+	{
+		name: "a redirection that the node drops", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.run("nft", "add table inet mapper; add chain inet mapper p { type nat hook prerouting priority -150; }; "+
+				"add rule inet mapper p tcp dport 8080 redirect to :9090; "+
+				"add chain inet mapper i { type filter hook input priority 0; policy drop; }")
+		}, want: "something else has the port: packets go to ",
+	},
+	{
+		name: "not tracked, nftables", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.run("nft", "add table inet firewall; add chain inet firewall p { type filter hook prerouting priority -300; }; "+
+				"add rule inet firewall p tcp dport 8080 notrack")
+		}, want: "stays with the node: it is not tracked (notrack), or a rule accepts it before ours, by table inet firewall, chain p, rule 2",
+	},
+	{
+		name: "drop before tracking by iptables-legacy", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.run(program(v6)+"-legacy", "-t", "raw", "-A", "PREROUTING", "-p", "tcp", "--dport", "8080", "-j", "DROP")
+		}, want: "the packet ended in the prerouting hook, and no rule of nf_tables has dropped it: look at ip",
+	},
+	{
+		name: "answers dropped by iptables-legacy", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.run(program(v6)+"-legacy", "-A", "FORWARD", "-p", "tcp", "--sport", "80", "-j", "DROP")
+		}, want: "the pod's answer ended in the forward hook, and no rule of nf_tables has dropped it: look at ip",
+	},
+	{
+		name: "no route to the pod", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.route(v6, netlink.Route{Type: unix.RTN_BLACKHOLE, Dst: only(b.Pods[0].IP(v6))})
+		}, want: "leads nowhere",
+	},
+	{
+		name: "no route to the pod but the default one", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.do(func() { require.NoError(b.t, b.Host.RemoveDevice("cni0")) })
+			b.route(v6, netlink.Route{Dst: nil})
+		}, want: "but the default one, over eth0: the pod is gone, or its network is",
+	},
+	{
+		name: "an interface does not forward", how: func(b *bed, _ bool) {
+			b.add(0, false, "TCP", 80)
+			b.route(false, netlink.Route{Dst: nil})
+			require.NoError(b.t, b.Host.Sysctl("net/ipv4/conf/eth0/forwarding", "0"))
+		}, want: "the node does not forward what comes in by eth0",
+	},
+	{
+		name: "new interfaces do not forward", how: func(b *bed, _ bool) {
+			b.add(0, false, "TCP", 80)
+			require.NoError(b.t, b.Host.Sysctl("net/ipv4/conf/default/forwarding", "0"))
+		}, want: "answers",
+	},
+	{
+		name: "the node lacks the host IP", how: func(b *bed, v6 bool) {
+			b.addAt(map[bool]string{false: "192.0.2.77", true: "2001:db8:1::77"}[v6], 0, v6, "TCP", 80)
+		}, want: "the node does not have the address ",
+	},
+	{
+		name: "link of the pod down, a moment ago", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+
+			_, err := b.Client.Ask(b.t.Context(), "tcp", netip.AddrPortFrom(b.NodeIP(v6), 8080))
+			require.NoError(b.t, err)
+			require.NoError(b.t, b.Pods[0].Do(func() error {
+				return netlink.LinkSetDown(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}})
+			}))
+		}, want: "the pod's link is down (no carrier: veth1)",
+	},
+	{
+		name: "the manager's process serves the port", port: "9537", how: func(b *bed, v6 bool) {
+			_, err := b.Host.Serve("tcp", netip.AddrPortFrom(b.NodeIP(v6), 9537))
+			require.NoError(b.t, err)
+		}, want: "has the port, so that no pod can get it",
+	},
+	{
 		name: "IPv6 off", v6: true, how: func(b *bed, _ bool) {
 			b.add(0, true, "TCP", 80)
 			require.NoError(b.t, b.Host.Sysctl("net/ipv6/conf/all/disable_ipv6", "1"))
@@ -310,8 +427,7 @@ func (b *bed) flush() {
 	}
 
 	for _, v6 := range []bool{false, true} {
-		b.run(program(v6)+"-legacy", "-t", "nat", "-F")
-		b.run(program(v6)+"-legacy", "-t", "nat", "-X")
+		b.run("sh", "-c", "printf '*nat\nCOMMIT\n' | "+program(v6)+"-legacy-restore")
 	}
 }
 

@@ -1,6 +1,7 @@
 package tool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,18 +13,21 @@ import (
 
 // hostPort is a row as the output has it.
 type hostPort struct {
-	Protocol string   `json:"protocol"`
-	Host     string   `json:"host"`
-	Pod      string   `json:"pod"`
-	Owner    string   `json:"owner"`
-	Backend  string   `json:"backend"`
-	HeldBy   []string `json:"heldBy"`
+	Protocol string `json:"protocol"`
+	Host     string `json:"host"`
+	Pod      string `json:"pod"`
+	// Owner is what iptables' comment says of the pod, "" with nftables.
+	Owner string `json:"owner"`
+	// Hash is with nftables that of the pod's sandbox id, in the log podIDHash, with iptables the row's.
+	Hash    string   `json:"hash"`
+	Backend string   `json:"backend"`
+	HeldBy  []string `json:"heldBy"`
 }
 
 func describe(n *node, r found) hostPort {
 	return hostPort{
 		Protocol: r.Proto.API(), Host: netip.AddrPortFrom(r.HostIP(r.Family()), r.Port).String(), Pod: r.Pod.String(),
-		Owner: pod(r.Row), Backend: r.in.name, HeldBy: append([]string{}, n.holders(r.Endpoint, r.Family())...),
+		Owner: r.Label, Hash: r.OwnerMark(), Backend: r.in.name, HeldBy: append([]string{}, n.holders(r.Endpoint, r.Family())...),
 	}
 }
 
@@ -50,12 +54,14 @@ func list(ctx context.Context, out output) error {
 		return err
 	}
 
-	ports, lines := []hostPort{}, []string{"PROTOCOL\tHOST\tPOD\tOWNER\tBACKEND\tHELD BY"}
+	ports, lines := []hostPort{}, []string{"PROTOCOL\tHOST\tPOD\tOWNER\tHASH\tBACKEND\tHELD BY"}
 
 	for _, r := range n.rows() {
 		p := describe(n, r)
 		ports = append(ports, p)
-		lines = append(lines, strings.Join([]string{p.Protocol, p.Host, p.Pod, p.Owner, p.Backend, holder(r.Proto, p.HeldBy)}, "\t"))
+		lines = append(lines, strings.Join([]string{
+			p.Protocol, p.Host, p.Pod, cmp.Or(p.Owner, "-"), p.Hash, p.Backend, holder(r.Proto, p.HeldBy),
+		}, "\t"))
 	}
 
 	return errors.Join(out.print(ports, lines), n.unseenError())

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -64,7 +66,6 @@ func look(ctx context.Context) (*node, error) {
 		}
 
 		n.unseen[f] = errors.Join(n.lookAt(ctx, f)...)
-		n.manager[f] = n.managerOf(f)
 	}
 
 	return n, nil
@@ -97,7 +98,9 @@ func (n *node) lookAt(ctx context.Context, f row.Family) (errs []error) {
 		}
 	}
 
-	return errs
+	n.manager[f], err = n.managerOf(f)
+
+	return append(errs, err)
 }
 
 // carriersIn are those of a family. What rows take depends on whether they are to be reached through
@@ -158,16 +161,20 @@ func exempt(ctx context.Context, b *nftables.Backend, f row.Family) error {
 	return nil
 }
 
-// managerOf names the process that has the host ports of a family.
-func (n *node) managerOf(f row.Family) string {
+// managerOf names the process that has the host ports of a family, "" if none has.
+func (n *node) managerOf(f row.Family) (string, error) {
 	group := map[row.Family]nodelock.Group{row.IPv4: nodelock.IPv4, row.IPv6: nodelock.IPv6}[f]
 
-	inode := nodelock.Holder(group)
-	if inode == 0 {
-		return ""
-	}
+	inode, err := nodelock.Holder(group)
 
-	return n.process(inode)
+	switch {
+	case err != nil:
+		return unseen, fmt.Errorf("look whether a manager runs: %w", err)
+	case inode == 0:
+		return "", nil
+	default:
+		return n.process(inode), nil
+	}
 }
 
 // unseen stands for processes of which /proc does not show the files: to others than root, or from another PID namespace.
@@ -220,12 +227,64 @@ func (n *node) holders(e row.Endpoint, f row.Family) (all []string) {
 	return slices.Compact(all)
 }
 
-// lacks reports whether a manager runs that is not among those who have the port of a row, as far
-// as that is seen.
-func (n *node) lacks(r found, by []string) bool {
+// holds reports whether a process holds the port of an endpoint: it is bound to that, and does not
+// serve it. A manager's process may serve ports as well.
+func (n *node) holds(process string, e row.Endpoint, f row.Family) bool {
+	return slices.ContainsFunc(n.sockets[f][e.PortKey], func(s sockets.Socket) bool {
+		return !s.Listening && s.Overlaps(e) && n.process(s.Inode) == process
+	})
+}
+
+// lacks reports whether a manager runs that does not hold the port of a row, as far as that is seen.
+func (n *node) lacks(r found) bool {
 	manager := n.manager[r.Family()]
 
-	return manager != "" && !slices.Contains(by, manager) && !slices.Contains(by, unseen)
+	return manager != "" && manager != unseen && shows(r.Proto) &&
+		!n.holds(manager, r.Endpoint, r.Family()) && !n.holds(unseen, r.Endpoint, r.Family())
+}
+
+// wiped are the ports that the manager of a family holds and that have no row.
+func (n *node) wiped(f row.Family) (all []string) {
+	rows := map[row.PortKey][]*row.Row{}
+
+	for _, r := range n.rows() {
+		if r.Family() == f {
+			rows[r.PortKey] = append(rows[r.PortKey], r.Row)
+		}
+	}
+
+	for key, bound := range n.sockets[f] {
+		for _, s := range bound {
+			e := s.Endpoint
+			text := fmt.Sprintf("%s %s", e.Proto.API(), netip.AddrPortFrom(e.HostIP(f), e.Port))
+			mapped := slices.ContainsFunc(rows[key], func(r *row.Row) bool { return r.Overlaps(e) })
+
+			if !mapped && n.manager[f] != unseen && n.holds(n.manager[f], e, f) && !slices.Contains(all, text) {
+				all = append(all, text)
+			}
+		}
+	}
+
+	slices.Sort(all)
+
+	return all
+}
+
+// isSet reports whether a sysctl of a family is not 0. What is not there is as fallback says; what
+// cannot be read is so, too, and unseen.
+func (n *node) isSet(f row.Family, path string, fallback bool) bool {
+	set, err := localhost.IsSet(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fallback
+	}
+
+	if err != nil {
+		n.unseen[f] = errors.Join(n.unseen[f], err)
+
+		return fallback
+	}
+
+	return set
 }
 
 // shows reports whether the kernel shows the sockets that hold ports of a protocol.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,16 +19,24 @@ type claim struct {
 	variant iptables.Variant
 	proto   string // "" is any
 	ports   [][2]int
+	to      netip.Prefix // the zero Prefix is any
 	rule    string
 }
 
 func (c claim) String() string { return fmt.Sprintf("iptables-%s -t nat %s", c.variant, c.rule) }
 
-// covers reports whether it is for a port.
-func (c claim) covers(k row.PortKey) bool {
-	return (c.proto == "" || c.proto == string(k.Proto)) && slices.ContainsFunc(c.ports, func(ports [2]int) bool {
-		return ports[0] <= int(k.Port) && int(k.Port) <= ports[1]
-	})
+// covers reports whether it takes packets for an endpoint of the node's.
+func (c claim) covers(e row.Endpoint) bool {
+	switch {
+	case c.proto != "" && c.proto != string(e.Proto):
+		return false
+	case !slices.ContainsFunc(c.ports, func(ports [2]int) bool { return ports[0] <= int(e.Port) && int(e.Port) <= ports[1] }):
+		return false
+	case c.to.IsValid() && e.IP.IsValid():
+		return c.to.Contains(e.IP)
+	default:
+		return !c.to.IsSingleIP() || isLocal(c.to.Addr()) // else it is that of a Service
+	}
 }
 
 // othersClaims looks for such rules in both variants of iptables, where they have tables.
@@ -47,22 +56,49 @@ func othersClaims(ctx context.Context, f row.Family) (claims []claim, err error)
 
 		errs = append(errs, err)
 
-		for line := range strings.Lines(string(dump)) {
-			if c, ok := parseClaim(strings.TrimSpace(line)); ok {
-				c.variant = v
-				claims = append(claims, c)
-			}
+		for _, c := range parseClaims(strings.Split(string(dump), "\n")) {
+			c.variant = v
+			claims = append(claims, c)
 		}
 	}
 
 	return claims, errors.Join(errs...)
 }
 
-// parseClaim reads a line of iptables-save(8).
-func parseClaim(line string) (c claim, ok bool) {
+// parseClaims reads lines of iptables-save(8). A rule may translate itself, or send to a chain of
+// which a rule does: kube-proxy's and the CNI port mapper's do.
+func parseClaims(lines []string) (claims []claim) {
+	translating := map[string]bool{"DNAT": true, "REDIRECT": true}
+
+	for found := true; found; {
+		found = false
+
+		for _, line := range lines {
+			if c, chain, target := parseRule(line); c.rule != "" && translating[target] && !translating[chain] && !builtin(chain) {
+				translating[chain], found = true, true
+			}
+		}
+	}
+
+	for _, line := range lines {
+		if c, _, target := parseRule(line); len(c.ports) > 0 && translating[target] {
+			claims = append(claims, c)
+		}
+	}
+
+	return claims
+}
+
+// builtin reports whether a chain of the table nat is one that the kernel calls.
+func builtin(chain string) bool {
+	return slices.Contains([]string{"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"}, chain)
+}
+
+// parseRule reads a line of iptables-save(8), if it appends a rule to a chain that is not ours.
+func parseRule(line string) (c claim, chain, target string) {
 	fields := strings.Fields(line)
 	if len(fields) < 2 || fields[0] != "-A" || iptables.IsOurs(fields[1]) {
-		return claim{}, false
+		return claim{}, "", ""
 	}
 
 	value := func(flags ...string) string {
@@ -75,8 +111,8 @@ func parseClaim(line string) (c claim, ok bool) {
 		return ""
 	}
 
-	target := value("-j")
 	c = claim{proto: value("-p"), rule: line}
+	c.to, _ = netip.ParsePrefix(value("-d"))
 
 	for ports := range strings.SplitSeq(value("--dport", "--dports"), ",") {
 		first, last, ranged := strings.Cut(ports, ":")
@@ -92,5 +128,5 @@ func parseClaim(line string) (c claim, ok bool) {
 		}
 	}
 
-	return c, (target == "DNAT" || target == "REDIRECT") && len(c.ports) > 0
+	return c, fields[1], value("-j", "-g")
 }

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -21,7 +22,15 @@ const (
 	CannotLook
 )
 
-const usage = `usage: hostports list | check | explain PORT[/PROTOCOL] [-wait 10s] | clean   [-o json]
+const usage = `usage: hostports COMMAND [-o json]
+
+  list                           each host port: where it leads, whose it is, who holds it
+  check                          what is not as it should be
+  explain PORT[/tcp|/udp|/sctp]  why a host port does not answer; a packet is sent to it and followed,
+                                 with -wait 10s the next one that comes from outside
+  clean                          take all host ports out, where no manager runs
+
+It exits with 0 where all is well, with 1 where something is not, with 2 where it cannot look.
 `
 
 // errFound says that something is not as it should be, which the output has told.
@@ -42,6 +51,10 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return Bad
 	case errors.Is(err, errUnknown):
 		return CannotLook
+	case errors.Is(err, flag.ErrHelp):
+		_, _ = io.WriteString(stdout, usage)
+
+		return Good
 	case errors.Is(err, errUsage):
 		_, _ = io.WriteString(stderr, usage)
 
@@ -54,47 +67,74 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 func command(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	if len(args) == 0 {
+	r, err := parse(args, stderr)
+	if err != nil {
+		return err
+	}
+
+	out := output{stdout, r.json}
+
+	switch r.command {
+	case "list":
+		return list(ctx, out)
+	case "check":
+		return check(ctx, out)
+	case "explain":
+		return explain(ctx, out, r.port, r.wait)
+	case "clean":
+		return clean(ctx, out)
+	default:
 		return errUsage
 	}
+}
+
+// request is what a command line asks for.
+type request struct {
+	command, port string
+	wait          time.Duration
+	json          bool
+}
+
+func parse(args []string, stderr io.Writer) (r request, err error) {
+	if len(args) == 0 {
+		return r, errUsage
+	}
+
+	if slices.Contains([]string{"-h", "-help", "--help", "help"}, args[0]) {
+		return r, flag.ErrHelp
+	}
+
+	r.command = args[0]
 
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {}
 
 	format := flags.String("o", "text", "text or json")
-	wait := flags.Duration("wait", 0, "explain: how long to wait for the next packet from outside")
+	flags.DurationVar(&r.wait, "wait", 0, "explain: how long to wait for the next packet from outside")
 
 	// Flags may stand before and behind the port.
-	err := flags.Parse(args[1:])
+	err = flags.Parse(args[1:])
 
-	port := flags.Arg(0)
-	if port != "" && err == nil {
+	r.port = flags.Arg(0)
+	if r.port != "" && err == nil {
 		err = flags.Parse(flags.Args()[1:])
 	}
 
-	if err != nil {
-		return errUsage // which flags have told
-	}
+	r.json = *format == "json"
+	explains := r.command == "explain"
 
-	if flags.NArg() > 0 || (port != "") != (args[0] == "explain") || *format != "text" && *format != "json" {
-		return errUsage
-	}
-
-	out := output{stdout, *format == "json"}
-
-	switch args[0] {
-	case "list":
-		return list(ctx, out)
-	case "check":
-		return check(ctx, out)
-	case "explain":
-		return explain(ctx, out, port, *wait)
-	case "clean":
-		return clean(ctx, out)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return r, err //nolint:wrapcheck // an answer
+	case err != nil: // flags have said what is wrong
+	case flags.NArg() > 0, !r.json && *format != "text", (r.port != "") != explains:
+	case r.wait < 0, r.wait > 0 && !explains:
 	default:
-		return errUsage
+		return r, nil
 	}
+
+	return r, errUsage
 }
 
 // output is where answers go, and in which form.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -21,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
+	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -245,6 +247,63 @@ func TestCapabilities(t *testing.T) {
 	}
 }
 
+// Who may not read which process has the host ports does not say that none has.
+func TestPlainUser(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	b.add(0, false, "TCP", 80)
+
+	binary := filepath.Join(t.TempDir(), "hostports")
+	b.run("cp", os.Args[0], binary)
+	b.run("chmod", "-R", "go+rX", filepath.Dir(filepath.Dir(binary)))
+
+	for _, command := range []string{"list", "check", "explain 8080", "explain 8081"} {
+		args := append([]string{
+			"--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps", "-all,+net_admin", "--ambient-caps", "+net_admin", binary,
+		}, strings.Fields(command)...)
+		cmd := exec.CommandContext(t.Context(), "setpriv", args...)
+		cmd.Env = append(os.Environ(), toolVariable+"=1")
+
+		var out []byte
+
+		b.do(func() { out, _ = cmd.CombinedOutput() })
+		t.Logf("%s: %s", command, out)
+		assert.Equal(t, CannotLook, cmd.ProcessState.ExitCode())
+		assert.Contains(t, string(out), "look whether a manager runs: open /proc/thread-self/net/netfilter/nfnetlink_log: permission denied")
+		assert.NotContains(t, string(out), "no manager runs")
+		assert.NotContains(t, string(out), "as they should be")
+		assert.NotContains(t, string(out), "cause: ")
+	}
+}
+
+// The node may send answers to strangers elsewhere than those to its clients.
+func TestRoutingByRules(t *testing.T) {
+	t.Parallel()
+
+	for _, v6 := range []bool{false, true} {
+		b := newBed(t, "nftables")
+		b.add(0, v6, "TCP", 80)
+
+		b.do(func() {
+			link, err := netlink.LinkByName("eth0")
+			require.NoError(t, err)
+
+			const table = 100
+
+			all := &net.IPNet{IP: make(net.IP, b.NodeIP(v6).BitLen()/8), Mask: make(net.IPMask, b.NodeIP(v6).BitLen()/8)}
+			require.NoError(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: all, Table: table}))
+
+			rule := netlink.NewRule()
+			rule.Src, rule.Table, rule.Priority = only(b.Pods[0].IP(v6)), table, table
+			rule.Family = familyOf(map[bool]row.Family{false: row.IPv4, true: row.IPv6}[v6])
+			require.NoError(t, netlink.RuleAdd(rule))
+		})
+
+		b.unknown("the pod answers a probe, and the node sends the answer out over eth0", "8080")
+	}
+}
+
 // Clean takes everything out, unless a manager runs.
 func TestClean(t *testing.T) {
 	t.Parallel()
@@ -277,32 +336,67 @@ func TestClean(t *testing.T) {
 	}
 }
 
+// asking has the client ask again and again, until the test ends.
+func (b *bed) asking(v6 bool) {
+	ctx, cancel := context.WithCancel(b.t.Context())
+	done := make(chan struct{})
+	b.t.Cleanup(func() { cancel(); <-done })
+
+	go func() {
+		defer close(done)
+
+		for ask := time.NewTicker(20 * time.Millisecond); ctx.Err() == nil; <-ask.C {
+			_, _ = b.Client.Ask(ctx, "tcp", netip.AddrPortFrom(b.NodeIP(v6), 8080))
+		}
+	}()
+}
+
 // Explain follows the next packet that really comes.
 func TestWait(t *testing.T) {
 	t.Parallel()
 
 	b := newBed(t, "nftables")
 	b.add(0, false, "TCP", 80)
-	b.unknown("no packet came to the port within 100ms", "8080", "--wait", "100ms")
+	b.unknown("no packet came to prerouting within 100ms", "8080", "--wait", "100ms")
 
-	// Somebody asks again and again.
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	t.Cleanup(func() { cancel(); <-done })
-
-	go func() {
-		defer close(done)
-
-		for ask := time.NewTicker(20 * time.Millisecond); ctx.Err() == nil; <-ask.C {
-			_, _ = b.Client.Ask(ctx, "tcp", netip.AddrPortFrom(b.NodeIP(false), 8080))
-		}
-	}()
-
+	b.asking(false)
 	b.unknown("the packet has left the node for the pod", "-wait", "20s", "8080")
 
 	b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy accept; }; "+
 		"add rule inet firewall forward iifname eth0 tcp dport 80 reject with tcp reset")
 	b.cause("the packet is dropped in the forward hook by table inet firewall, chain forward, rule", "-wait", "20s", "8080/tcp")
+}
+
+// Of several rows the packet is judged by the one that it is for.
+func TestWaitRows(t *testing.T) {
+	t.Parallel()
+
+	for _, v6 := range []bool{false, true} {
+		b := newBed(t, "nftables")
+		b.addAt(b.OtherNodeIP(v6).String(), 1, v6, "TCP", 80)
+		b.addAt(b.NodeIP(v6).String(), 0, v6, "TCP", 80)
+
+		b.asking(v6)
+		b.unknown("the packet has left the node for the pod", "-wait", "20s", "8080")
+	}
+}
+
+// Who ends the wait is not answered that nothing came.
+func TestWaitEnded(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	b.add(0, false, "TCP", 80)
+
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+
+	var stdout, stderr bytes.Buffer
+
+	b.do(func() {
+		assert.Equal(t, CannotLook, Run(ctx, []string{"explain", "8080", "-wait", "1m"}, &stdout, &stderr))
+	})
+	assert.Contains(t, stdout.String(), "no packet has come to the port yet: context ")
 }
 
 // Check names what is not as it should be.
@@ -335,18 +429,87 @@ func TestCheckProblems(t *testing.T) {
 	}
 }
 
+// Check names what explain would.
+func TestCheckRows(t *testing.T) {
+	t.Parallel()
+
+	for _, via := range []string{"nftables", "nft", "legacy"} {
+		t.Run(via, func(t *testing.T) {
+			t.Parallel()
+
+			b := newBed(t, via)
+			problems := func() string {
+				_, out := b.tool("check", "-o", "json")
+
+				return out
+			}
+
+			b.addAt("192.0.2.77", 1, false, "UDP", 80)
+			assert.Contains(t, problems(), "the node does not have the address 192.0.2.77")
+			b.do(func() { require.NoError(t, b.m.Remove("other", nil)) })
+
+			b.add(0, false, "TCP", 80)
+			b.add(1, true, "UDP", 80)
+			assert.JSONEq(t, "[]", problems())
+
+			// Of another address, and of a Service's.
+			b.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-d", "203.0.113.7/32", "-p", "tcp", "--dport", "8080", "-j", "DNAT", "--to", "10.88.0.9")
+			b.run("iptables-legacy", "-t", "nat", "-N", "CALLED")
+			b.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "8080", "-j", "CALLED")
+			assert.JSONEq(t, "[]", problems())
+
+			// A chain that is called for the port, and another that this calls.
+			b.run("iptables-legacy", "-t", "nat", "-N", "CALLED2")
+			b.run("iptables-legacy", "-t", "nat", "-A", "CALLED", "-j", "CALLED2")
+			b.run("iptables-legacy", "-t", "nat", "-A", "CALLED2", "-j", "DNAT", "-p", "tcp", "--to", "10.88.0.9:80")
+			assert.Contains(t, problems(), "another port mapper has the port: iptables-legacy -t nat -A OUTPUT -p tcp -m tcp --dport 8080 -j CALLED")
+			b.run("iptables-legacy", "-t", "nat", "-F", "OUTPUT")
+
+			if via != "legacy" { // which has put a jump of ours there
+				assert.JSONEq(t, "[]", problems())
+			}
+
+			require.NoError(t, b.Host.Sysctl("net/ipv4/conf/cni0/route_localnet", "0"))
+			assert.Contains(t, problems(), "from the node, 127.0.0.1 does not reach the pod: /proc/sys/net/ipv4/conf/cni0/route_localnet is 0")
+
+			require.NoError(t, b.Host.Sysctl("net/ipv4/conf/cni0/forwarding", "0"))
+			assert.Contains(t, problems(), "the node does not forward what comes in by cni0")
+
+			b.flush()
+			assert.Contains(t, problems(), "IPv4: TCP 0.0.0.0:8080: process ")
+			assert.Contains(t, problems(), "IPv6: UDP [::]:8080: process ")
+		})
+	}
+}
+
 // What cannot be understood says how it is called.
 func TestUsage(t *testing.T) {
 	t.Parallel()
 
 	for _, args := range [][]string{
-		nil, {"odd"}, {"explain"}, {"list", "8080"}, {"explain", "8080", "8081"}, {"list", "-o", "yaml"}, {"list", "-odd"}, {"-h"},
+		nil,
+		{"odd"},
+		{"explain"},
+		{"list", "8080"},
+		{"explain", "8080", "8081"},
+		{"list", "-o", "yaml"},
+		{"list", "-odd"},
+		{"list", "-wait", "1s"},
+		{"explain", "8080", "-wait", "-1s"},
 	} {
 		var stdout, stderr bytes.Buffer
 
 		assert.Equal(t, CannotLook, Run(t.Context(), args, &stdout, &stderr), args)
 		assert.Contains(t, stderr.String(), "usage: hostports", args)
 		assert.Empty(t, stdout.String())
+	}
+
+	for _, args := range [][]string{{"-h"}, {"help"}, {"explain", "--help"}} {
+		var stdout, stderr bytes.Buffer
+
+		assert.Equal(t, Good, Run(t.Context(), args, &stdout, &stderr), args)
+		assert.Contains(t, stdout.String(), "usage: hostports", args)
+		assert.Empty(t, stderr.String())
 	}
 
 	for _, port := range []string{"0", "70000", "http", "80/icmp", "/tcp"} {

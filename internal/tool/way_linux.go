@@ -1,6 +1,7 @@
 package tool
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -21,6 +23,8 @@ type way struct {
 	device string
 	// obstacle is what is in the way, as far as the kernel knows; "" if nothing is.
 	obstacle string
+	// unknown is why it is not known, "" if it is.
+	unknown string
 }
 
 // network is what the node knows of machines that it reaches directly. It is read once for many
@@ -28,6 +32,8 @@ type way struct {
 type network struct {
 	links      map[int]netlink.Link
 	neighbours map[neighbour]int // states
+	// uplinks are the interfaces with the default routes, "" where there is none.
+	uplinks map[row.Family]string
 }
 
 // neighbour is an address behind an interface.
@@ -38,7 +44,7 @@ type neighbour struct {
 
 // readNetwork returns what could be read, and why the rest could not.
 func readNetwork() (*network, error) {
-	n := &network{links: map[int]netlink.Link{}, neighbours: map[neighbour]int{}}
+	n := &network{links: map[int]netlink.Link{}, neighbours: map[neighbour]int{}, uplinks: map[row.Family]string{}}
 
 	links, err := whole(netlink.LinkList)
 	for _, l := range links {
@@ -51,24 +57,63 @@ func readNetwork() (*network, error) {
 		n.neighbours[neighbour{ip.Unmap(), neigh.LinkIndex}] = neigh.State
 	}
 
-	return n, errors.Join(err, neighboursErr)
+	errs := []error{err, neighboursErr}
+
+	for _, f := range []row.Family{row.IPv4, row.IPv6} {
+		routes, err := whole(func() ([]netlink.Route, error) { return netlink.RouteList(nil, familyOf(f)) })
+		errs = append(errs, err)
+
+		if i := slices.IndexFunc(routes, isDefault); i >= 0 && n.links[routes[i].LinkIndex] != nil {
+			n.uplinks[f] = n.links[routes[i].LinkIndex].Attrs().Name
+		}
+	}
+
+	return n, errors.Join(errs...)
+}
+
+// familyOf is the kernel's number of a family.
+func familyOf(f row.Family) int {
+	if f == row.IPv6 {
+		return unix.AF_INET6
+	}
+
+	return unix.AF_INET
+}
+
+// isDefault reports whether a route is one to everywhere.
+func isDefault(r netlink.Route) bool { return r.Dst == nil || r.Dst.IP.IsUnspecified() }
+
+// refused reports whether an error of a look-up is what the routes themselves say: none, unreachable,
+// prohibit, blackhole, throw (fib_props in net/ipv4/fib_semantics.c).
+func refused(err error) bool {
+	return slices.ContainsFunc([]error{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN},
+		func(e error) bool { return errors.Is(err, e) })
 }
 
 // wayTo looks up the way to a pod.
 func (n *network) wayTo(pod netip.Addr) way {
-	routes, err := netlink.RouteGet(pod.AsSlice())
-	if err != nil || len(routes) == 0 {
+	routes, err := netlink.RouteGetWithOptions(pod.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+
+	switch {
+	case errors.Is(err, unix.ENETUNREACH):
 		return way{obstacle: fmt.Sprintf("the node has no route to %s: the pod is gone, or its network is", pod)}
+	case refused(err):
+		return way{obstacle: fmt.Sprintf("the node's route to %s leads nowhere (ip route get %s: %v)", pod, pod, err)}
+	case err != nil:
+		return way{unknown: fmt.Sprintf("the route to %s cannot be looked up: %v", pod, err)}
 	}
 
 	link := n.links[routes[0].LinkIndex]
 	if link == nil {
-		return way{obstacle: fmt.Sprintf("the interface to %s is not known", pod)}
+		return way{unknown: fmt.Sprintf("the interface to %s is not known", pod)}
 	}
 
 	w := way{device: link.Attrs().Name}
 
 	switch state := link.Attrs().OperState; {
+	case isDefault(routes[0]):
+		w.obstacle = fmt.Sprintf("the node has no route to %s but the default one, over %s: the pod is gone, or its network is",
+			pod, w.device)
 	case link.Attrs().Flags&net.FlagUp == 0:
 		w.obstacle = fmt.Sprintf("interface %s, which leads to %s, is down", w.device, pod)
 	case state == netlink.OperLowerLayerDown || state == netlink.OperDown:
@@ -98,63 +143,64 @@ func whole[T any](dump func() (T, error)) (list T, err error) {
 func (n *network) nobodyAt(link netlink.Link, ip netip.Addr) string {
 	text := fmt.Sprintf("no machine on %s answers for %s", link.Attrs().Name, ip)
 
+	if dead := n.dead(link.Attrs().Name); dead != "" {
+		return text + dead
+	}
+
+	return text + ": the pod is gone, and its row has leaked; or a rule of the bridge drops what it says"
+}
+
+// dead names the ports of a bridge that have no carrier, "" if all have one.
+func (n *network) dead(bridge string) string {
 	var dead []string
 
 	for _, l := range n.links {
-		if a := l.Attrs(); a.MasterIndex == link.Attrs().Index && a.OperState != netlink.OperUp && a.OperState != netlink.OperUnknown {
+		a := l.Attrs()
+		if master := n.links[a.MasterIndex]; master != nil && master.Attrs().Name == bridge &&
+			a.OperState != netlink.OperUp && a.OperState != netlink.OperUnknown {
 			dead = append(dead, a.Name)
 		}
 	}
 
-	if len(dead) > 0 {
-		slices.Sort(dead)
-
-		return text + ": the pod's link is down (no carrier: " + strings.Join(dead, ", ") + ")"
+	if len(dead) == 0 {
+		return ""
 	}
 
-	return text + ": the pod is gone, and its row has leaked"
+	slices.Sort(dead)
+
+	return ": the pod's link is down (no carrier: " + strings.Join(dead, ", ") + ")"
 }
 
-// isLocal fails if an address is none of the node's.
-func isLocal(ip netip.Addr) error {
+// lacks says that a row is for an address that is none of the node's.
+func (n *network) lacks(r found) []string {
+	if !r.IP.IsValid() || isLocal(r.IP) {
+		return nil
+	}
+
+	return []string{fmt.Sprintf("the node does not have the address %s", r.IP)}
+}
+
+// isLocal reports whether an address is one of the node's, as far as that can be looked up.
+func isLocal(ip netip.Addr) bool {
 	routes, err := netlink.RouteGet(ip.AsSlice())
-	if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_LOCAL {
-		return fmt.Errorf("the node does not have the address %s", ip)
+	if err != nil {
+		return !refused(err)
 	}
 
-	return nil
-}
-
-// uplinkOf is the index of the interface with the default route, 0 if there is none.
-func uplinkOf(family int) int {
-	routes, _ := whole(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
-	for _, r := range routes {
-		if r.Dst == nil || r.Dst.IP.IsUnspecified() {
-			return r.LinkIndex
-		}
-	}
-
-	return 0
+	return routes[0].Type == unix.RTN_LOCAL
 }
 
 // nodeAddress chooses an address of the node for packets to a row: that of the interface with the
 // default route, else of one that does not lead to the pod, which device does.
-func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
+func (n *network) nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 	if r.IP.IsValid() {
-		return r.IP, isLocal(r.IP)
+		return r.IP, nil
 	}
 
-	family := netlink.FAMILY_V4
-	if r.Family() == row.IPv6 {
-		family = netlink.FAMILY_V6
-	}
-
-	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, familyOf(r.Family())) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("look up the node's addresses: %w", err)
 	}
-
-	uplink := uplinkOf(family)
 
 	var chosen netip.Addr
 
@@ -164,15 +210,15 @@ func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 			continue
 		}
 
-		link, err := netlink.LinkByIndex(a.LinkIndex)
-		if err != nil || link.Attrs().Name == nodeaddr.ServiceDevice {
+		link := n.links[a.LinkIndex]
+		if link == nil || link.Attrs().Name == nodeaddr.ServiceDevice {
 			continue
 		}
 
-		switch {
-		case a.LinkIndex == uplink:
+		switch name := link.Attrs().Name; {
+		case name == n.uplinks[r.Family()]:
 			return ip, nil
-		case !chosen.IsValid() || link.Attrs().Name != device:
+		case !chosen.IsValid() || name != device:
 			chosen = ip
 		}
 	}
@@ -185,9 +231,13 @@ func nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 }
 
 // ruleText is how nft(8) writes a rule, where it is installed, with a colon before.
-func ruleText(family, table, chain string, handle uint64) string {
-	//nolint:noctx // the names are the kernel's, and the answer comes at once
-	out, err := exec.Command("nft", "-a", "list", "chain", family, table, chain).Output()
+func ruleText(ctx context.Context, family, table, chain string, handle uint64) string {
+	const most = 5 * time.Second
+
+	ctx, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+
+	out, err := exec.CommandContext(ctx, "nft", "-a", "list", "chain", family, table, chain).Output()
 	if err != nil {
 		return ""
 	}

@@ -82,20 +82,19 @@ type rule struct {
 // hook, as the answer to a masqueraded packet does, is followed from the end of that hook. The
 // error is errors.ErrUnsupported before Linux 5.12.
 func Start(ctx context.Context, peer netip.Addr) (*Tracer, error) {
-	f := row.FamilyOf(peer)
-	h := headerOf(f)
+	h := headerOf(row.FamilyOf(peer))
 	from := []nfnetlink.Expr{nfnetlink.LoadNetworkHeader(h.saddr, h.size, reg), nfnetlink.Equal(reg, peer.AsSlice())}
 	to := []nfnetlink.Expr{nfnetlink.LoadNetworkHeader(h.daddr, h.size, reg), nfnetlink.Equal(reg, peer.AsSlice())}
 
-	return start(ctx, f,
+	return start(ctx, h.family,
 		rule{"prerouting" + first, from}, rule{"prerouting" + first, to}, rule{"prerouting" + last, from}, rule{"prerouting" + last, to},
 		rule{"output" + first, from}, rule{"output" + first, to}, rule{"output" + last, from}, rule{"output" + last, to})
 }
 
-// StartNext begins to follow the next packet that comes from outside to a port of the node and
-// begins a connection: the SYN of TCP, the INIT of SCTP, any of UDP. No other is followed, which
-// costs a busy node nothing. The error is that of Start.
-func StartNext(ctx context.Context, f row.Family, p row.Protocol, port uint16) (*Tracer, error) {
+// StartNext begins to follow the next packet, of either family, that comes from outside to a port
+// of the node and begins a connection: the SYN of TCP, the INIT of SCTP, any of UDP. No other is
+// followed, which costs a busy node nothing. The error is that of Start.
+func StartNext(ctx context.Context, p row.Protocol, port uint16) (*Tracer, error) {
 	const (
 		dport, portSize = 2, 2
 		flags, syn, ack = 13, 0x02, 0x10 // of struct tcphdr
@@ -119,7 +118,7 @@ func StartNext(ctx context.Context, f row.Family, p row.Protocol, port uint16) (
 
 	match = append(match, nfnetlink.LoadDestinationType(reg), nfnetlink.EqualTo(reg, unix.RTN_LOCAL), nfnetlink.OncePer(week))
 
-	t, err := start(ctx, f, rule{"prerouting" + first, match})
+	t, err := start(ctx, unix.NFPROTO_INET, rule{"prerouting" + first, match})
 	if err == nil {
 		t.awaited = true
 	}
@@ -128,7 +127,7 @@ func StartNext(ctx context.Context, f row.Family, p row.Protocol, port uint16) (
 }
 
 // start listens before there is anything to be heard.
-func start(ctx context.Context, f row.Family, rules ...rule) (_ *Tracer, err error) {
+func start(ctx context.Context, family uint8, rules ...rule) (_ *Tracer, err error) {
 	t := &Tracer{packets: map[uint32]*Step{}}
 
 	defer func() {
@@ -147,7 +146,7 @@ func start(ctx context.Context, f row.Family, rules ...rule) (_ *Tracer, err err
 
 	// By the socket's number two tables differ, of processes in different PID namespaces as well.
 	t.table = nfnetlink.Table{
-		Family: headerOf(f).family, Name: fmt.Sprint("hostports-explain-", t.conn.Port()), Owned: true,
+		Family: family, Name: fmt.Sprint("hostports-explain-", t.conn.Port()), Owned: true,
 		Comment: "goes when hostports explain ends",
 	}
 	msgs := []netlink.Message{t.table.Create()}

@@ -82,14 +82,6 @@ func (b *bed) do(f func()) {
 	}))
 }
 
-func (b *bed) family() row.Family {
-	if b.v6 {
-		return row.IPv6
-	}
-
-	return row.IPv4
-}
-
 // ip is nft's and the programs' word for the family.
 func (b *bed) ip() string { return map[bool]string{false: "ip", true: "ip6"}[b.v6] }
 
@@ -373,7 +365,7 @@ func TestStartNext(t *testing.T) {
 
 			b.do(func() {
 				var err error
-				tracer, err = StartNext(b.t.Context(), b.family(), p, 8080)
+				tracer, err = StartNext(b.t.Context(), p, 8080)
 				require.NoError(b.t, err)
 			})
 
@@ -423,7 +415,7 @@ func TestStartNextBegins(t *testing.T) {
 
 				b.do(func() {
 					var err error
-					tracer, err = StartNext(b.t.Context(), b.family(), p, 8080)
+					tracer, err = StartNext(b.t.Context(), p, 8080)
 					require.NoError(b.t, err)
 				})
 				b.t.Cleanup(func() { _ = tracer.Close() })
