@@ -61,5 +61,5 @@ func serve(ctx context.Context) error {
 }
 
 // podsOnRecord is for you to write: by sandbox id, what Add was given, once for each IP. An
-// entry whose IP you do not know keeps what the sandbox has.
+// entry whose IP you do not know keeps what the sandbox has. With nil no pod runs: all ports go.
 func podsOnRecord() map[string][]*hostport.PodPortMapping { return nil }

@@ -10,11 +10,20 @@ import (
 
 	"github.com/cri-o/hostport"
 	"github.com/cri-o/hostport/internal/localhost"
+	"github.com/cri-o/hostport/internal/row"
+	"github.com/cri-o/hostport/internal/sockets"
 )
 
 // clean takes everything out, as a manager does whose runtime has no pods.
 func clean(ctx context.Context, out output) (err error) {
 	const wait = time.Second // for a manager that is just closing
+
+	n := &node{processes: sockets.Processes()}
+	for _, f := range []row.Family{row.IPv4, row.IPv6} {
+		if manager, _ := n.managerOf(f); manager != "" && manager != unseen { // New finds out about the others
+			return fmt.Errorf("another manager has the host ports: %s", manager)
+		}
+	}
 
 	m, err := hostport.New(hostport.WithLogger(klog.Logger{}), hostport.WithTimeout(wait)) //nolint:contextcheck // has none
 	if err != nil {

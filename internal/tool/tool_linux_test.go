@@ -318,7 +318,7 @@ func TestClean(t *testing.T) {
 
 			code, out := b.tool("clean")
 			assert.Equal(t, CannotLook, code)
-			assert.Contains(t, out, "another manager has the host ports: process ")
+			assert.Regexp(t, `^hostports: another manager has the host ports: process \d+ \(\S+\)\n$`, out)
 			assert.Len(t, b.rows(), 2)
 
 			require.NoError(t, b.m.Close())
