@@ -41,9 +41,9 @@
 // Rules outlive the process, sockets do not. A new manager lists the rows that
 // the kernel holds, in nftables and in iptables, CRI-O's included, holds their
 // ports again before the constructor returns, and puts back what is missing of
-// them. Whose they are it knows only by a hash, until an Add, Remove or Sync names
+// them. Whose they are it knows only by a hash, until an Add, Remove, Sync or Keep names
 // the owner; Add of a pod that wants such a port before that wins over it, with a
-// line in the log.
+// line in the log, except [WithoutTakeover].
 //
 // A network namespace has one manager at a time in each IP family, until its Close or
 // the end of its process: two would not see each other's rows. The next one waits, and
@@ -51,7 +51,7 @@
 //
 // [Manager.Sync] makes the node exactly what the runtime says is running: it is
 // restart recovery and garbage collection. A runtime calls it when it starts, before its
-// first Add. [Manager.Run] watches, until its context
+// first Add. [Manager.Keep] is garbage collection by sandbox ids alone. [Manager.Run] watches, until its context
 // ends, and repairs what others break. [Manager.Check] says what is missing of a
 // pod.
 //

@@ -13,7 +13,7 @@ import (
 	"github.com/cri-o/hostport/internal/outcome"
 )
 
-// ErrUnavailable is in the chain of the errors of New, Add, Sync, Check and List, and in
+// ErrUnavailable is in the chain of the errors of New, Add, Sync, Keep, Check and List, and in
 // Status.Err, where the node lacks what a backend or an IP family is made of: nf_tables, the
 // programs of iptables, IPv6. To try again helps once the node has changed. Where New fails it may be
 // about one of the two families.
@@ -23,11 +23,14 @@ var ErrUnavailable = outcome.ErrUnavailable
 // network namespace keeps from the host ports, and in Status.Err. The text names its process.
 var ErrOtherManager = outcome.ErrOtherManager
 
-// ErrInvalidMapping is in the chain of every error that Add, Sync or Check returns for
+// ErrInvalidMapping is in the chain of every error that Add, Sync, Keep or Check returns for
 // arguments it cannot accept. The error's text names the pod, the row and the
 // field, and says what would be accepted. Nothing of the pod has been changed then, its
 // good rows included.
 var ErrInvalidMapping = errors.New("invalid port mapping")
+
+// errNoID is why a pod cannot have rows, or keep them.
+var errNoID = errors.New(`sandbox id "": want one for each pod`)
 
 // errClosed is what operations return after Close.
 var errClosed = fmt.Errorf("host port manager is closed: %w", os.ErrClosed)
@@ -48,14 +51,15 @@ func holdsNothing(err error) bool {
 }
 
 // ConflictError says that Add, or Sync, has refused a pod because another live pod has the
-// port: the same family, protocol and port, and the same host IP or any
+// port, or with WithoutTakeover may be alive: the same family, protocol and port, and the same host IP or any
 // address on either side. Nothing of the pod has been changed then.
 type ConflictError struct {
 	// Pod and OtherPod are the pods, "namespace/name" where these are known
 	// and the sandbox id otherwise. OtherPod has the port.
 	Pod, OtherPod string
 	// ID and OtherID are their sandbox ids. A pod has two while an old sandbox of it
-	// has yet to be removed.
+	// has yet to be removed. With WithoutTakeover OtherID may not be known: it is "" then,
+	// and OtherPod is what the kernel has of the other one, its name or PodIDHash.
 	ID, OtherID string
 	// Protocol and HostPort are what both pods want.
 	Protocol v1.Protocol

@@ -1,7 +1,6 @@
 package hostport
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -57,10 +56,11 @@ type PortMapping struct {
 // Mapping is one row as Mappings and List have it.
 type Mapping struct {
 	// PodID, Namespace and Name are empty where only PodIDHash is known: for
-	// rows from before a restart that no Add, Remove or Sync has named since.
+	// rows from before a restart that no Add, Remove, Sync or Keep has named since.
 	PodID, Namespace, Name string
 	// PodIDHash is base32(sha256(PodID))[:16], which is what the kernel carries
-	// of the owner with nftables. Of a row in iptables whose PodID is not known,
+	// of the owner with nftables. If PodID has a scope before its first slash, it is
+	// base32(sha256(scope + "/"))[:6] and the first 10 of those: see WithScope. Of a row in iptables whose PodID is not known,
 	// it is the hash in the names of its chains, which covers port, protocol and
 	// host IP as well.
 	PodIDHash string
@@ -163,7 +163,7 @@ func refusal(id string, podIP net.IP, badIP string, pm *PortMapping, e row.Endpo
 	case badIP != "":
 		return fmt.Errorf("pod IP %s (%s): %s", podIP, badIP, wantPodIP)
 	case id == "":
-		return errors.New(`sandbox id "": want one for each pod`)
+		return errNoID
 	default:
 		return nil
 	}

@@ -38,7 +38,7 @@ type HostPortManager interface {
 	// packet in between that meets neither. Rows it does not name stay.
 	//
 	// A row from before a restart whose pod nobody has named makes way, so a runtime that
-	// starts calls Sync first.
+	// starts calls Sync first; see WithoutTakeover.
 	//
 	// A pod without host ports, on the host network, or nil costs nothing.
 	//
@@ -236,7 +236,7 @@ func (m *hostportManager) remove(ctx context.Context, id string, podPortMapping 
 
 // planAdd puts w into the table and out of it what w replaces: the pod's own
 // row of the endpoint, if that leads elsewhere, and whatever overlaps it and
-// is nobody's.
+// is nobody's, or without takeover only what could not be removed.
 func (m *hostportManager) planAdd(c *change, w *row.Row) error {
 	kept := false
 
@@ -260,9 +260,9 @@ func (m *hostportManager) planAdd(c *change, w *row.Row) error {
 				c.del(r)
 				c.add(&again)
 			}
-		case r.Owner.Known():
+		case r.Owner.Known() || m.cfg.keepUnknown && !r.Gone:
 			return &ConflictError{
-				Pod: w.Owner.String(), OtherPod: r.Owner.String(),
+				Pod: w.Owner.String(), OtherPod: podOf(r),
 				ID: w.Owner.ID, OtherID: r.Owner.ID,
 				Protocol: v1.Protocol(w.Proto.API()), HostPort: int32(w.Port),
 				HostIP: w.HostIP(m.family).String(), OtherHostIP: r.HostIP(m.family).String(),

@@ -130,7 +130,7 @@ func (n *node) syncFamily(m *hostportManager, pods []*PodPortMapping, ids ...str
 
 	var err error
 
-	n.do(func() { err = errors.Join(m.sync(n.t.Context(), wanted)...) })
+	n.do(func() { err = errors.Join(m.sync(n.t.Context(), EventSync, wanted)...) })
 
 	return err
 }

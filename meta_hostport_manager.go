@@ -16,7 +16,7 @@ import (
 // Manager maps host ports for both IP families. It implements HostPortManager. New,
 // NewMetaHostportManager and NewNoopHostportManager make one; the zero Manager is none. Its
 // methods are to be called in the network namespace that it was made in, the node's:
-// Add, Remove, Sync, Check and Run fail on a thread in another one, and change nothing.
+// Add, Remove, Sync, Keep, Check and Run fail on a thread in another one, and change nothing.
 type Manager struct {
 	noop     bool // it is for no family
 	families []*hostportManager
@@ -37,7 +37,7 @@ var _ HostPortManager = (*Manager)(nil)
 // A network namespace has one manager at a time in each family, and the kernel sees to
 // that: see Close. NewMetaHostportManager does not wait for another one. Where there is
 // one, rows are adopted by the first operation, or by Run, when that one has gone. Until
-// then Add, Remove, Sync and Check wait for it, for as long as WithTimeout says. Then they
+// then Add, Remove, Sync, Keep and Check wait for it, for as long as WithTimeout says. Then they
 // fail with context.DeadlineExceeded, and name the process that has the host ports.
 func NewMetaHostportManager(opts ...Option) HostPortManager {
 	m, _ := newManager(opts, false)
@@ -220,12 +220,47 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 	}
 
 	_ = m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
-		errs = append(errs, fm.sync(ctx, wanted[slices.Index(m.families, fm)])...)
+		errs = append(errs, fm.sync(ctx, EventSync, wanted[slices.Index(m.families, fm)])...)
 
 		return nil
 	})
 
 	return errors.Join(errs...)
+}
+
+// Keep is garbage collection for a caller that knows which pods there are, and not what each is to
+// have: it takes out the rows of every pod whose sandbox id is not among ids, in both families, and
+// their flows end as with Remove. What stands of the others stays as it is, and its pods are
+// known by name from then on. The rest is as with Sync, of a manager that has WithScope as well:
+// one transaction, what has leaked goes, to call it again changes nothing, and the other family
+// goes on past an error. Without ids it takes everything out. An id may come twice and need not
+// have rows.
+//
+// In iptables, rows from before a restart are found to be a pod's only if protocol and host IP
+// were given to Add as Kubernetes spells them. Others go.
+//
+// Errors: ErrInvalidMapping if an id is empty, which changes nothing; else Sync's, of a family as
+// a whole.
+func (m *Manager) Keep(ctx context.Context, ids []string) error {
+	if m.noop {
+		return nil
+	}
+
+	pods := make([]podRows, 0, len(ids))
+	for _, id := range ids {
+		pods = append(pods, podRows{owner: row.Owner{ID: id}, stays: true})
+	}
+
+	if slices.Contains(ids, "") {
+		err := fmt.Errorf("keep: %w: %w", ErrInvalidMapping, errNoID)
+		m.families[0].cfg.observe(Event{Kind: EventKeep, Err: err})
+
+		return err
+	}
+
+	return m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+		return errors.Join(fm.sync(ctx, EventKeep, pods)...)
+	})
 }
 
 // Check returns nil if all rows that Add would make of podPortMapping stand in the

@@ -23,6 +23,7 @@ func TestOtherNamespace(t *testing.T) {
 			require.ErrorIs(t, m.Add("more", more, ""), errOtherNamespace)
 			require.ErrorIs(t, m.Remove("stays", nil), errOtherNamespace)
 			require.ErrorIs(t, m.Sync(t.Context(), nil), errOtherNamespace)
+			require.ErrorIs(t, m.Keep(t.Context(), nil), errOtherNamespace)
 			require.ErrorIs(t, m.Check(t.Context(), "stays", stays), errOtherNamespace)
 			require.ErrorIs(t, m.Run(t.Context()), errOtherNamespace)
 

@@ -21,6 +21,7 @@ func TestNoop(t *testing.T) {
 				require.NoError(t, m.Add(id, pod, "lo"))
 				require.NoError(t, m.Check(t.Context(), id, pod))
 				require.NoError(t, m.Sync(t.Context(), map[string][]*PodPortMapping{id: {pod}}))
+				require.NoError(t, m.Keep(t.Context(), []string{id}))
 				require.NoError(t, m.Remove(id, pod))
 			}
 		}

@@ -19,11 +19,12 @@ type EventKind string
 
 // The kinds of events.
 const (
-	// EventAdd, EventRemove and EventSync are operations that have ended, in one family, with
-	// Took and Err. An Add or Remove that had nothing to do in the family is none.
+	// EventAdd, EventRemove, EventSync and EventKeep are operations that have ended, in one family,
+	// with Took and Err. An Add or Remove that had nothing to do in the family is none.
 	EventAdd    EventKind = "add"
 	EventRemove EventKind = "remove"
 	EventSync   EventKind = "sync"
+	EventKeep   EventKind = "keep"
 	// EventRepair is that something that others had broken has been put right, or could not be:
 	// Err.
 	EventRepair EventKind = "repair"
@@ -37,7 +38,7 @@ const (
 // Event is what a manager has done, or found.
 type Event struct {
 	Kind EventKind
-	// Family is IPv4 or IPv6, and "" where an Add or Sync is refused what it was given.
+	// Family is IPv4 or IPv6, and "" where an Add, Sync or Keep is refused what it was given.
 	Family IPFamily
 	// PodID, Namespace and Name are the pod of an Add, of a Remove or of a takeover: that which
 	// has the ports now. Namespace and Name may be empty.
@@ -46,7 +47,7 @@ type Event struct {
 	// should be. Of a takeover Removed counts the rows of others.
 	Added, Removed, Kept int
 	// Unknown is how many pods of a Sync keep what they have in the family: their IPs are not
-	// known, or what they want is invalid.
+	// known, or what they want is invalid. Of a Keep they are all pods named.
 	Unknown int
 	// Repairs is how many things an EventRepair is about.
 	Repairs int

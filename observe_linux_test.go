@@ -55,7 +55,7 @@ func (o *events) take(f IPFamily) []string {
 			text += fmt.Sprintf(" ?%d", e.Unknown)
 		}
 
-		if slices.Contains([]EventKind{EventAdd, EventRemove, EventSync}, e.Kind) && e.Took <= 0 {
+		if slices.Contains([]EventKind{EventAdd, EventRemove, EventSync, EventKeep}, e.Kind) && e.Took <= 0 {
 			text += " in no time"
 		}
 

@@ -39,9 +39,12 @@ type config struct {
 	sockets   bool
 	localhost bool
 	timeout   time.Duration
-	log       klog.Logger
-	observer  Observer
-	memory    *memory.Node // in place of the kernel; nil: the kernel
+	scope     string // of the ids that Sync and Keep are about; "": all
+	// keepUnknown has a row whose owner nobody has named keep its port.
+	keepUnknown bool
+	log         klog.Logger
+	observer    Observer
+	memory      *memory.Node // in place of the kernel; nil: the kernel
 }
 
 // kinds are the backends to try, in order.
@@ -117,10 +120,29 @@ func WithoutLocalhost() Option {
 	return func(c *config) { c.localhost = false }
 }
 
-// WithTimeout bounds how long a call of Add, Remove, Sync or Check takes as a whole, both
+// WithoutTakeover has Add, and Sync, fail with a *ConflictError where they want a port of a row
+// from before whose pod nobody has named, as if it had been: by default such a row makes way. It is
+// for a process that lives for one call, and never knows the others: a CNI plugin, say. What then
+// goes for good without a Remove goes by Keep or Sync alone. The row of the same sandbox id is none
+// of another pod, and what a Remove could not take out still makes way.
+func WithoutTakeover() Option {
+	return func(c *config) { c.keepUnknown = true }
+}
+
+// WithScope confines what Sync and Keep take out to rows of pods whose ids begin with scope and a
+// slash, such as "net1/5f2c…" for the scope "net1". It is for callers that share a node in turn
+// and of which each knows its own pods alone, as the networks of a CNI plugin do. Rows of another
+// scope stay, and their ports are taken as those of any pod. So that an id's scope can be told from
+// what the kernel carries of it, that begins with six characters of the scope's own hash; see
+// Mapping. Scope itself has no slash. The default is "", which is all rows.
+func WithScope(scope string) Option {
+	return func(c *config) { c.scope = scope }
+}
+
+// WithTimeout bounds how long a call of Add, Remove, Sync, Keep or Check takes as a whole, both
 // families together; the default is 30 seconds. Half of it may go into waiting for
-// operations of others, and all of it into waiting for another manager to close. Of Remove
-// and Sync each family has half.
+// operations of others, and all of it into waiting for another manager to close. Of Remove,
+// Sync and Keep each family has half.
 //
 // Up to five seconds more for each family go into ending UDP and SCTP flows, or into taking
 // back what was half done. Where the caller's context has less time than the manager, and the

@@ -15,15 +15,15 @@ import (
 )
 
 // sync makes the table, the kernel and the sockets what pods, in the order of
-// their ids, say. It returns what could not be done.
-func (m *hostportManager) sync(ctx context.Context, pods []podRows) (errs []error) {
+// their ids, say: for Sync or for Keep. It returns what could not be done.
+func (m *hostportManager) sync(ctx context.Context, kind EventKind, pods []podRows) (errs []error) {
 	var (
 		start = time.Now()
 		c     = &change{m: m}
 	)
 
 	defer func() {
-		e := Event{Kind: EventSync, Unknown: unknownIn(pods), Took: time.Since(start), Err: errors.Join(errs...)}
+		e := Event{Kind: kind, Unknown: unknownIn(pods), Took: time.Since(start), Err: errors.Join(errs...)}
 		e.count(c.delta)
 		m.observe(e)
 	}()
@@ -51,7 +51,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) (errs []erro
 
 	for _, pod := range pods {
 		if err := m.planPod(c, pod.rows); err != nil {
-			errs = append(errs, &PodError{ID: pod.owner.ID, Err: m.wrap(&operation{name: "sync", owner: pod.owner}, err)})
+			errs = append(errs, &PodError{ID: pod.owner.ID, Err: m.wrap(&operation{name: string(kind), owner: pod.owner}, err)})
 		}
 	}
 
@@ -78,7 +78,7 @@ func (m *hostportManager) sync(ctx context.Context, pods []podRows) (errs []erro
 		}
 	}
 
-	m.tellSynced(c.delta, changes, pods, len(errs), time.Since(start))
+	m.tellSynced(kind, c.delta, changes, pods, len(errs), time.Since(start))
 	m.synced = true
 
 	return errs
@@ -115,15 +115,13 @@ func (m *hostportManager) lockCommit(ctx context.Context) error {
 	}
 }
 
-// planRemovals takes out of the table what none of pods is to have.
+// planRemovals takes out of the table what none of pods is to have, if it is in scope.
 func (m *hostportManager) planRemovals(c *change, pods []podRows) {
-	var stay []row.Owner
-
-	wanted := map[row.PortKey][]*row.Row{}
+	stay, wanted := staying{}, map[row.PortKey][]*row.Row{}
 
 	for _, pod := range pods {
 		if pod.stays {
-			stay = append(stay, pod.owner)
+			stay[row.ShortHash(pod.owner.ID)] = pod.owner
 		}
 
 		for _, w := range pod.rows {
@@ -132,12 +130,32 @@ func (m *hostportManager) planRemovals(c *change, pods []podRows) {
 	}
 
 	for r := range m.table() {
-		stays := slices.ContainsFunc(stay, func(o row.Owner) bool { return c.claim(o, "", r) }) ||
+		stays := !r.InScope(m.cfg.scope) || stay.claim(c, r) ||
 			slices.ContainsFunc(wanted[r.PortKey], func(w *row.Row) bool { return r.Endpoint == w.Endpoint && c.claim(w.Owner, w.Hash, r) })
 		if !stays {
 			c.del(r)
 		}
 	}
+}
+
+// staying are the pods that keep what they have, by the hash of their ids.
+type staying map[string]row.Owner
+
+// claim reports whether r is one of theirs, and makes the pod known as the owner. A row of which
+// the kernel carries the hash is looked up: with each id compared to each row, a thousand pods
+// would be a million hashes.
+func (s staying) claim(c *change, r *row.Row) bool {
+	if r.OwnerHash != "" {
+		return c.claim(s[r.OwnerHash], "", r)
+	}
+
+	for _, o := range s {
+		if c.claim(o, "", r) {
+			return true
+		}
+	}
+
+	return false
 }
 
 // planPod does to the table and the sockets what Add does, or nothing.

@@ -107,15 +107,22 @@ func (m *hostportManager) tellDone(op *operation, took time.Duration) {
 	}
 }
 
-// tellSynced tells of a Sync, and whose rows it has taken out. What it has changed in the
+// tellSynced tells of a Sync or Keep, and whose rows it has taken out. What it has changed in the
 // kernel is what it was for, and what others had broken; where that is all, it is a repair.
-func (m *hostportManager) tellSynced(delta row.Delta, changes []row.Repair, pods []podRows, failed int, took time.Duration) {
-	m.log.Info("Synced host ports", "pods", len(pods), "leftAsTheyAre", unknownIn(pods), "rows", listWithPods(delta.Add),
+func (m *hostportManager) tellSynced(
+	kind EventKind, delta row.Delta, changes []row.Repair, pods []podRows, failed int, took time.Duration,
+) {
+	done, removed := "Synced host ports", "Sync removed host ports"
+	if kind == EventKeep {
+		done, removed = "Kept host ports", "Keep removed host ports"
+	}
+
+	m.log.Info(done, "pods", len(pods), "leftAsTheyAre", unknownIn(pods), "rows", listWithPods(delta.Add),
 		"added", len(delta.Add), "removed", len(delta.Del), "kept", len(delta.Keep),
 		"changes", len(changes), "failed", failed, "took", took)
 
 	if len(delta.Del) > 0 {
-		m.log.Info("Sync removed host ports", "rows", listWithPods(delta.Del))
+		m.log.Info(removed, "rows", listWithPods(delta.Del))
 	}
 
 	if m.synced && len(delta.Add)+len(delta.Del) == 0 {

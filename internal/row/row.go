@@ -239,11 +239,34 @@ const LoopbackDevice = "lo"
 // HashLen is how much of a hash names and comments carry.
 const HashLen = 16
 
-// ShortHash is the form in which the kernel carries what it cannot spell out.
-func ShortHash(s string) string {
+// scopeLen is how much of that is the scope's, where an id has one. Of a hundred scopes two are
+// alike once in 200,000 nodes, and what is left tells ten thousand rows apart as well.
+const scopeLen = 6
+
+// ShortHash is the form in which the kernel carries an id, or what begins with one. What stands
+// before a slash is the id's scope, and can be told from it.
+func ShortHash(id string) string {
+	if scope, _, has := strings.Cut(id, scopeEnd); has {
+		return scopeMark(scope) + hash(id)[:HashLen-scopeLen]
+	}
+
+	return hash(id)[:HashLen]
+}
+
+const scopeEnd = "/"
+
+// scopeMark is of the scope with its end: an id that is spelled as the scope is not in it.
+func scopeMark(scope string) string { return hash(scope + scopeEnd)[:scopeLen] }
+
+func hash(s string) string {
 	sum := sha256.Sum256([]byte(s))
 
-	return base32.StdEncoding.EncodeToString(sum[:])[:HashLen]
+	return base32.StdEncoding.EncodeToString(sum[:])
+}
+
+// InScope reports whether the id of r's owner has a scope. All rows are in "".
+func (r *Row) InScope(scope string) bool {
+	return scope == "" || strings.HasPrefix(r.OwnerMark(), scopeMark(scope))
 }
 
 // HashOf names a row's chains. It is the name that CRI-O gives them, so that

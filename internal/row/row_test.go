@@ -15,6 +15,24 @@ func TestRowHash(t *testing.T) {
 	assert.Equal(t, "7S3ZEZ3XSEJU36AN", HashOf("id1", 8080, "tcp", "192.0.2.1"))
 }
 
+// What has a scope can be told from it, whatever follows it.
+func TestScope(t *testing.T) {
+	t.Parallel()
+
+	// Computed with sha256sum and base32: six of net1/, ten of net1/id1 or net1/id153UDP.
+	assert.Equal(t, "LCLRETLEFEMC7JYZ", ShortHash("net1/id1"))
+	assert.Equal(t, "LCLRETFBXX4EW2WP", HashOf("net1/id1", 53, "UDP", ""))
+
+	for _, r := range []*Row{{OwnerHash: ShortHash("net1/id1")}, {Hash: HashOf("net1/id1", 53, "UDP", "")}} {
+		assert.True(t, r.InScope("net1"))
+		assert.True(t, r.InScope(""))
+		assert.False(t, r.InScope("net"))
+		assert.False(t, r.InScope("net1/id1"))
+	}
+
+	assert.False(t, (&Row{OwnerHash: ShortHash("net1")}).InScope("net1"))
+}
+
 func TestRuleLabel(t *testing.T) {
 	t.Parallel()
 
