@@ -15,6 +15,8 @@ FUZZTIME ?= 20s
 CHAOSTIME ?= 10m
 BACKEND ?= .*
 KILLS ?= 300
+QUICK ?=
+DIR ?= docs/compare
 SEED ?=
 KERNELS ?= 5.10 6.1 6.12 7
 
@@ -25,7 +27,7 @@ DEPS := hack/install-deps.sh
 INSIDE := hack/in-namespace.sh
 
 .NOTPARALLEL:
-.PHONY: help demo test test-kernels lint fmt cross bench fuzz chaos oldest newest verify tidy-check clean lint-tool
+.PHONY: help demo test test-kernels lint fmt cross bench compare fuzz chaos oldest newest verify tidy-check clean lint-tool
 
 help:
 	@echo "hostport: host ports for container runtimes. None of this touches the host's network, and only bench needs root."
@@ -60,6 +62,12 @@ bench: ## benchmarks of the root package (BENCH=, BENCHTIME=, COUNT=)
 	@$(DEPS) go iptables nft unshare
 	@$(INSIDE) go test -run '^$$' -bench '$(BENCH)' -benchtime '$(BENCHTIME)' -count '$(COUNT)' -benchmem .
 
+compare: ## hostport beside other ways to map ports, into docs/compare (QUICK=-quick DIR=/tmp)
+	@$(DEPS) go iptables nft unshare
+	@cd internal/compare && go build -buildvcs=false -o ../../bin/compare .
+	@mkdir -p '$(DIR)'
+	@$(INSIDE) bin/compare $(QUICK) -dir '$(DIR)' -portmap "$$(cd internal/compare && go tool -n portmap)"
+
 fuzz: ## every fuzz target, one after the other (FUZZTIME=)
 	@$(DEPS) go unshare
 	@$(INSIDE) hack/fuzz.sh '$(FUZZTIME)'
@@ -84,6 +92,7 @@ tidy-check: ## fail if a go.mod or go.sum is not what go mod tidy makes
 	@$(DEPS) go
 	@go mod tidy -diff
 	@cd internal/interop && go mod tidy -diff
+	@cd internal/compare && go mod tidy -diff
 
 clean: ## remove what was built
 	@rm -rf bin coverage.out

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 lint=$(realpath "$1")
 failed=0
-for module in . internal/interop; do
+for module in . internal/interop internal/compare; do
 	echo "linux, $module:"
 	(cd "$module" && GOOS=linux "$lint" run) || failed=1
 done

@@ -12,6 +12,7 @@ export GOTOOLCHAIN
 
 go vet ./...
 (cd internal/interop && go vet ./...)
+(cd internal/compare && go vet ./...)
 echo "ok    $GOTOOLCHAIN"
 
 dir=$(mktemp -d)

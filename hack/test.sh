@@ -12,7 +12,7 @@ fi
 
 for packages; do :; done
 modules=.
-[ "$packages" != ./... ] || modules='. internal/interop'
+[ "$packages" != ./... ] || modules='. internal/interop internal/compare'
 
 failed=0
 for module in $modules; do
