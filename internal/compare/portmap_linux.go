@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -140,6 +141,17 @@ func (m *portmap) repeat(lines []string, example pod, pods []pod) error {
 		}
 	}
 
+	for some := range slices.Chunk(pods, inOneFile) {
+		if err := m.put(again(lines, example, chain, some)); err != nil {
+			return err
+		}
+	}
+
+	return nil
+}
+
+// again are the lines of an example for others.
+func again(lines []string, example pod, chain string, pods []pod) string {
 	var text strings.Builder
 
 	for _, p := range pods {
@@ -150,17 +162,22 @@ func (m *portmap) repeat(lines []string, example pod, pods []pod) error {
 			pairs = append(pairs, chain, fmt.Sprintf("CNI-DN-%021x", p.HostPort))
 		}
 
-		again := strings.NewReplacer(pairs...)
+		other := strings.NewReplacer(pairs...)
 		for _, line := range lines {
-			text.WriteString(again.Replace(line))
+			text.WriteString(other.Replace(line))
 		}
 	}
 
+	return text.String()
+}
+
+// put carries out lines of nft, or of iptables-restore.
+func (m *portmap) put(lines string) error {
 	if m.backend != "iptables" {
-		_, _, err := execute(nil, text.String(), "nft", "-f", "-")
+		_, _, err := execute(nil, lines, "nft", "-f", "-")
 
 		return err
 	}
 
-	return restore{"iptables-" + m.variant + "-restore"}.run("*nat\n" + text.String() + "COMMIT\n")
+	return restore{"iptables-" + m.variant + "-restore"}.run("*nat\n" + lines + "COMMIT\n")
 }

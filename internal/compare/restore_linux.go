@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/cri-o/hostport/internal/iptables"
@@ -19,11 +20,53 @@ func newRestore(variant string) func(tools) (mapper, error) {
 	return func(tools) (mapper, error) { return restore{"iptables-" + variant + "-restore"}, nil }
 }
 
+// inOneFile is how many pods go into one file: what a new chain costs iptables-nft-restore grows with
+// their number in it.
+const inOneFile = 1000
+
 func (r restore) fill(pods []pod) error {
-	var (
-		chains, rules strings.Builder
-		known         = map[string]bool{iptables.DNATDispatch: true, iptables.MasqDispatch: true}
-	)
+	known := map[string]bool{iptables.DNATDispatch: true, iptables.MasqDispatch: true}
+
+	if err := r.prepare(known); err != nil {
+		return err
+	}
+
+	for some := range slices.Chunk(pods, inOneFile) {
+		var chains, rules strings.Builder
+
+		for _, p := range some {
+			lead(p, known, &chains, &rules)
+
+			for _, side := range iptables.SidesOf(p.row()) {
+				fmt.Fprintf(&chains, ":%s - [0:0]\n", side.Jump.Target)
+				fmt.Fprintln(&rules, iptables.CmdAppend+side.Jump.String()+"\n"+iptables.CmdAppend+side.Rule.String())
+			}
+		}
+
+		if err := r.run("*nat\n" + chains.String() + rules.String() + "COMMIT\n"); err != nil {
+			return err
+		}
+	}
+
+	return nil
+}
+
+// lead makes the chains that lead to a pod's, if they are not known yet.
+func lead(p pod, known map[string]bool, chains, rules *strings.Builder) {
+	for _, side := range iptables.SidesOf(p.row()) {
+		for _, jump := range side.Path {
+			if !known[jump.Target] {
+				known[jump.Target] = true
+				fmt.Fprintf(chains, ":%s - [0:0]\n", jump.Target)
+				fmt.Fprintln(rules, iptables.CmdAppend+jump.String())
+			}
+		}
+	}
+}
+
+// prepare makes what all pods need, and the chains that lead to those that are measured.
+func (r restore) prepare(known map[string]bool) error {
+	var chains, rules strings.Builder
 
 	fmt.Fprintf(&chains, "*nat\n:%s - [0:0]\n:%s - [0:0]\n", iptables.DNATDispatch, iptables.MasqDispatch)
 
@@ -31,30 +74,9 @@ func (r restore) fill(pods []pod) error {
 		fmt.Fprintln(&rules, iptables.CmdAppend+rule.String())
 	}
 
-	lead := func(p pod) {
-		for _, side := range iptables.SidesOf(p.row()) {
-			for _, jump := range side.Path {
-				if !known[jump.Target] {
-					known[jump.Target] = true
-					fmt.Fprintf(&chains, ":%s - [0:0]\n", jump.Target)
-					fmt.Fprintln(&rules, iptables.CmdAppend+jump.String())
-				}
-			}
-		}
-	}
-
-	for _, p := range pods {
-		lead(p)
-
-		for _, side := range iptables.SidesOf(p.row()) {
-			fmt.Fprintf(&chains, ":%s - [0:0]\n", side.Jump.Target)
-			fmt.Fprintln(&rules, iptables.CmdAppend+side.Jump.String()+"\n"+iptables.CmdAppend+side.Rule.String())
-		}
-	}
-
 	for i := range mostMeasured {
-		lead(measured(i, "TCP"))
-		lead(measured(i, "UDP"))
+		lead(measured(i, "TCP"), known, &chains, &rules)
+		lead(measured(i, "UDP"), known, &chains, &rules)
 	}
 
 	return r.run(chains.String() + rules.String() + "COMMIT\n")

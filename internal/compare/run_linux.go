@@ -133,11 +133,21 @@ func (r *runner) atSize(size int) (err error) {
 			return err
 		}
 
-		stations = append(stations, s)
-
 		if err := r.fill(s, size); err != nil {
-			return err
+			r.tellf("%d rows: %s is left out: %v", size, s.name, err)
+
+			for _, what := range []string{add, remove, addCPU, removeCPU, fillTime} {
+				r.missing[cell{what, s.name, size}] = "cannot be filled"
+			}
+
+			if err := s.stop(); err != nil {
+				return err
+			}
+
+			continue
 		}
+
+		stations = append(stations, s)
 	}
 
 	r.tellf("%d rows: Add and Remove", size)
