@@ -138,14 +138,10 @@ func connect(device string, f row.Family) (netip.Addr, error) {
 	}
 }
 
-// addAddress gives the device one of IPv4, as any way into a node has: a rule that redirects drops what
-// comes in by a device without (nf_nat_redirect_ipv4, net/netfilter/nf_nat_redirect.c). With IPv6
-// the device has a link-local one.
+// addAddress gives the device an address, as any way into a node has: a rule that redirects drops what
+// comes in by a device without (net/netfilter/nf_nat_redirect.c). IPv6's own link-local one comes
+// when it comes.
 func addAddress(routing *netlink.Handle, link netlink.Link, f row.Family) error {
-	if f == row.IPv6 {
-		return nil
-	}
-
 	addr, err := pick(routing, f)
 	if err != nil {
 		return err
@@ -154,8 +150,9 @@ func addAddress(routing *netlink.Handle, link netlink.Link, f row.Family) error 
 	err = routing.AddrAdd(link, &netlink.Addr{
 		IPNet: &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())},
 		Scope: unix.RT_SCOPE_LINK, // it is no source for what goes elsewhere
+		Flags: unix.IFA_F_NODAD,   // usable at once
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.EACCES) { // IPv6 is off, which the route tells
 		return fmt.Errorf("add the address %s: %w", addr, err)
 	}
 
