@@ -131,7 +131,7 @@ func TestKeep(t *testing.T) {
 
 		require.NoError(t, n.keep(m))
 		n.exactly(m, nil)
-		assert.Empty(t, n.ours(IPv6), "nothing ought to be there")
+		assert.Empty(t, n.ours(IPv6), "no object of the kernel stays")
 		reach(8010, "")
 	})
 }
@@ -160,7 +160,7 @@ func TestKeepElsewhere(t *testing.T) {
 	}
 }
 
-// A Keep that fails changes nothing, and is told as others are.
+// A Keep that fails changes nothing, and an observer hears of it as of other operations.
 func TestKeepFails(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {
 		var told events

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -45,13 +46,13 @@ func (f *floor) fillKernel(pods []pod) error {
 		return err
 	}
 
-	for ; len(pods) > chunk; pods = pods[chunk:] {
-		if err := f.conn.Commit(ctx, 0, f.elements(f.Table.AddElement, pods[:chunk]...)); err != nil {
+	for some := range slices.Chunk(pods, chunk) {
+		if err := f.conn.Commit(ctx, 0, f.elements(f.Table.AddElement, some...)); err != nil {
 			return err
 		}
 	}
 
-	return f.conn.Commit(ctx, 0, f.elements(f.Table.AddElement, pods...))
+	return nil
 }
 
 func (f *floor) elements(message func(string, nfnetlink.Element) netlink.Message, pods ...pod) []netlink.Message {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/row"
@@ -25,8 +26,10 @@ func check(ctx context.Context, out output) error {
 
 	problems := []string{}
 
+	network := sync.OnceValues(readNetwork) // the same for both families, and only where there are rows
+
 	for _, f := range []row.Family{row.IPv4, row.IPv6} {
-		problems = append(problems, n.problems(ctx, f)...)
+		problems = append(problems, n.problems(ctx, f, network)...)
 	}
 
 	lines := problems
@@ -44,7 +47,7 @@ func check(ctx context.Context, out output) error {
 }
 
 // problems are those of a family.
-func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
+func (n *node) problems(ctx context.Context, f row.Family, network func() (*network, error)) (problems []string) {
 	var with []string // the backends that have rows
 
 	for _, c := range n.carriers {
@@ -71,7 +74,7 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 	}
 
 	if len(with) > 0 {
-		problems = append(problems, n.problemsOfRows(ctx, f)...)
+		problems = append(problems, n.problemsOfRows(ctx, f, network)...)
 	}
 
 	for _, e := range n.wiped(f) {
@@ -87,7 +90,7 @@ func (n *node) problems(ctx context.Context, f row.Family) (problems []string) {
 }
 
 // problemsOfRows are those of the rows of a family, of which there is at least one.
-func (n *node) problemsOfRows(ctx context.Context, f row.Family) (problems []string) {
+func (n *node) problemsOfRows(ctx context.Context, f row.Family, readOnce func() (*network, error)) (problems []string) {
 	if n.manager[f] == "" {
 		problems = append(problems, "no manager runs: nothing is repaired, and no port is held")
 	}
@@ -97,12 +100,13 @@ func (n *node) problemsOfRows(ctx context.Context, f row.Family) (problems []str
 		problems = append(problems, fmt.Sprintf("cannot look for other port mappers: %v", err))
 	}
 
-	network, err := readNetwork()
+	network, err := readOnce()
 	if err != nil {
 		problems = append(problems, fmt.Sprintf("cannot look at all interfaces and neighbours: %v", err))
 	}
 
-	interfaces := map[string]bool{} // those that lead to pods, and whether 127.0.0.1 is to reach these
+	// Interfaces by which packets come and go, and whether 127.0.0.1 is to reach pods behind them.
+	interfaces := map[string]bool{network.uplinks[f]: false}
 
 	for _, r := range n.rows() {
 		if r.in.family != f {
@@ -119,10 +123,11 @@ func (n *node) problemsOfRows(ctx context.Context, f row.Family) (problems []str
 		}
 	}
 
-	problems = append(problems, n.notForwarding(f, append(slices.Sorted(maps.Keys(interfaces)), network.uplinks[f])...)...)
+	devices := slices.Sorted(maps.Keys(interfaces))
+	problems = append(problems, n.notForwarding(f, devices...)...)
 
-	for device, loopback := range interfaces {
-		if text := n.notOpened(device); loopback && text != "" {
+	for _, device := range devices {
+		if text := n.notOpened(device); interfaces[device] && text != "" {
 			problems = append(problems, text)
 		}
 	}

@@ -131,15 +131,15 @@ func (q *question) follow(ctx context.Context, tracer *trace.Tracer, t *trail) {
 		steps = slices.DeleteFunc(slices.Clone(steps), func(s trace.Step) bool { return !drops(s) })
 	}
 
-	t.sort(steps, func(s trace.Step) bool { return s.From == t.answer.Source })
+	t.sort(steps)
 	q.tell(ctx, t.first)
 }
 
 // sort parts the steps of the first packet that comes from the asker from those of others.
-func (t *trail) sort(steps []trace.Step, fromAsker func(trace.Step) bool) {
+func (t *trail) sort(steps []trace.Step) {
 	t.first, t.others = nil, nil
 
-	first := slices.IndexFunc(steps, fromAsker)
+	first := slices.IndexFunc(steps, func(s trace.Step) bool { return s.From == t.answer.Source })
 	for _, s := range steps {
 		if first >= 0 && s.Packet == steps[first].Packet {
 			t.first = append(t.first, s)

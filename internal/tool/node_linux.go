@@ -245,6 +245,10 @@ func (n *node) lacks(r found) bool {
 
 // wiped are the ports that the manager of a family holds and that have no row.
 func (n *node) wiped(f row.Family) (all []string) {
+	if n.manager[f] == unseen {
+		return nil
+	}
+
 	rows := map[row.PortKey][]*row.Row{}
 
 	for _, r := range n.rows() {
@@ -259,7 +263,7 @@ func (n *node) wiped(f row.Family) (all []string) {
 			text := fmt.Sprintf("%s %s", e.Proto.API(), netip.AddrPortFrom(e.HostIP(f), e.Port))
 			mapped := slices.ContainsFunc(rows[key], func(r *row.Row) bool { return r.Overlaps(e) })
 
-			if !mapped && n.manager[f] != unseen && n.holds(n.manager[f], e, f) && !slices.Contains(all, text) {
+			if !mapped && !s.Listening && n.process(s.Inode) == n.manager[f] {
 				all = append(all, text)
 			}
 		}
@@ -267,7 +271,7 @@ func (n *node) wiped(f row.Family) (all []string) {
 
 	slices.Sort(all)
 
-	return all
+	return slices.Compact(all)
 }
 
 // isSet reports whether a sysctl of a family is not 0. What is not there is as fallback says; what

@@ -17,6 +17,8 @@ import (
 // claim is a rule of somebody else's that translates what comes to a port.
 type claim struct {
 	variant iptables.Variant
+	chain   string
+	target  string
 	proto   string // "" is any
 	ports   [][2]int
 	to      netip.Prefix // the zero Prefix is any
@@ -68,25 +70,27 @@ func othersClaims(ctx context.Context, f row.Family) (claims []claim, err error)
 // parseClaims reads lines of iptables-save(8). A rule may translate itself, or send to a chain of
 // which a rule does: kube-proxy's and the CNI port mapper's do.
 func parseClaims(lines []string) (claims []claim) {
+	var rules []claim
+
+	for _, line := range lines {
+		if c := parseRule(line); c.rule != "" {
+			rules = append(rules, c)
+		}
+	}
+
 	translating := map[string]bool{"DNAT": true, "REDIRECT": true}
 
 	for found := true; found; {
 		found = false
 
-		for _, line := range lines {
-			if c, chain, target := parseRule(line); c.rule != "" && translating[target] && !translating[chain] && !builtin(chain) {
-				translating[chain], found = true, true
+		for _, c := range rules {
+			if translating[c.target] && !translating[c.chain] && !builtin(c.chain) {
+				translating[c.chain], found = true, true
 			}
 		}
 	}
 
-	for _, line := range lines {
-		if c, _, target := parseRule(line); len(c.ports) > 0 && translating[target] {
-			claims = append(claims, c)
-		}
-	}
-
-	return claims
+	return slices.DeleteFunc(rules, func(c claim) bool { return len(c.ports) == 0 || !translating[c.target] })
 }
 
 // builtin reports whether a chain of the table nat is one that the kernel calls.
@@ -95,10 +99,10 @@ func builtin(chain string) bool {
 }
 
 // parseRule reads a line of iptables-save(8), if it appends a rule to a chain that is not ours.
-func parseRule(line string) (c claim, chain, target string) {
+func parseRule(line string) (c claim) {
 	fields := strings.Fields(line)
 	if len(fields) < 2 || fields[0] != "-A" || iptables.IsOurs(fields[1]) {
-		return claim{}, "", ""
+		return claim{}
 	}
 
 	value := func(flags ...string) string {
@@ -111,7 +115,7 @@ func parseRule(line string) (c claim, chain, target string) {
 		return ""
 	}
 
-	c = claim{proto: value("-p"), rule: line}
+	c = claim{chain: fields[1], target: value("-j", "-g"), proto: value("-p"), rule: line}
 	c.to, _ = netip.ParsePrefix(value("-d"))
 
 	for ports := range strings.SplitSeq(value("--dport", "--dports"), ",") {
@@ -128,5 +132,5 @@ func parseRule(line string) (c claim, chain, target string) {
 		}
 	}
 
-	return c, fields[1], value("-j", "-g")
+	return c
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -206,6 +205,22 @@ func TestKilled(t *testing.T) {
 	}
 }
 
+// toolAs runs a binary of hostports with the rights that setpriv(1) leaves it.
+func (b *bed) toolAs(binary, command string, rights ...string) (code int, out string) {
+	b.t.Helper()
+
+	args := append(append(rights, binary), strings.Fields(command)...)
+	cmd := exec.CommandContext(b.t.Context(), "setpriv", args...) //nolint:gosec // the tests themselves
+	cmd.Env = append(os.Environ(), toolVariable+"=1")
+
+	var text []byte
+
+	b.do(func() { text, _ = cmd.CombinedOutput() })
+	b.t.Logf("%v %s: %s", rights, command, text)
+
+	return cmd.ProcessState.ExitCode(), string(text)
+}
+
 // What is asked of a process without CAP_NET_ADMIN, and of one that has nothing else.
 func TestCapabilities(t *testing.T) {
 	t.Parallel()
@@ -226,20 +241,13 @@ func TestCapabilities(t *testing.T) {
 				}
 
 				for _, command := range []string{"list", "check", "explain 8080"} {
-					args := append([]string{"--bounding-set", caps, os.Args[0]}, strings.Fields(command)...)
-					cmd := exec.CommandContext(t.Context(), "setpriv", args...) //nolint:gosec // the tests themselves
-					cmd.Env = append(os.Environ(), toolVariable+"=1")
-
-					var out []byte
-
-					b.do(func() { out, _ = cmd.CombinedOutput() })
-					t.Logf("%s %s: %s", caps, command, out)
-					assert.Equal(t, want.code, cmd.ProcessState.ExitCode())
+					code, out := b.toolAs(os.Args[0], command, "--bounding-set", caps)
+					assert.Equal(t, want.code, code)
 
 					if command == "explain 8080" || want.code != Good {
-						assert.Contains(t, string(out), want.out)
-						assert.NotContains(t, string(out), "all as they should be")
-						assert.NotContains(t, string(out), "rules are gone")
+						assert.Contains(t, out, want.out)
+						assert.NotContains(t, out, "all as they should be")
+						assert.NotContains(t, out, "rules are gone")
 					}
 				}
 			}
@@ -259,25 +267,17 @@ func TestPlainUser(t *testing.T) {
 	b.run("chmod", "-R", "go+rX", filepath.Dir(filepath.Dir(binary)))
 
 	for _, command := range []string{"list", "check", "explain 8080", "explain 8081"} {
-		args := append([]string{
-			"--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps", "-all,+net_admin", "--ambient-caps", "+net_admin", binary,
-		}, strings.Fields(command)...)
-		cmd := exec.CommandContext(t.Context(), "setpriv", args...)
-		cmd.Env = append(os.Environ(), toolVariable+"=1")
-
-		var out []byte
-
-		b.do(func() { out, _ = cmd.CombinedOutput() })
-		t.Logf("%s: %s", command, out)
-		assert.Equal(t, CannotLook, cmd.ProcessState.ExitCode())
-		assert.Contains(t, string(out), "look whether a manager runs: open /proc/thread-self/net/netfilter/nfnetlink_log: permission denied")
-		assert.NotContains(t, string(out), "no manager runs")
-		assert.NotContains(t, string(out), "as they should be")
-		assert.NotContains(t, string(out), "cause: ")
+		code, out := b.toolAs(binary, command, "--reuid", "65534", "--regid", "65534", "--clear-groups",
+			"--inh-caps", "-all,+net_admin", "--ambient-caps", "+net_admin")
+		assert.Equal(t, CannotLook, code)
+		assert.Contains(t, out, "look whether a manager runs: open /proc/thread-self/net/netfilter/nfnetlink_log: permission denied")
+		assert.NotContains(t, out, "no manager runs")
+		assert.NotContains(t, out, "as they should be")
+		assert.NotContains(t, out, "cause: ")
 	}
 }
 
-// The node may send answers to strangers elsewhere than those to its clients.
+// The node may send the answer to a probe out by another interface than those to its clients.
 func TestRoutingByRules(t *testing.T) {
 	t.Parallel()
 
@@ -285,15 +285,10 @@ func TestRoutingByRules(t *testing.T) {
 		b := newBed(t, "nftables")
 		b.add(0, v6, "TCP", 80)
 
+		const table = 100
+
+		b.route(v6, netlink.Route{Table: table})
 		b.do(func() {
-			link, err := netlink.LinkByName("eth0")
-			require.NoError(t, err)
-
-			const table = 100
-
-			all := &net.IPNet{IP: make(net.IP, b.NodeIP(v6).BitLen()/8), Mask: make(net.IPMask, b.NodeIP(v6).BitLen()/8)}
-			require.NoError(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: all, Table: table}))
-
 			rule := netlink.NewRule()
 			rule.Src, rule.Table, rule.Priority = only(b.Pods[0].IP(v6)), table, table
 			rule.Family = familyOf(map[bool]row.Family{false: row.IPv4, true: row.IPv6}[v6])
