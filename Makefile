@@ -90,9 +90,7 @@ verify: ## everything that CI runs
 
 tidy-check: ## fail if a go.mod or go.sum is not what go mod tidy makes
 	@$(DEPS) go
-	@go mod tidy -diff
-	@cd internal/interop && go mod tidy -diff
-	@cd internal/compare && go mod tidy -diff
+	@hack/each-module.sh go mod tidy -diff
 
 clean: ## remove what was built
 	@rm -rf bin coverage.out

@@ -26,9 +26,7 @@ fi
 
 # There is no network inside: modules come now, and caches stay where they are.
 if command -v go >/dev/null; then
-	for module in . internal/interop internal/compare; do
-		(cd "$(dirname "$0")/../$module" && go mod download)
-	done
+	"$(dirname "$0")/each-module.sh" go mod download
 	GOCACHE=$(go env GOCACHE)
 	GOMODCACHE=$(go env GOMODCACHE)
 	GOPROXY=off

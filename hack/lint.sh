@@ -8,10 +8,7 @@ cd "$(dirname "$0")/.."
 
 lint=$(realpath "$1")
 failed=0
-for module in . internal/interop internal/compare; do
-	echo "linux, $module:"
-	(cd "$module" && GOOS=linux "$lint" run) || failed=1
-done
+GOOS=linux hack/each-module.sh "$lint" run || failed=1
 echo 'darwin:'
 # What only Linux files use is not unused.
 GOOS=darwin "$lint" run --disable unused,unparam || failed=1

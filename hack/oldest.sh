@@ -10,9 +10,7 @@ kubernetes=v0.29.15
 GOTOOLCHAIN=go$(sed -n 's/^go //p' go.mod)
 export GOTOOLCHAIN
 
-go vet ./...
-(cd internal/interop && go vet ./...)
-(cd internal/compare && go vet ./...)
+hack/each-module.sh go vet ./...
 echo "ok    $GOTOOLCHAIN"
 
 dir=$(mktemp -d)

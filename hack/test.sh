@@ -11,12 +11,8 @@ if ! why=$(go build -race runtime/cgo 2>&1); then
 fi
 
 for packages; do :; done
-modules=.
-[ "$packages" != ./... ] || modules='. internal/interop internal/compare'
+each=
+[ "$packages" != ./... ] || each=hack/each-module.sh
 
-failed=0
-for module in $modules; do
-	# shellcheck disable=SC2086 # nothing, or one word
-	(cd "$module" && go test $race -count=1 -timeout=20m "$@") || failed=1
-done
-exit "$failed"
+# shellcheck disable=SC2086 # each nothing, or one word
+exec $each go test $race -count=1 -timeout=20m "$@"

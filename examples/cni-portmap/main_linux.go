@@ -212,7 +212,7 @@ func eachAddress(conf *config, args *skel.CmdArgs, do func(m *hostport.Manager, 
 
 // mappingsOf has protocols and addresses in the one spelling that GC and DEL find with iptables.
 func mappingsOf(conf *config) []*hostport.PortMapping {
-	var mappings []*hostport.PortMapping
+	mappings := make([]*hostport.PortMapping, 0, len(conf.RuntimeConfig.PortMappings))
 
 	for _, pm := range conf.RuntimeConfig.PortMappings {
 		if ip := net.ParseIP(pm.HostIP); ip != nil {

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -103,10 +104,11 @@ type attachment struct {
 	ports       []map[string]any
 }
 
+// port is a mapping to port 80; more is one more field, or another value.
 func port(hostPort int, more ...any) map[string]any {
 	pm := map[string]any{"hostPort": hostPort, "containerPort": 80, "protocol": "tcp"}
-	for i := 0; i < len(more); i += 2 {
-		pm[more[i].(string)] = more[i+1]
+	if len(more) > 0 {
+		pm[more[0].(string)] = more[1]
 	}
 
 	return pm
@@ -176,16 +178,15 @@ func (n *node) must(command string, a attachment, more ...any) {
 	require.NoError(n.t, err, "%s %s", command, a.id)
 }
 
-// fails asserts that a call fails with a code.
-func (n *node) fails(code uint, command string, a attachment, more ...any) *types.Error {
+// fails asserts that a call fails with a code, and says why.
+func (n *node) fails(code uint, why, command string, a attachment, more ...any) {
 	n.t.Helper()
 
 	_, err := n.call(command, a, more...)
 	cniErr := &types.Error{}
 	require.ErrorAs(n.t, err, &cniErr)
 	assert.Equal(n.t, code, cniErr.Code, cniErr)
-
-	return cniErr
+	assert.Contains(n.t, cniErr.Error(), why)
 }
 
 // rows are those that the kernel holds, as text.
@@ -320,12 +321,12 @@ func TestNothingToMap(t *testing.T) {
 func TestRefused(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {
 		some := attachment{"net1", "web", n.Pods[0], []map[string]any{port(8080)}}
-		n.fails(types.ErrInvalidNetworkConfig, "ADD", some, "prevResult", nil)
-		n.fails(types.ErrInvalidNetworkConfig, "ADD", some, "conditionsV4", []string{"-s", "192.0.2.0/24"})
-		n.fails(types.ErrPluginNotAvailable, "STATUS", attachment{network: "net1"}, "backend", "ipvs")
+		n.fails(types.ErrInvalidNetworkConfig, "prevResult is missing", "ADD", some, "prevResult", nil)
+		n.fails(types.ErrInvalidNetworkConfig, "not supported", "ADD", some, "conditionsV4", []string{"-s", "192.0.2.0/24"})
+		n.fails(types.ErrPluginNotAvailable, "ipvs", "STATUS", attachment{network: "net1"}, "backend", "ipvs")
 
 		some.ports = []map[string]any{port(8080), port(70000)}
-		assert.Contains(t, n.fails(types.ErrInvalidNetworkConfig, "ADD", some).Msg, "want 1 to 65535")
+		n.fails(types.ErrInvalidNetworkConfig, "want 1 to 65535", "ADD", some)
 		assert.Empty(t, n.rows())
 	})
 }
@@ -342,7 +343,7 @@ func TestConflict(t *testing.T) {
 
 		for _, network := range []string{"net1", "net2"} {
 			second := attachment{network, "second", n.Pods[1], []map[string]any{port(8081), port(8080)}}
-			assert.Contains(t, n.fails(errPortTaken, "ADD", second).Msg, "8080 is taken")
+			n.fails(errPortTaken, "8080 is taken", "ADD", second)
 			assert.Equal(t, rows, n.rows())
 			n.must("DEL", second)
 			assert.Equal(t, rows, n.rows())
@@ -355,7 +356,7 @@ func TestConflict(t *testing.T) {
 }
 
 func TestCheckAfterFlush(t *testing.T) {
-	eachNode(t, func(t *testing.T, n *node) {
+	eachNode(t, func(_ *testing.T, n *node) {
 		n.serve()
 
 		web := attachment{"net1", "web", n.Pods[0], []map[string]any{port(8080)}}
@@ -370,7 +371,7 @@ func TestCheckAfterFlush(t *testing.T) {
 			}
 		}
 
-		assert.Contains(t, n.fails(types.ErrInternal, "CHECK", web).Msg, "8080")
+		n.fails(types.ErrInternal, "8080", "CHECK", web)
 		n.must("ADD", web)
 		n.must("CHECK", web)
 		n.answers(n.Client, "tcp", n.NodeIP(false).String(), 8080, "web")
@@ -391,7 +392,7 @@ func TestGC(t *testing.T) {
 			n.must("GC", attachment{network: network}, "cni.dev/valid-attachments", valid)
 		}
 
-		a := attachment{"net1", "a", n.Pods[0], []map[string]any{port(8080), port(8080, "protocol", "udp"), port(8083, "hostIP", n.OtherNodeIP(true).String())}}
+		a := attachment{"net1", "a", n.Pods[0], []map[string]any{port(8080), port(8080, "protocol", "Udp"), port(8083, "hostIP", strings.ToUpper(n.OtherNodeIP(true).String()))}}
 		n.must("ADD", a)
 
 		onlyA := n.rows()
@@ -406,7 +407,7 @@ func TestGC(t *testing.T) {
 
 		all := n.rows()
 
-		n.fails(types.ErrInvalidNetworkConfig, "GC", attachment{network: "net1"}) // nobody knows what is valid
+		n.fails(types.ErrInvalidNetworkConfig, "valid-attachments is missing", "GC", attachment{network: "net1"}) // nobody knows what is valid
 		gc("net1", "a", "b")
 		gc("net2", "a")
 		gc("net", "b")
