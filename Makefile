@@ -27,10 +27,10 @@ DEPS := hack/install-deps.sh
 INSIDE := hack/in-namespace.sh
 
 .NOTPARALLEL:
-.PHONY: help demo test test-kernels lint fmt cross bench compare fuzz chaos oldest newest verify tidy-check clean lint-tool
+.PHONY: help demo test test-kernels lint fmt cross bench compare containerd fuzz chaos oldest newest verify tidy-check clean lint-tool
 
 help:
-	@echo "hostport: host ports for container runtimes. None of this touches the host's network, and only bench needs root."
+	@echo "hostport: host ports for container runtimes. None of this touches the host's network, and only bench and containerd need root."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
@@ -67,6 +67,10 @@ compare: ## hostport beside other ways to map ports, into docs/compare (QUICK=-q
 	@cd internal/compare && go build -buildvcs=false -o ../../bin/compare .
 	@mkdir -p '$(DIR)'
 	@$(INSIDE) bin/compare $(QUICK) -dir '$(DIR)' -portmap "$$(cd internal/compare && go tool -n portmap)"
+
+containerd: ## pods with host ports under a real containerd, as root (V=-v)
+	@$(DEPS) go iptables nft unshare busybox cni containerd
+	@$(INSIDE) unshare --pid --fork --kill-child --mount-proc go -C internal/interop test -tags containerd -count=1 $(V) ./containerd
 
 fuzz: ## every fuzz target, one after the other (FUZZTIME=)
 	@$(DEPS) go unshare

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Usage: install-deps.sh NEED...
 # Sees to it that each NEED is there: go, iptables (both variants), nft, tun, unshare, shellcheck, make; for other kernels
-# also apt-get, busybox, qemu-system-x86_64, xz.
+# also apt-get, busybox, qemu-system-x86_64, xz; for containerd: containerd, cni, which are the CNI project's plugins.
 # Root gets what is missing from the distribution; a plain user gets one line that says what to install.
 set -eu
 
@@ -18,6 +18,8 @@ die() {
 programs() {
 	case $1 in
 	tun) [ -w /dev/net/tun ] || echo tun-that-may-be-opened ;;
+	cni) [ -x /usr/lib/cni/bridge ] || [ -x /usr/libexec/cni/bridge ] || echo plugins-in-a-usual-folder ;;
+	containerd) echo containerd ctr runc ;;
 	iptables) echo iptables-nft-restore ip6tables-nft-restore iptables-legacy-restore ip6tables-legacy-restore ;;
 	*) echo "$1" ;;
 	esac
@@ -29,6 +31,10 @@ packages() {
 	apt-get:iptables) echo iptables ;;
 	dnf:iptables) echo iptables-nft iptables-legacy ;;
 	apk:iptables) echo iptables iptables-legacy ;;
+	apk:cni) echo cni-plugins ;;
+	*:cni) echo containernetworking-plugins ;;
+	apk:containerd) echo containerd containerd-ctr runc ;;
+	*:containerd) echo containerd runc ;;
 	apt-get:busybox) echo busybox-static ;;
 	apt-get:qemu-system-x86_64) echo qemu-system-x86 ;;
 	apt-get:xz) echo xz-utils ;;

@@ -12,6 +12,9 @@
 // stands between their code and its API, and their calls, with real packets. They
 // need k8s.io/cri-api.
 //
+// Its folder containerd has a runtime that embeds nothing: a real one, with the CNI
+// plugin of examples/cni-portmap.
+//
 // The tests need nft in PATH and namespaces of their own; in this folder:
 //
 //	go mod download

@@ -41,6 +41,16 @@ func newNamespace(name string) (*Namespace, error) {
 	return n, nil
 }
 
+// Open returns the namespace of a file, such as /run/netns/web, which somebody
+// else has made.
+func Open(name, path string) (*Namespace, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace %s: %w", name, err)
+	}
+	return &Namespace{Name: name, file: file}, nil
+}
+
 // Do runs f inside the namespace and returns its error. f runs in a goroutine
 // of its own, locked to a thread, so it may end that goroutine, as
 // testing.T.FailNow does; Do then returns an error. Goroutines that f starts
