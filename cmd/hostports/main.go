@@ -3,7 +3,8 @@
 //	hostports list                 each host port: where it leads, whose it is, who holds it
 //	hostports check                what is not as it should be
 //	hostports explain PORT[/PROTO] why a host port does not answer; with -wait 10s it follows the
-//	                               next packet that comes from outside, in place of one of its own
+//	                               next packet that comes from outside, in place of one of its own.
+//	                               ADDRESS:PORT is for one of the node's addresses
 //	hostports clean                take all host ports out, where no manager runs
 //
 // With -o json the answer is JSON. All but clean change nothing. explain makes a device and a table

@@ -51,7 +51,7 @@ func allGood(t *testing.T, opts ...hostport.Option) (out string) {
 	// Rules are as long as they are, and explain tells them whole.
 	report, said, found := strings.Cut(out, " hostports list")
 	require.True(t, found)
-	assert.Contains(t, said, "\n5353/udp answers a probe. ")
+	assert.Contains(t, said, "\n5353/udp answers a probe from outside. ")
 	assert.Contains(t, said, "\ncause: IPv4: the node does not forward")
 
 	for line := range strings.Lines(report) {

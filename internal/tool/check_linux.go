@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -78,8 +79,8 @@ func (n *node) problems(ctx context.Context, f row.Family, network func() (*netw
 	}
 
 	for _, e := range n.wiped(f) {
-		problems = append(problems,
-			fmt.Sprintf("%s: %s, the manager, holds the port for a pod, and the kernel has no rule", e, n.manager[f]))
+		problems = append(problems, fmt.Sprintf("%s %s: %s, the manager, holds the port for a pod, and the kernel has no rule",
+			e.Proto.API(), netip.AddrPortFrom(e.HostIP(f), e.Port), n.manager[f]))
 	}
 
 	for i, p := range problems {
@@ -118,7 +119,7 @@ func (n *node) problemsOfRows(ctx context.Context, f row.Family, readOnce func()
 			interfaces[w.device] = interfaces[w.device] || r.in.loopback && r.ForLoopback()
 		}
 
-		for _, p := range append(n.problemsOf(r, w, claims), network.lacks(r)...) {
+		for _, p := range append(n.problemsOf(r, w, claims), lacksAddress(r.IP)...) {
 			problems = append(problems, fmt.Sprintf("%s of %s: %s", r, pod(r.Row), p))
 		}
 	}

@@ -50,7 +50,8 @@ func clean(ctx context.Context, out output) (err error) {
 
 	lines := []string{fmt.Sprintf("%d host ports taken out", answer.Removed)}
 	if answer.Guard {
-		lines = append(lines, "the guard of 127.0.0.0/8 stays: route_localnet is on")
+		lines = append(lines, "the guard of 127.0.0.0/8 stays while an interface has route_localnet: "+
+			"see sysctl -a, set it to 0, and clean again")
 	}
 
 	return out.print(answer, lines)

@@ -42,13 +42,13 @@ type question struct {
 	*node
 	*report
 
-	row.PortKey
+	row.Endpoint // of whatever address, if it has none
 
 	wait time.Duration // for a packet from outside; 0: send one
 }
 
 func explain(ctx context.Context, out output, text string, wait time.Duration) error {
-	port, proto, err := parsePort(text)
+	asked, err := parseEndpoint(text)
 	if err != nil {
 		return err
 	}
@@ -61,8 +61,7 @@ func explain(ctx context.Context, out output, text string, wait time.Duration) e
 		return err
 	}
 
-	asked := fmt.Sprintf("%d/%s", port, proto)
-	q := &question{n, &report{Asked: asked, Steps: []string{}}, row.PortKey{Proto: row.Protocol(proto), Port: port}, wait}
+	q := &question{n, &report{Asked: shortly(asked), Steps: []string{}}, asked, wait}
 	q.answer(ctx)
 
 	last := q.conclude()
@@ -88,7 +87,7 @@ func (q *question) conclude() string {
 	default:
 		q.Verdict = answered
 
-		return q.Asked + " answers a probe. A rule for some clients or one interface alone shows with -wait"
+		return q.Asked + " answers a probe from outside. A rule for some clients or one interface alone shows with -wait"
 	}
 }
 
@@ -99,11 +98,21 @@ func (q *question) unknownf(format string, args ...any) {
 
 // answer finds the cause.
 func (q *question) answer(ctx context.Context) {
-	rows := slices.DeleteFunc(q.rows(), func(r found) bool { return r.PortKey != q.PortKey })
+	rows := slices.DeleteFunc(q.rows(), func(r found) bool { return !slices.Contains(q.families(), r.Family()) || !q.isAbout(r.Endpoint) })
+
+	q.Cause = q.wipedAway()
 	if len(rows) == 0 {
-		q.Cause = q.whyNoRow(ctx)
+		if q.Cause == "" {
+			q.Cause = q.whyNoRow(ctx)
+		}
 
 		return
+	}
+
+	for _, f := range q.families() {
+		if !slices.ContainsFunc(rows, func(r found) bool { return r.Family() == f }) {
+			q.stepf("IPv%s: no pod has the host port", f)
+		}
 	}
 
 	causes := make([]string, len(rows))
@@ -117,7 +126,7 @@ func (q *question) answer(ctx context.Context) {
 		causes[i] = q.whyNot(ctx, r, network)
 	}
 
-	if q.wait > 0 && strings.Join(causes, "") == "" {
+	if q.wait > 0 && strings.Join(causes, "")+q.Cause == "" {
 		q.awaited(ctx, rows, causes)
 	}
 
@@ -135,6 +144,38 @@ func (q *question) answer(ctx context.Context) {
 	}
 }
 
+// families are those asked about that the node has.
+func (q *question) families() (all []row.Family) {
+	for _, f := range []row.Family{row.IPv4, row.IPv6} {
+		if _, has := q.unseen[f]; has && (!q.IP.IsValid() || row.FamilyOf(q.IP) == f) {
+			all = append(all, f)
+		}
+	}
+
+	return all
+}
+
+// isAbout reports whether packets to an endpoint, of a family asked about, are among those asked about.
+func (q *question) isAbout(e row.Endpoint) bool {
+	return e.PortKey == q.PortKey && e.Overlaps(q.Endpoint)
+}
+
+// wipedAway says that the port has lost its rules in a family, "" if none is seen to have.
+func (q *question) wipedAway() (cause string) {
+	for _, f := range q.families() {
+		if q.unseen[f] != nil || !slices.ContainsFunc(q.wiped(f), q.isAbout) {
+			continue
+		}
+
+		text := fmt.Sprintf("IPv%s: the rules are gone: %s, the manager, holds the port for a pod, and the kernel has no rule. "+
+			"Run or Sync of the manager puts them back, or the pod's next Add", f, q.manager[f])
+		q.stepf("%s", text)
+		cause = cmp.Or(cause, text)
+	}
+
+	return cause
+}
+
 // whyNoRow says why no pod has the port.
 func (q *question) whyNoRow(ctx context.Context) string {
 	if err := q.unseenError(); err != nil {
@@ -145,32 +186,34 @@ func (q *question) whyNoRow(ctx context.Context) string {
 
 	q.stepf("no pod has the host port, in any backend")
 
-	for _, f := range []row.Family{row.IPv4, row.IPv6} {
-		e := row.Endpoint{PortKey: q.PortKey}
-		by := q.holders(e, f)
+	for _, f := range q.families() {
+		by := q.holders(q.Endpoint, f)
 
 		switch {
 		case slices.Contains(by, unseen):
 			q.unknownf("%s has the port: the manager, if the rules are gone, or another one. Root sees which", unseen)
 
 			return ""
-		case q.holds(q.manager[f], e, f):
-			return fmt.Sprintf("IPv%s: the rules are gone: %s, the manager, holds the port for a pod, and the kernel has no rule. "+
-				"Run or Sync of the manager puts them back, or the pod's next Add", f, q.manager[f])
 		case len(by) > 0:
 			return fmt.Sprintf("IPv%s: %s has the port, so that no pod can get it: Add fails with \"address already in use\"",
 				f, strings.Join(by, ", "))
 		}
 	}
 
-	for _, f := range []row.Family{row.IPv4, row.IPv6} {
-		if claims := q.claims(ctx, f, row.Endpoint{PortKey: q.PortKey}); claims != "" {
+	for _, f := range q.families() {
+		if claims := q.claims(ctx, f, q.Endpoint); claims != "" {
 			return fmt.Sprintf("IPv%s: another port mapper has the port: %s", f, claims)
 		}
 	}
 
 	if q.Proto == row.TCP && !shows(q.Proto) {
 		q.stepf("the sockets that hold TCP ports are shown since Linux 6.8: whether rules were wiped cannot be told")
+	}
+
+	for _, r := range q.rows() {
+		if r.Port == q.Port {
+			return fmt.Sprintf("no pod has the host port, but one has %s", shortly(r.Endpoint))
+		}
 	}
 
 	return "no pod has the host port: none was added, or it was removed"
@@ -205,7 +248,9 @@ func (q *question) whyNot(ctx context.Context, r found, network *network) string
 		q.unknownf("%s", w.unknown)
 	}
 
-	obstacles := append(q.blocked(r.Family()), network.lacks(r)...)
+	ip := cmp.Or(q.IP, r.IP)
+
+	obstacles := append(q.blocked(r.Family()), lacksAddress(ip)...)
 	if w.device != "" {
 		obstacles = append(obstacles, q.notForwarding(r.Family(), network.uplinks[r.Family()], w.device)...)
 	}
@@ -220,8 +265,8 @@ func (q *question) whyNot(ctx context.Context, r found, network *network) string
 	q.stepf("  the way to the pod is %s", w.device)
 
 	switch {
-	case r.IP.IsLoopback():
-		q.unknownf("the row is for a loopback address, which no packet from outside reaches")
+	case ip.IsLoopback():
+		q.unknownf("no packet from outside reaches a loopback address: see whether the node itself does")
 
 		return cmp.Or(w.obstacle, q.besides(r, w))
 	case q.wait > 0:

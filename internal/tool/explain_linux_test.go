@@ -121,11 +121,18 @@ func (b *bed) route(v6 bool, r netlink.Route) {
 		}
 
 		if r.Dst == nil {
-			r.Dst = &net.IPNet{IP: make(net.IP, b.NodeIP(v6).BitLen()/8), Mask: make(net.IPMask, b.NodeIP(v6).BitLen()/8)}
+			r.Dst = everywhere(v6)
 		}
 
 		require.NoError(b.t, netlink.RouteAdd(&r))
 	})
+}
+
+// everywhere is where a default route leads.
+func everywhere(v6 bool) *net.IPNet {
+	size := map[bool]int{false: net.IPv4len, true: net.IPv6len}[v6]
+
+	return &net.IPNet{IP: make(net.IP, size), Mask: make(net.IPMask, size)}
 }
 
 // only is the network of one address.
@@ -203,6 +210,66 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 		}, want: "the rules are gone: process",
 	},
 	{
+		name: "the rules of one family gone", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			b.add(0, !v6, "TCP", 80)
+
+			if b.via == "nftables" {
+				b.run("nft", "delete", "table", nftFamily(v6), "crio-hostports")
+			} else {
+				b.run(program(v6)+"-"+b.via, "-t", "nat", "-F")
+			}
+		}, want: "the rules are gone: process",
+	},
+	{
+		name: "another protocol", how: func(b *bed, v6 bool) { b.add(0, v6, "UDP", 80) },
+		want: "no pod has the host port, but one has 8080/udp",
+	},
+	{
+		name: "a process has the port, and no manager runs", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			require.NoError(b.t, b.m.Close())
+			b.take(v6)
+		}, want: "the port is not held: process",
+	},
+	{
+		name: "the pod refuses by ICMP", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			require.NoError(b.t, b.Pods[0].Do(func() error {
+				return exec.CommandContext(b.t.Context(), "nft", "add table inet f; "+
+					"add chain inet f i { type filter hook input priority 0; }; "+
+					"add rule inet f i tcp dport 80 reject with icmpx admin-prohibited").Run()
+			}))
+		}, want: "the pod says: ",
+	},
+	{
+		name: "the pod answers past the node", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			require.NoError(b.t, b.Host.BridgeCalls("cni0", v6))
+			require.NoError(b.t, b.Pods[0].Do(func() error {
+				return netlink.RouteReplace(&netlink.Route{Dst: everywhere(v6), Gw: b.Pods[1].IP(v6).AsSlice()})
+			}))
+		}, want: "the pod sends its answer to another machine on cni0",
+	},
+	{
+		name: "the pod has no route back", how: func(b *bed, v6 bool) {
+			b.add(0, v6, "TCP", 80)
+			require.NoError(b.t, b.Pods[0].Do(func() error { return netlink.RouteDel(&netlink.Route{Dst: everywhere(v6)}) }))
+		}, want: "no answer came back: the pod drops it, has no route back, or went a moment ago",
+	},
+	{
+		name: "the pod's address is the node's", how: func(b *bed, v6 bool) {
+			ip := b.NodeIP(v6)
+			_, err := b.Host.Serve("tcp", netip.AddrPortFrom(ip, 80))
+			require.NoError(b.t, err)
+			b.do(func() {
+				require.NoError(b.t, b.m.Add("host", &hostport.PodPortMapping{
+					IP: ip.AsSlice(), PortMappings: []*hostport.PortMapping{{HostPort: 8080, ContainerPort: 80}},
+				}, ""))
+			})
+		}, want: "answers",
+	},
+	{
 		name: "ruleset flushed, with Run", how: func(b *bed, v6 bool) {
 			b.add(0, v6, "TCP", 80)
 			b.runManager()
@@ -227,7 +294,7 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 			b.add(0, v6, "TCP", 80)
 			b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy accept; }; "+
 				"add rule inet firewall forward tcp dport 80 counter drop")
-		}, want: "the packet is dropped in the forward hook by table inet firewall, chain forward, rule",
+		}, want: "the packet is dropped in the forward hook by table inet firewall, chain forward, handle",
 	},
 	{
 		name: "FORWARD policy drop by nftables", how: func(b *bed, v6 bool) {
@@ -240,7 +307,7 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 			b.add(0, v6, "TCP", 80)
 			b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy accept; }; "+
 				"add rule inet firewall forward ct direction reply counter drop")
-		}, want: "the pod's answer is dropped in the forward hook by table inet firewall, chain forward, rule",
+		}, want: "the pod's answer is dropped in the forward hook by table inet firewall, chain forward, handle",
 	},
 	{
 		name: "FORWARD policy drop by iptables-nft", how: func(b *bed, v6 bool) {
@@ -311,7 +378,7 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 			b.add(0, v6, "TCP", 80)
 			b.run("nft", "add table inet mapper; add chain inet mapper p { type nat hook prerouting priority -150; }; "+
 				"add rule inet mapper p tcp dport 8080 redirect to :9090")
-		}, want: ", by table inet mapper, chain p, rule 2: tcp dport 8080 redirect to :9090",
+		}, want: ", by table inet mapper, chain p, handle 2: tcp dport 8080 redirect to :9090",
 	},
 	{
 		name: "a redirection that the node drops", how: func(b *bed, v6 bool) {
@@ -326,7 +393,7 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 			b.add(0, v6, "TCP", 80)
 			b.run("nft", "add table inet firewall; add chain inet firewall p { type filter hook prerouting priority -300; }; "+
 				"add rule inet firewall p tcp dport 8080 notrack")
-		}, want: "stays with the node: it is not tracked (notrack), or a rule accepts it before ours, by table inet firewall, chain p, rule 2",
+		}, want: "stays with the node: it is not tracked (notrack), or a rule accepts it before ours, by table inet firewall, chain p, handle 2",
 	},
 	{
 		name: "drop before tracking by iptables-legacy", how: func(b *bed, v6 bool) {
@@ -399,12 +466,21 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 			b.add(0, v6, "TCP", 80)
 
 			if b.via == "nftables" {
-				b.run("nft", "flush", "chain", map[bool]string{false: "ip", true: "ip6"}[v6], "crio-hostports", "nat-prerouting")
+				b.run("nft", "flush", "chain", nftFamily(v6), "crio-hostports", "nat-prerouting")
 			} else {
 				b.run(program(v6)+"-"+b.via, "-t", "nat", "-F", "PREROUTING")
 			}
 		}, want: "rules are not as they should be: ",
 	},
+}
+
+// nftFamily is the family of a table.
+func nftFamily(v6 bool) string {
+	if v6 {
+		return "ip6"
+	}
+
+	return "ip"
 }
 
 // program is the iptables of a family.

@@ -35,7 +35,7 @@ type trail struct {
 
 // fromOutside sends a packet to a row, and says what keeps it from the pod.
 func (q *question) fromOutside(ctx context.Context, r found, network *network, w way) string {
-	to, err := network.nodeAddress(r.Row, w.device)
+	to, err := network.nodeAddress(cmp.Or(q.IP, r.IP), r.Family(), w.device)
 	if err != nil {
 		q.unknownf("%v", err)
 
@@ -73,7 +73,7 @@ func (q *question) fromOutside(ctx context.Context, r found, network *network, w
 			return w.obstacle
 		}
 
-		q.stepf("  a probe from outside, %s to %s: %s %s", t.answer.Source, t.asked, t.answer.Kind, t.answer.Why)
+		q.stepf("  a probe from outside, %s to %s: %s", t.answer.Source, t.asked, outcomeOf(t.answer))
 
 		if tracer != nil {
 			q.follow(ctx, tracer, &t)
@@ -86,6 +86,9 @@ func (q *question) fromOutside(ctx context.Context, r found, network *network, w
 
 	return q.judge(ctx, r, t, o.Device())
 }
+
+// outcomeOf is what became of a probe, in words.
+func outcomeOf(a probe.Answer) string { return strings.TrimSpace(string(a.Kind) + " " + a.Why) }
 
 // ledTo is where the kernel has led a probe, the zero AddrPort if it does not know. The flow that a
 // probe leaves goes.
@@ -182,7 +185,7 @@ func whereOf(ctx context.Context, s trace.Step) string {
 		return chain + ", its policy"
 	}
 
-	return fmt.Sprintf("%s, rule %d%s", chain, s.Rule, ruleText(ctx, s.Family, s.Table, s.Chain, s.Rule))
+	return fmt.Sprintf("%s, handle %d%s", chain, s.Rule, ruleText(ctx, s.Family, s.Table, s.Chain, s.Rule))
 }
 
 func drops(s trace.Step) bool { return s.Verdict == "drop" }
@@ -255,7 +258,7 @@ func (q *question) judge(ctx context.Context, r found, t trail, back string) str
 		return fmt.Sprintf("%s is dropped in the %s hook by %s", what, s.Hook, whereOf(ctx, *s))
 	}
 
-	if t.answer.Kind == probe.Refused && to == r.Pod && ended("", r.Family(), t.first) == "" {
+	if t.answer.Kind == probe.Refused && to == r.Pod && q.ended("", r.Family(), t.first) == "" {
 		return fmt.Sprintf("the pod refuses: nothing listens on %s %s", r.Proto.API(), r.Pod)
 	}
 
@@ -264,7 +267,7 @@ func (q *question) judge(ctx context.Context, r found, t trail, back string) str
 
 // ended says where in the node a packet ended that no rule of nf_tables has dropped, "" if it has
 // left the node or its way is not known.
-func ended(what string, f row.Family, steps []trace.Step) string {
+func (q *question) ended(what string, f row.Family, steps []trace.Step) string {
 	last := lastMilestone(steps)
 	hook, inside := strings.CutSuffix(last, "-first")
 
@@ -273,6 +276,10 @@ func ended(what string, f row.Family, steps []trace.Step) string {
 		return fmt.Sprintf("%s ended in the %s hook, and no rule of nf_tables has dropped it: look at %s-legacy-save, chain %s",
 			what, hook, iptables.Command(f), strings.ToUpper(hook))
 	case last == "prerouting-last":
+		if obstacles := q.notForwarding(f, steps[0].In); len(obstacles) > 0 {
+			return obstacles[0]
+		}
+
 		return what + " ended in routing, before the forward hook: reverse path filtering (rp_filter), or no route"
 	default:
 		return ""
@@ -285,12 +292,12 @@ func (q *question) lost(r found, t trail, back string) string {
 	network := q.network()
 	w := network.wayTo(r.Pod.Addr())
 
-	if cause := ended("the packet", r.Family(), t.first); cause != "" {
+	if cause := q.ended("the packet", r.Family(), t.first); cause != "" {
 		return cause
 	}
 
 	answers := slices.DeleteFunc(slices.Clone(t.others), func(s trace.Step) bool { return s.To.Addr() != t.answer.Source.Addr() })
-	if cause := ended("the pod's answer", r.Family(), answers); cause != "" {
+	if cause := q.ended("the pod's answer", r.Family(), answers); cause != "" {
 		return cause
 	}
 
@@ -302,22 +309,25 @@ func (q *question) lost(r found, t trail, back string) string {
 	switch {
 	case w.obstacle != "":
 		return w.obstacle
+	case len(t.first) == 0:
+		q.unknownf("a probe got %s, and could not be followed: the pod, a firewall or the node may be why", outcomeOf(t.answer))
 	case t.answer.Kind == probe.Unreachable:
-		from := t.answer.From.Addr().String()
-		if isLocal(t.answer.From.Addr()) {
-			from = "the node"
+		// What comes from behind the node has an address of the node's as well (nf_nat_icmp_reply_translation).
+		from := "the node"
+		if lastMilestone(t.first) == "postrouting-last" {
+			from = "the pod"
 		}
 
 		return fmt.Sprintf("%s says: %s", from, t.answer.Why)
-	case len(t.first) == 0:
-		q.unknownf("a probe got %s, and could not be followed: the pod, a firewall or the node may be why",
-			strings.TrimSpace(string(t.answer.Kind)+" "+t.answer.Why))
+	case out == w.device && out != "":
+		return fmt.Sprintf("the pod sends its answer to another machine on %s, not to the node: look at the pod's routes", out)
 	case out != "" && out != back:
 		q.unknownf("the pod answers a probe, and the node sends the answer out over %s: rules of routing (ip rule) lead it there", out)
 	case r.Proto == row.UDP:
 		q.unknownf("the packet has left for the pod, which need not answer one without data")
 	default:
-		return fmt.Sprintf("the packet has left for the pod over %s, and no answer came back%s", w.device, network.dead(w.device))
+		return fmt.Sprintf("the packet has left for the pod over %s, and no answer came back%s", w.device,
+			cmp.Or(network.dead(w.device), ": the pod drops it, has no route back, or went a moment ago"))
 	}
 
 	return ""

@@ -1,11 +1,11 @@
 package tool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -235,16 +235,20 @@ func (n *node) holds(process string, e row.Endpoint, f row.Family) bool {
 	})
 }
 
-// lacks reports whether a manager runs that does not hold the port of a row, as far as that is seen.
+// lacks reports whether the port of a row is not the manager's, as far as that is seen: a manager
+// runs and does not hold it, or none runs and a process has it.
 func (n *node) lacks(r found) bool {
 	manager := n.manager[r.Family()]
+	if manager == "" {
+		return len(n.holders(r.Endpoint, r.Family())) > 0
+	}
 
 	return manager != "" && manager != unseen && shows(r.Proto) &&
 		!n.holds(manager, r.Endpoint, r.Family()) && !n.holds(unseen, r.Endpoint, r.Family())
 }
 
-// wiped are the ports that the manager of a family holds and that have no row.
-func (n *node) wiped(f row.Family) (all []string) {
+// wiped are the endpoints that the manager of a family holds and that have no row.
+func (n *node) wiped(f row.Family) (all []row.Endpoint) {
 	if n.manager[f] == unseen {
 		return nil
 	}
@@ -259,17 +263,17 @@ func (n *node) wiped(f row.Family) (all []string) {
 
 	for key, bound := range n.sockets[f] {
 		for _, s := range bound {
-			e := s.Endpoint
-			text := fmt.Sprintf("%s %s", e.Proto.API(), netip.AddrPortFrom(e.HostIP(f), e.Port))
-			mapped := slices.ContainsFunc(rows[key], func(r *row.Row) bool { return r.Overlaps(e) })
+			mapped := slices.ContainsFunc(rows[key], func(r *row.Row) bool { return r.Overlaps(s.Endpoint) })
 
 			if !mapped && !s.Listening && n.process(s.Inode) == n.manager[f] {
-				all = append(all, text)
+				all = append(all, s.Endpoint)
 			}
 		}
 	}
 
-	slices.Sort(all)
+	slices.SortFunc(all, func(a, b row.Endpoint) int {
+		return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Proto, b.Proto), a.IP.Compare(b.IP))
+	})
 
 	return slices.Compact(all)
 }

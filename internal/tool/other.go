@@ -13,7 +13,7 @@ func list(context.Context, output) error { return errors.ErrUnsupported }
 func check(context.Context, output) error { return errors.ErrUnsupported }
 
 func explain(_ context.Context, _ output, port string, _ time.Duration) error {
-	if _, _, err := parsePort(port); err != nil {
+	if _, err := parseEndpoint(port); err != nil {
 		return err
 	}
 

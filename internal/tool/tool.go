@@ -8,11 +8,14 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/cri-o/hostport/internal/row"
 )
 
 // Exit codes.
@@ -27,7 +30,8 @@ const usage = `usage: hostports COMMAND [-o json]
   list                           each host port: where it leads, whose it is, who holds it
   check                          what is not as it should be
   explain PORT[/tcp|/udp|/sctp]  why a host port does not answer; a packet is sent to it and followed,
-                                 with -wait 10s the next one that comes from outside
+                                 with -wait 10s the next one that comes from outside. ADDRESS:PORT is
+                                 for one of the node's addresses
   clean                          take all host ports out, where no manager runs
 
 It exits with 0 where all is well, with 1 where something is not, with 2 where it cannot look.
@@ -39,12 +43,14 @@ var errFound = errors.New("not as it should be")
 // errUnknown says that it is not known whether something is as it should be, which the output has told.
 var errUnknown = errors.New("not known")
 
-// errUsage says that nobody can tell what is asked for.
-var errUsage = errors.New("no such command")
+// usageError says why nobody can tell what is asked for.
+type usageError string
+
+func (e usageError) Error() string { return string(e) }
 
 // Run carries out a command line, and returns the exit code.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	switch err := command(ctx, args, stdout, stderr); {
+	switch err := command(ctx, args, stdout); {
 	case err == nil:
 		return Good
 	case errors.Is(err, errFound):
@@ -55,8 +61,8 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		_, _ = io.WriteString(stdout, usage)
 
 		return Good
-	case errors.Is(err, errUsage):
-		_, _ = io.WriteString(stderr, usage)
+	case errors.As(err, new(usageError)):
+		_, _ = fmt.Fprintf(stderr, "hostports: %v\n%s", err, usage)
 
 		return CannotLook
 	default:
@@ -66,8 +72,8 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 }
 
-func command(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	r, err := parse(args, stderr)
+func command(ctx context.Context, args []string, stdout io.Writer) error {
+	r, err := parse(args)
 	if err != nil {
 		return err
 	}
@@ -84,7 +90,7 @@ func command(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	case "clean":
 		return clean(ctx, out)
 	default:
-		return errUsage
+		return usageError(fmt.Sprintf("no such command: %q", r.command))
 	}
 }
 
@@ -95,9 +101,9 @@ type request struct {
 	json          bool
 }
 
-func parse(args []string, stderr io.Writer) (r request, err error) {
+func parse(args []string) (r request, err error) {
 	if len(args) == 0 {
-		return r, errUsage
+		return r, usageError("which command?")
 	}
 
 	if slices.Contains([]string{"-h", "-help", "--help", "help"}, args[0]) {
@@ -107,8 +113,7 @@ func parse(args []string, stderr io.Writer) (r request, err error) {
 	r.command = args[0]
 
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.Usage = func() {}
+	flags.SetOutput(io.Discard) // the error says it as well
 
 	format := flags.String("o", "text", "text or json")
 	flags.DurationVar(&r.wait, "wait", 0, "explain: how long to wait for the next packet from outside")
@@ -122,19 +127,33 @@ func parse(args []string, stderr io.Writer) (r request, err error) {
 	}
 
 	r.json = *format == "json"
-	explains := r.command == "explain"
 
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return r, err //nolint:wrapcheck // an answer
-	case err != nil: // flags have said what is wrong
-	case flags.NArg() > 0, !r.json && *format != "text", (r.port != "") != explains:
-	case r.wait < 0, r.wait > 0 && !explains:
+	case err != nil:
+		return r, usageError(err.Error())
+	case !r.json && *format != "text":
+		return r, usageError(fmt.Sprintf("-o %q: want text or json", *format))
+	case flags.NArg() > 0:
+		return r, usageError(fmt.Sprintf("what is %q?", flags.Arg(0)))
 	default:
-		return r, nil
+		return r, r.fits()
 	}
+}
 
-	return r, errUsage
+// fits says why what is given does not fit the command.
+func (r request) fits() error {
+	switch explains := r.command == "explain"; {
+	case explains && r.port == "":
+		return usageError("explain which port?")
+	case !explains && r.port != "":
+		return usageError(fmt.Sprintf("%s takes no %q", r.command, r.port))
+	case r.wait < 0, r.wait > 0 && !explains:
+		return usageError("-wait is for explain, and not negative")
+	default:
+		return nil
+	}
 }
 
 // output is where answers go, and in which form.
@@ -159,23 +178,45 @@ func (o output) print(answer any, lines []string) error {
 	return e.Encode(answer) //nolint:wrapcheck // says what it is about
 }
 
-// parsePort reads PORT[/PROTOCOL], TCP being the default.
-func parsePort(text string) (port uint16, protocol string, err error) {
+// parseEndpoint reads [ADDRESS:]PORT[/PROTOCOL]. The default is TCP, and any address.
+func parseEndpoint(text string) (e row.Endpoint, err error) {
 	number, protocol, found := strings.Cut(text, "/")
 	if !found {
-		protocol = "tcp"
+		protocol = string(row.TCP)
+	}
+
+	if i := strings.LastIndexByte(number, ':'); i >= 0 {
+		if e.IP, err = netip.ParseAddr(strings.Trim(number[:i], "[]")); err != nil {
+			return e, fmt.Errorf("address %q: want one of the node's", number[:i])
+		}
+
+		e.IP, number = e.IP.Unmap(), number[i+1:]
 	}
 
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil || n == 0 {
-		return 0, "", fmt.Errorf("port %q: want 1 to 65535", number)
+		return e, fmt.Errorf("port %q: want 1 to 65535", number)
 	}
 
-	switch protocol = strings.ToLower(protocol); protocol {
-	case "tcp", "udp", "sctp":
-		return uint16(n), protocol, nil
+	e.Port, e.Proto = uint16(n), row.Protocol(strings.ToLower(protocol))
+	if !slices.Contains([]row.Protocol{row.TCP, row.UDP, row.SCTP}, e.Proto) {
+		return e, fmt.Errorf("protocol %q: want tcp, udp or sctp", protocol)
+	}
+
+	return e, nil
+}
+
+// shortly is an endpoint in the form in which it is asked for.
+func shortly(e row.Endpoint) string {
+	port := fmt.Sprintf("%d/%s", e.Port, e.Proto)
+
+	switch {
+	case !e.IP.IsValid():
+		return port
+	case e.IP.Is6():
+		return fmt.Sprintf("[%s]:%s", e.IP, port)
 	default:
-		return 0, "", fmt.Errorf("protocol %q: want tcp, udp or sctp", protocol)
+		return fmt.Sprintf("%s:%s", e.IP, port)
 	}
 }
 

@@ -359,7 +359,37 @@ func TestWait(t *testing.T) {
 
 	b.run("nft", "add table inet firewall; add chain inet firewall forward { type filter hook forward priority 0; policy accept; }; "+
 		"add rule inet firewall forward iifname eth0 tcp dport 80 reject with tcp reset")
-	b.cause("the packet is dropped in the forward hook by table inet firewall, chain forward, rule", "-wait", "20s", "8080/tcp")
+	b.cause("the packet is dropped in the forward hook by table inet firewall, chain forward, handle", "-wait", "20s", "8080/tcp")
+}
+
+// What a sysctl of one interface stops is told of the interface by which a packet came.
+func TestWaitInterface(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	b.add(0, false, "TCP", 80)
+	require.NoError(t, b.Host.Sysctl("net/ipv4/conf/eth0/forwarding", "0"))
+	b.asking(false)
+	b.cause("the node does not forward what comes in by eth0: /proc/sys/net/ipv4/conf/eth0/forwarding is 0", "-wait", "20s", "8080")
+}
+
+// One of the node's addresses can be asked about.
+func TestAddress(t *testing.T) {
+	t.Parallel()
+
+	for _, v6 := range []bool{false, true} {
+		b := newBed(t, "nftables")
+		b.add(0, v6, "TCP", 80)
+		b.run("nft", "add table inet firewall; add chain inet firewall p { type filter hook prerouting priority -200; }; "+
+			"add rule inet firewall p "+nftFamily(v6)+" daddr "+b.OtherNodeIP(v6).String()+" tcp dport 8080 drop")
+
+		b.cause("answers", netip.AddrPortFrom(b.NodeIP(v6), 8080).String())
+		b.cause("dropped in the prerouting hook by table inet firewall", netip.AddrPortFrom(b.OtherNodeIP(v6), 8080).String()+"/tcp")
+		b.cause("the node does not have the address "+b.ClientIP(v6).String(), netip.AddrPortFrom(b.ClientIP(v6), 8080).String())
+		b.cause("no pod has the host port", netip.AddrPortFrom(b.NodeIP(!v6), 8080).String())
+		b.cause("no pod has the host port, but one has 8080/tcp", netip.AddrPortFrom(b.NodeIP(v6), 8080).String()+"/udp")
+		b.unknown("no packet from outside reaches a loopback address", netip.AddrPortFrom(loopback(v6), 8080).String())
+	}
 }
 
 // Of several rows the packet is judged by the one that it is for.
@@ -481,21 +511,23 @@ func TestCheckRows(t *testing.T) {
 func TestUsage(t *testing.T) {
 	t.Parallel()
 
-	for _, args := range [][]string{
-		nil,
-		{"odd"},
-		{"explain"},
-		{"list", "8080"},
-		{"explain", "8080", "8081"},
-		{"list", "-o", "yaml"},
-		{"list", "-odd"},
-		{"list", "-wait", "1s"},
-		{"explain", "8080", "-wait", "-1s"},
+	for line, why := range map[string]string{
+		"":                       "which command?",
+		"odd":                    `no such command: "odd"`,
+		"explain":                "explain which port?",
+		"list 8080":              `list takes no "8080"`,
+		"explain 8080 8081":      `what is "8081"?`,
+		"list -o yaml":           `-o "yaml": want text or json`,
+		"list -odd":              "flag provided but not defined: -odd",
+		"list -wait 1s":          "-wait is for explain",
+		"explain 8080 -wait -1s": "not negative",
 	} {
 		var stdout, stderr bytes.Buffer
 
+		args := strings.Fields(line)
 		assert.Equal(t, CannotLook, Run(t.Context(), args, &stdout, &stderr), args)
-		assert.Contains(t, stderr.String(), "usage: hostports", args)
+		assert.Contains(t, stderr.String(), why)
+		assert.Contains(t, stderr.String(), "\nusage: hostports", args)
 		assert.Empty(t, stdout.String())
 	}
 
@@ -507,10 +539,18 @@ func TestUsage(t *testing.T) {
 		assert.Empty(t, stderr.String())
 	}
 
-	for _, port := range []string{"0", "70000", "http", "80/icmp", "/tcp"} {
+	for _, port := range []string{"0", "70000", "http", "80/icmp", "/tcp", "node:80", "[::1]:0"} {
 		var stdout, stderr bytes.Buffer
 
 		assert.Equal(t, CannotLook, Run(t.Context(), []string{"explain", port}, &stdout, &stderr), port)
 		assert.Contains(t, stderr.String(), "want ", port)
 	}
+}
+
+func loopback(v6 bool) netip.Addr {
+	if v6 {
+		return netip.IPv6Loopback()
+	}
+
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
 }

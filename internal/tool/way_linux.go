@@ -109,6 +109,9 @@ func (n *network) wayTo(pod netip.Addr) way {
 	}
 
 	w := way{device: link.Attrs().Name}
+	if routes[0].Type == unix.RTN_LOCAL {
+		w.device = row.LoopbackDevice // whichever has the address
+	}
 
 	switch state := link.Attrs().OperState; {
 	case isDefault(routes[0]):
@@ -147,7 +150,7 @@ func (n *network) nobodyAt(link netlink.Link, ip netip.Addr) string {
 		return text + dead
 	}
 
-	return text + ": the pod is gone, and its row has leaked; or a rule of the bridge drops what it says"
+	return text + ": the pod is gone, and its row has leaked; or the route is wrong, or a rule of the bridge drops what it says"
 }
 
 // dead names the ports of a bridge that have no carrier, "" if all have one.
@@ -171,13 +174,13 @@ func (n *network) dead(bridge string) string {
 	return ": the pod's link is down (no carrier: " + strings.Join(dead, ", ") + ")"
 }
 
-// lacks says that a row is for an address that is none of the node's.
-func (n *network) lacks(r found) []string {
-	if !r.IP.IsValid() || isLocal(r.IP) {
+// lacksAddress says that a row is for an address that is none of the node's, nothing if it is for all.
+func lacksAddress(ip netip.Addr) []string {
+	if !ip.IsValid() || isLocal(ip) {
 		return nil
 	}
 
-	return []string{fmt.Sprintf("the node does not have the address %s", r.IP)}
+	return []string{fmt.Sprintf("the node does not have the address %s", ip)}
 }
 
 // isLocal reports whether an address is one of the node's, as far as that can be looked up.
@@ -190,14 +193,14 @@ func isLocal(ip netip.Addr) bool {
 	return routes[0].Type == unix.RTN_LOCAL
 }
 
-// nodeAddress chooses an address of the node for packets to a row: that of the interface with the
-// default route, else of one that does not lead to the pod, which device does.
-func (n *network) nodeAddress(r *row.Row, device string) (netip.Addr, error) {
-	if r.IP.IsValid() {
-		return r.IP, nil
+// nodeAddress chooses an address of the node for packets to a row: the one asked for, else that of
+// the interface with the default route, else of one that does not lead to the pod, which device does.
+func (n *network) nodeAddress(asked netip.Addr, f row.Family, device string) (netip.Addr, error) {
+	if asked.IsValid() {
+		return asked, nil
 	}
 
-	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, familyOf(r.Family())) })
+	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, familyOf(f)) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("look up the node's addresses: %w", err)
 	}
@@ -216,7 +219,7 @@ func (n *network) nodeAddress(r *row.Row, device string) (netip.Addr, error) {
 		}
 
 		switch name := link.Attrs().Name; {
-		case name == n.uplinks[r.Family()]:
+		case name == n.uplinks[f]:
 			return ip, nil
 		case !chosen.IsValid() || name != device:
 			chosen = ip
