@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -520,6 +521,8 @@ func TestMain(m *testing.M) {
 
 	address := os.Getenv(addressVariable)
 	if address == "" {
+		_ = flag.Set("test.parallel", "8") // they wait more than they work
+
 		m.Run()
 
 		return
