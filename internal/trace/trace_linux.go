@@ -163,7 +163,11 @@ func start(ctx context.Context, family uint8, rules ...rule) (_ *Tracer, err err
 		msgs = append(msgs, t.table.AppendRule(r.chain, append(r.match, nfnetlink.SetTrace(reg)...)...))
 	}
 
-	return t, supported(t.conn.Commit(ctx, 0, msgs))
+	if err := supported(t.conn.Commit(ctx, 0, msgs)); err != nil {
+		return nil, err
+	}
+
+	return t, nil
 }
 
 // supported says what it means that the kernel does not know of tables that have an owner.

@@ -65,8 +65,9 @@ func eachFamily(t *testing.T, f func(b *bed)) {
 			}
 
 			b.do(func() {
-				_, err := Start(t.Context(), b.ClientIP(v6))
+				tracer, err := Start(t.Context(), b.ClientIP(v6))
 				require.ErrorIs(t, err, errors.ErrUnsupported)
+				assert.Nil(t, tracer)
 			})
 		})
 	}
@@ -460,6 +461,21 @@ func TestContextEnded(t *testing.T) {
 		for end := time.Now().Add(testbed.Stretch(5 * time.Second)); len(b.steps(ctx, tracer)) == 0; {
 			require.True(b.t, time.Now().Before(end))
 		}
+	})
+}
+
+// Who cannot start gets no Tracer to use.
+func TestContextEndedBefore(t *testing.T) {
+	t.Parallel()
+	eachFamily(t, func(b *bed) {
+		ctx, cancel := context.WithCancel(b.t.Context())
+		cancel()
+
+		b.do(func() {
+			tracer, err := Start(ctx, b.ClientIP(b.v6))
+			require.ErrorIs(b.t, err, context.Canceled)
+			assert.Nil(b.t, tracer)
+		})
 	})
 }
 
