@@ -58,10 +58,7 @@ func (m *hostportManager) do(ctx context.Context, op *operation, allowed func() 
 	m.queue = append(m.queue, op)
 	m.queueMu.Unlock()
 
-	wait, cancel := partOf(ctx, 2) // the other half is for the transaction
-	defer cancel()
-
-	if err := m.lockCommit(wait); err != nil {
+	if err := m.lockCommitInHalf(ctx); err != nil { // the other half is for the transaction
 		if m.withdraw(op) {
 			if op.remove {
 				m.remember(op)

@@ -115,6 +115,20 @@ func (m *hostportManager) lockCommit(ctx context.Context) error {
 	}
 }
 
+// lockCommitInHalf is lockCommit for half of the time until ctx ends.
+func (m *hostportManager) lockCommitInHalf(ctx context.Context) error {
+	select {
+	case m.commitLock <- struct{}{}: // mostly, and a timer takes longer than that
+		return nil
+	default:
+	}
+
+	ctx, cancel := partOf(ctx, 2)
+	defer cancel()
+
+	return m.lockCommit(ctx)
+}
+
 // planRemovals takes out of the table what none of pods is to have, if it is in scope.
 func (m *hostportManager) planRemovals(c *change, pods []podRows) {
 	stay, wanted := staying{}, map[row.PortKey][]*row.Row{}

@@ -29,14 +29,20 @@ type Finder struct {
 	family  row.Family
 	routing *netlink.Handle // nil until it is needed
 	ioctl   int             // a socket, open as long as that is
-	calls   *os.File        // the sysctl of bridges; to open it takes ten times as long as to read it
+	calls   int             // the sysctl of bridges, or none; to open it takes ten times as long as to read it
 	// kinds are the kernel's names for what interfaces are, by the interfaces' names: to
 	// ask takes six times as long as a route.
 	kinds map[string]string
+	// input is set if the kernel tells rules in postrouting by which interface a packet came.
+	input bool
 }
 
+const none = -1
+
 // New returns what knows the interfaces of a family. It opens nothing yet.
-func New(f row.Family) Finder { return Finder{family: f, kinds: map[string]string{}} }
+func New(f row.Family) Finder {
+	return Finder{family: f, calls: none, kinds: map[string]string{}, input: hasInputInPostrouting()}
+}
 
 // Close closes what is open. It may be used again.
 func (l *Finder) Close() {
@@ -46,11 +52,11 @@ func (l *Finder) Close() {
 		_ = unix.Close(l.ioctl)
 	}
 
-	if l.calls != nil {
-		_ = l.calls.Close()
+	if l.calls != none {
+		_ = unix.Close(l.calls)
 	}
 
-	l.routing, l.calls = nil, nil // the numbers are somebody else's from now on
+	l.routing, l.calls = nil, none // the numbers are somebody else's from now on
 }
 
 // Forget makes links look at interfaces again.
@@ -112,7 +118,7 @@ func (l *Finder) To(named string, pod netip.Addr) (string, error) {
 
 // Bypassed reports whether pods on an interface answer their neighbours past the node.
 func (l *Finder) Bypassed(device string) (bool, error) {
-	if device == row.LoopbackDevice || !hasInputInPostrouting() {
+	if device == row.LoopbackDevice || !l.input {
 		return false, nil
 	}
 
@@ -186,21 +192,23 @@ func (l *Finder) callsIPTables(bridge string) (bool, error) {
 // readCalls reads the sysctl of bridges, which comes and goes with br_netfilter.
 func (l *Finder) readCalls(path string) (set bool, err error) {
 	for range 2 {
-		if l.calls == nil {
-			if l.calls, err = os.Open(path); err != nil {
+		if l.calls == none {
+			if l.calls, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 				return false, err //nolint:wrapcheck // callsIPTables does
 			}
 		}
 
-		var value [16]byte // an int fits
+		var (
+			value [16]byte // an int fits
+			n     int
+		)
 
-		n, readErr := l.calls.ReadAt(value[:], 0)
-		if n > 0 {
+		if n, err = unix.Pread(l.calls, value[:], 0); n > 0 {
 			return string(value[:n]) != "0\n", nil
 		}
 
-		_, err = l.calls.Close(), readErr
-		l.calls = nil
+		_ = unix.Close(l.calls)
+		l.calls = none
 	}
 
 	return false, err //nolint:wrapcheck // likewise

@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-o/hostport/internal/row"
 )
@@ -63,10 +64,11 @@ func TestSysctlIsAnotherFile(t *testing.T) {
 	l := New(row.IPv4)
 	defer l.Close()
 
-	gone, err := os.Open(os.DevNull) // reads as nothing
+	var err error
+
+	l.calls, err = unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0) // reads as nothing
 	require.NoError(t, err)
 
-	l.calls = gone
 	path := filepath.Join(t.TempDir(), "sysctl")
 	require.NoError(t, os.WriteFile(path, []byte("1\n"), 0o600))
 
