@@ -303,6 +303,32 @@ func TestWithoutTakeover(t *testing.T) {
 	})
 }
 
+// Sync takes the port of a row of another scope from before, or is told not to.
+func TestSyncWithoutTakeover(t *testing.T) {
+	eachNode(t, func(t *testing.T, n *node) {
+		n.serve(0, "tcp", IPv4, 80)
+		n.serve(1, "tcp", IPv4, 80)
+		n.leftBehind("net2/a", n.withPort(0, 8080)[0])
+
+		wanted := map[string][]*PodPortMapping{"net1/b": n.withPort(1, 8080)[:1], "net1/c": n.withPort(1, 8081)[:1]}
+		to := netip.AddrPortFrom(n.nodeIP(IPv4), 8080)
+
+		m := n.manager(WithScope("net1"), WithoutTakeover())
+		err := n.sync(m, wanted)
+		conflict := (*ConflictError)(nil)
+		require.ErrorAs(t, err, &conflict)
+		assert.Equal(t, "net1/b", conflict.ID)
+		n.answers(n.Client, "tcp", to, "web")
+		n.answers(n.Client, "tcp", netip.AddrPortFrom(n.nodeIP(IPv4), 8081), "other")
+		require.NoError(t, m.Close())
+
+		m = n.manager(WithScope("net1"))
+		require.NoError(t, n.sync(m, wanted))
+		n.answers(n.Client, "tcp", to, "other")
+		n.exactly(m, wanted)
+	})
+}
+
 // Of a pod that was to be removed nobody waits for the port, whoever may know it.
 func TestWithoutTakeoverOfWhatIsGone(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {
