@@ -10,16 +10,12 @@ import (
 	"time"
 
 	"github.com/cri-o/hostport/internal/flows"
-	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
 )
 
 // flushFlows ends the flows that deltas, or a change of the node's addresses, have made
 // stale.
 func (m *hostportManager) flushFlows(ctx context.Context, deltas []row.Delta) {
-	ctx, cancel := outcome.WithGrace(ctx)
-	defer cancel()
-
 	before := m.nodeBefore
 	if time.Now().Before(m.flushAt) { // it takes long then, and held others up
 		before = nil

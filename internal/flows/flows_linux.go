@@ -11,6 +11,7 @@ import (
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nodeaddr"
+	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
 )
 
@@ -66,11 +67,20 @@ func New(f row.Family, cannotEnd func(error), view Viewer, dial func() (Conn, er
 // now, of the ports that deltas are about. If the node's addresses were others before,
 // it looks at all flows. It comes after the rules: a packet in between would bring a
 // flow back. One list of each protocol is made, for as many deltas and ports as there
-// are, and none where there is no such row. TCP connections follow later.
-func (f *Ender) Flush(ctx context.Context, deltas []row.Delta, before *nodeaddr.Addresses, v View) error {
+// are, and none where there is no such row. TCP connections follow later. The time is Flush's
+// own: that of the operation may be up.
+func (f *Ender) Flush(ctx context.Context, deltas []row.Delta, before *nodeaddr.Addresses, v View) (err error) {
 	datagrams, connections := turnovers(deltas, before, v.HasRows)
 
-	ended, err := f.datagrams.end(ctx, datagrams, atHand(v))
+	var ended []nfnetlink.Flow
+
+	if !datagrams.empty() {
+		ctx, cancel := outcome.WithGrace(ctx)
+		defer cancel()
+
+		ended, err = f.datagrams.end(ctx, datagrams, atHand(v))
+	}
+
 	early := slices.DeleteFunc(ended, func(flow nfnetlink.Flow) bool {
 		return flow.Translated || flow.Source.Addr().Is4() // see endAnswers
 	})
