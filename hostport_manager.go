@@ -590,6 +590,7 @@ func (m *hostportManager) Close() error {
 	m.noteUnavailable(errClosed)
 	m.sockets.Close()
 	m.links.Close()
+	m.localhost.Close()
 
 	return errors.Join(m.flows.Close(m.view()), m.addrs.Close(), m.locks[len(m.locks)-1].Close())
 }

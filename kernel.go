@@ -71,6 +71,7 @@ type sysctls interface {
 	Open(device string) error
 	Routed() bool
 	IsSet(path string) (bool, error)
+	Close()
 }
 
 // linkFinder knows the interfaces to pods, see links.

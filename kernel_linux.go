@@ -6,6 +6,7 @@ import (
 	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nodeaddr"
 	"github.com/cri-o/hostport/internal/sockets"
+	"github.com/cri-o/hostport/internal/sysctl"
 )
 
 // newSystemKernel asks Linux.
@@ -24,10 +25,8 @@ func newSystemKernel(m *hostportManager) kernel {
 }
 
 // kernelSysctls are in /proc/sys.
-type kernelSysctls struct{ localhost.Opener }
-
-func (s kernelSysctls) Open(device string) error { return s.Opener.Open(device) }
+type kernelSysctls struct{ *localhost.Opener }
 
 func (kernelSysctls) Routed() bool { return localhost.Routed() }
 
-func (kernelSysctls) IsSet(path string) (bool, error) { return localhost.IsSet(path) }
+func (kernelSysctls) IsSet(path string) (bool, error) { return sysctl.IsSet(path) }

@@ -22,6 +22,7 @@ import (
 	"github.com/cri-o/hostport/internal/localhost"
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/nftables"
+	"github.com/cri-o/hostport/internal/sysctl"
 	"github.com/cri-o/hostport/internal/testbed"
 )
 
@@ -227,7 +228,7 @@ func TestInterfaceNames(t *testing.T) {
 
 			if valid {
 				require.NoError(t, m.Add("id", pod, name))
-				set, err := localhost.IsSet(routeLocalnetOf(name))
+				set, err := sysctl.IsSet(routeLocalnetOf(name))
 				require.NoError(t, err)
 				assert.True(t, set, "%q", name)
 			}

@@ -82,18 +82,18 @@ func (m *hostportManager) tellDone(op *operation, took time.Duration) {
 		}
 	}
 
-	log := m.log.WithValues("pod", owner, "podSandboxID", owner.ID)
-
 	if delta.Empty() {
-		log.V(4).Info("No host ports to "+op.name, "took", took)
+		m.log.V(4).Info("No host ports to "+op.name, "pod", owner, "podSandboxID", owner.ID, "took", took)
 
 		return
 	}
 
-	log.Info(done, "podIDHash", row.ShortHash(owner.ID), "rows", listRows(rows),
+	m.log.Info(done, "pod", owner, "podSandboxID", owner.ID, "podIDHash", row.ShortHash(owner.ID), "rows", listRows(rows),
 		"added", len(delta.Add), "removed", len(delta.Del), "kept", len(delta.Keep), "took", took)
 
-	if v := log.V(4); v.Enabled() {
+	if v := m.log.V(4); v.Enabled() {
+		v = v.WithValues("pod", owner, "podSandboxID", owner.ID)
+
 		for i, rows := range [][]*row.Row{delta.Del, delta.Add, delta.Keep} {
 			for _, r := range rows {
 				v.Info("Host port row", "row", r, "change", []string{"removed", "added", "kept"}[i])

@@ -1,6 +1,7 @@
 package links
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/cri-o/hostport/internal/nfnetlink"
 	"github.com/cri-o/hostport/internal/row"
+	"github.com/cri-o/hostport/internal/sysctl"
 )
 
 // Finder knows the interfaces that lead to the pods of a family.
@@ -26,10 +28,10 @@ import (
 // unless it calls iptables (br_netfilter), and so do macvlan and its like. Then the
 // neighbour has to see the node as its peer, by masquerade.
 type Finder struct {
-	family  row.Family
-	routing *netlink.Handle // nil until it is needed
-	ioctl   int             // a socket, open as long as that is
-	calls   int             // the sysctl of bridges, or none; to open it takes ten times as long as to read it
+	family row.Family
+	open   bool
+	socket int         // of rtnetlink, while open
+	calls  sysctl.File // of bridges, which comes and goes with br_netfilter
 	// kinds are the kernel's names for what interfaces are, by the interfaces' names: to
 	// ask takes six times as long as a route.
 	kinds map[string]string
@@ -37,53 +39,39 @@ type Finder struct {
 	input bool
 }
 
-const none = -1
-
 // New returns what knows the interfaces of a family. It opens nothing yet.
 func New(f row.Family) Finder {
-	return Finder{family: f, calls: none, kinds: map[string]string{}, input: hasInputInPostrouting()}
+	return Finder{family: f, kinds: map[string]string{}, input: hasInputInPostrouting()}
 }
 
 // Close closes what is open. It may be used again.
 func (l *Finder) Close() {
-	if l.routing != nil {
-		l.routing.Close()
-
-		_ = unix.Close(l.ioctl)
+	if l.open {
+		_ = unix.Close(l.socket)
+		l.open = false
 	}
 
-	if l.calls != none {
-		_ = unix.Close(l.calls)
-	}
-
-	l.routing, l.calls = nil, none // the numbers are somebody else's from now on
+	l.calls.Close()
 }
 
 // Forget makes links look at interfaces again.
 func (l *Finder) Forget() { clear(l.kinds) }
 
-// routingTimeout is for answers that the kernel gives at once.
-const routingTimeout = 5 * time.Second
+// socketTimeout is for answers that the kernel gives at once.
+const socketTimeout = 5 * time.Second
 
-func (l *Finder) open() error {
-	if l.routing != nil {
+func (l *Finder) openSocket() (err error) {
+	if l.open {
 		return nil
 	}
 
-	routing, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
+	if l.socket, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE); err != nil {
 		return fmt.Errorf("open rtnetlink: %w", err)
 	}
 
-	_ = routing.SetSocketTimeout(routingTimeout) // cannot fail
-
-	if l.ioctl, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
-		routing.Close()
-
-		return fmt.Errorf("open socket: %w", err)
-	}
-
-	l.routing = routing
+	timeout := unix.NsecToTimeval(socketTimeout.Nanoseconds())
+	_ = unix.SetsockoptTimeval(l.socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout) // cannot fail
+	l.open = true
 
 	return nil
 }
@@ -96,24 +84,77 @@ func (l *Finder) To(named string, pod netip.Addr) (string, error) {
 		return named, nil
 	}
 
-	if err := l.open(); err != nil {
-		return "", err
-	}
-
-	routes, err := l.routing.RouteGet(pod.AsSlice())
+	index, err := l.linkTo(pod)
 	if err != nil {
 		return "", fmt.Errorf("look up the interface to %s: %w", pod, err)
 	}
 
-	request, _ := unix.NewIfreq("")                // fails on longer names alone
-	request.SetUint32(uint32(routes[0].LinkIndex)) //nolint:gosec // is positive
+	request, _ := unix.NewIfreq("") // fails on longer names alone
+	request.SetUint32(index)
 
 	// Rtnetlink would tell far more, and take a hundred times as long.
-	if err := unix.IoctlIfreq(l.ioctl, unix.SIOCGIFNAME, request); err != nil {
+	if err := unix.IoctlIfreq(l.socket, unix.SIOCGIFNAME, request); err != nil {
 		return "", fmt.Errorf("look up the interface to %s: %w", pod, err)
 	}
 
 	return request.Name(), nil
+}
+
+// linkTo asks for the interface by which the node reaches an address (rtnetlink(7)). It is asked at
+// each Add: netlink.RouteGet takes three times as long, as it makes room for 64 KiB.
+func (l *Finder) linkTo(ip netip.Addr) (index uint32, err error) {
+	if err := l.openSocket(); err != nil {
+		return 0, err
+	}
+
+	family := uint8(unix.AF_INET)
+	if ip.Is6() {
+		family = unix.AF_INET6
+	}
+
+	request := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
+	request.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: family, Dst_len: uint8(ip.BitLen())}}) //nolint:gosec // 32 or 128
+	request.AddData(nl.NewRtAttr(unix.RTA_DST, ip.AsSlice()))
+
+	if err := unix.Sendto(l.socket, request.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return 0, err //nolint:wrapcheck // To does
+	}
+
+	var buf [1024]byte // one route fits
+
+	for {
+		n, _, err := unix.Recvfrom(l.socket, buf[:], 0)
+		if err != nil {
+			return 0, err //nolint:wrapcheck // likewise
+		}
+
+		msgs, err := syscall.ParseNetlinkMessage(buf[:n])
+		if err != nil || len(msgs) == 0 || msgs[0].Header.Seq != request.Seq {
+			continue // of a request whose time was up
+		}
+
+		return outputOf(msgs[0])
+	}
+}
+
+// outputOf is the interface of a route.
+func outputOf(m syscall.NetlinkMessage) (index uint32, err error) {
+	if m.Header.Type == unix.NLMSG_ERROR {
+		return 0, unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data))) //nolint:gosec,wrapcheck // struct nlmsgerr; To does
+	}
+
+	attrs, err := syscall.ParseNetlinkRouteAttr(&m)
+	if err != nil {
+		return 0, err //nolint:wrapcheck // likewise
+	}
+
+	for _, a := range attrs {
+		if a.Attr.Type == unix.RTA_OIF {
+			return binary.NativeEndian.Uint32(a.Value), nil
+		}
+	}
+
+	return 0, unix.ENODEV
 }
 
 // Bypassed reports whether pods on an interface answer their neighbours past the node.
@@ -149,11 +190,7 @@ func (l *Finder) kind(device string) (string, error) {
 		return kind, nil
 	}
 
-	if err := l.open(); err != nil {
-		return "", err
-	}
-
-	link, err := l.routing.LinkByName(device)
+	link, err := netlink.LinkByName(device)
 	if err != nil {
 		return "", fmt.Errorf("look up interface %s: %w", device, err)
 	}
@@ -175,7 +212,7 @@ func (l *Finder) callsIPTables(bridge string) (bool, error) {
 		path, attr = "/proc/sys/net/bridge/bridge-nf-call-ip6tables", unix.IFLA_BR_NF_CALL_IP6TABLES
 	}
 
-	calls, err := l.readCalls(path)
+	calls, err := l.calls.IsSet(path)
 
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // br_netfilter is not loaded
@@ -187,31 +224,6 @@ func (l *Finder) callsIPTables(bridge string) (bool, error) {
 	default:
 		return bridgeFlag(bridge, attr)
 	}
-}
-
-// readCalls reads the sysctl of bridges, which comes and goes with br_netfilter.
-func (l *Finder) readCalls(path string) (set bool, err error) {
-	for range 2 {
-		if l.calls == none {
-			if l.calls, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-				return false, err //nolint:wrapcheck // callsIPTables does
-			}
-		}
-
-		var (
-			value [16]byte // an int fits
-			n     int
-		)
-
-		if n, err = unix.Pread(l.calls, value[:], 0); n > 0 {
-			return string(value[:n]) != "0\n", nil
-		}
-
-		_ = unix.Close(l.calls)
-		l.calls = none
-	}
-
-	return false, err //nolint:wrapcheck // likewise
 }
 
 // bridgeFlag reports whether a bridge has a flag set.

@@ -8,10 +8,10 @@ import (
 	"path/filepath"
 	"slices"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/cri-o/hostport/internal/row"
+	"github.com/cri-o/hostport/internal/sysctl"
 )
 
 // Opener lets the node itself reach its host ports through 127.0.0.0/8.
@@ -22,10 +22,16 @@ import (
 // 127.0.0.1 (CVE-2020-8558). Against that stands the guard, a drop rule that is
 // part of what every transaction asserts: the sysctl is set after one, and is
 // never taken back.
-type Opener struct{ log klog.Logger }
+type Opener struct {
+	log    klog.Logger
+	sysctl sysctl.File
+}
 
 // New returns what opens interfaces, and says so in a log.
-func New(log klog.Logger) Opener { return Opener{log: log} }
+func New(log klog.Logger) *Opener { return &Opener{log: log} }
+
+// Close closes what is open. It may be used again.
+func (l *Opener) Close() { l.sysctl.Close() }
 
 // Open sets route_localnet on the interface to a pod. It looks each time: an interface
 // may have been made anew, or somebody may have taken it back.
@@ -34,7 +40,7 @@ func (l *Opener) Open(device string) error {
 		return nil
 	}
 
-	if set, err := IsSet(routeLocalnet(device)); set && err == nil {
+	if set, err := l.sysctl.IsSet(routeLocalnet(device)); set && err == nil {
 		return nil
 	}
 
@@ -56,7 +62,7 @@ func Routed() bool {
 	}
 
 	return slices.ContainsFunc(interfaces, func(e os.DirEntry) bool {
-		set, err := IsSet(routeLocalnet(e.Name()))
+		set, err := sysctl.IsSet(routeLocalnet(e.Name()))
 
 		return set || err != nil && !errors.Is(err, fs.ErrNotExist) // it may have gone meanwhile
 	})
@@ -74,23 +80,4 @@ func Forwarding(f row.Family) string {
 	}
 
 	return "/proc/sys/net/ipv4/ip_forward"
-}
-
-// IsSet reports whether a sysctl has another value than 0. It is asked at each Add, and os.ReadFile
-// takes three times as long: it has the runtime's poller watch the file.
-func IsSet(path string) (bool, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return false, &fs.PathError{Op: "open", Path: path, Err: err}
-	}
-	defer func() { _ = unix.Close(fd) }()
-
-	var value [16]byte // an int fits
-
-	n, err := unix.Read(fd, value[:])
-	if err != nil {
-		return false, &fs.PathError{Op: "read", Path: path, Err: err}
-	}
-
-	return string(value[:n]) != "0\n", nil
 }

@@ -68,3 +68,6 @@ func (Sysctls) Routed() bool { return false }
 
 // IsSet is asked about forwarding alone.
 func (Sysctls) IsSet(string) (bool, error) { return true, nil }
+
+// Close has nothing to close.
+func (Sysctls) Close() {}

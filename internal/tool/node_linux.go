@@ -19,6 +19,7 @@ import (
 	"github.com/cri-o/hostport/internal/outcome"
 	"github.com/cri-o/hostport/internal/row"
 	"github.com/cri-o/hostport/internal/sockets"
+	"github.com/cri-o/hostport/internal/sysctl"
 )
 
 // node is what the kernel holds of host ports, as it was at one moment.
@@ -281,7 +282,7 @@ func (n *node) wiped(f row.Family) (all []row.Endpoint) {
 // isSet reports whether a sysctl of a family is not 0. What is not there is as fallback says; what
 // cannot be read is so, too, and unseen.
 func (n *node) isSet(f row.Family, path string, fallback bool) bool {
-	set, err := localhost.IsSet(path)
+	set, err := sysctl.IsSet(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fallback
 	}
