@@ -25,7 +25,7 @@ func (r *runner) plots(dir string) error {
 	} {
 		c := plot.New()
 		c.Title.Text, c.X.Label.Text, c.Y.Label.Text = p.what, "rows there", p.unit
-		c.Legend.Top, c.Legend.Left, c.Legend.XOffs = true, false, vg.Centimeter*6
+		c.Legend.Top, c.Legend.Left, c.Legend.XOffs = true, true, 16*vg.Centimeter
 
 		if p.log {
 			c.Y.Scale, c.Y.Tick.Marker = plot.LogScale{}, plot.LogTicks{Prec: -1}
@@ -38,6 +38,8 @@ func (r *runner) plots(dir string) error {
 				return err
 			}
 		}
+
+		c.X.Max *= 1.5 // the legend is there
 
 		file := filepath.Join(dir, strings.ToLower(p.what)+".svg")
 		if err := c.Save(24*vg.Centimeter, 12*vg.Centimeter, file); err != nil {

@@ -61,6 +61,9 @@ func (r *runner) write(dir string, took time.Duration) error {
 		p.table(what+" beside flows of others", "flows", []int{0, r.flows}, what, interval)
 	}
 
+	p.printf("Here one mapper comes after the other, as all network namespaces share the kernel's table of flows. " +
+		"Between runs these figures have differed up to threefold.\n\n")
+
 	p.noise()
 	p.behind()
 
@@ -260,27 +263,39 @@ func (p *page) behind() {
 		}
 
 		for _, what := range []string{add, remove} {
-			for _, size := range p.sizes {
-				mine := median(p.figures[cell{what, k.name, size}])
+			p.behindIn(k.name, what, "rows", p.sizes)
+		}
 
-				for _, other := range rivals(k.name) {
-					if theirs := median(p.figures[cell{what, other, size}]); theirs > 0 && theirs < mine {
-						p.printf("- %s with %d rows: %s takes %s, %s %s.\n", what, size, k.name, duration(mine), other, duration(theirs))
-					}
-				}
-			}
+		for _, what := range []string{flowsTCP, flowsUDPAdd, flowsUDP} {
+			p.behindIn(k.name, what, "flows of others", []int{0, p.flows})
 		}
 	}
 
 	p.printf("\n" + `Why:
 
-- The floor looks at nothing. hostport compares the row with those of other pods, looks up the interface to the pod, its
-  neighbours and the node's addresses, reads ` + "`route_localnet`" + ` and writes a line of log. Removed flows are ended too.
+- The floor looks at nothing, remembers nothing and tells nobody. By a profile of November 2026 hostport's line of log takes most of
+  the rest, 17 µs; then come the route to the pod, 15 µs, the look at the network namespace, 6 µs, and what comes of a row, 4 µs.
+  A Remove is one for each IP family.
 - One ` + "`iptables-restore`" + ` without checks asserts nothing. hostport's has lines ` + "`-C`" + ` for what it stands on, each of which iptables
   reads a chain for, and it binds the port.
+- portmap's DEL ends no flows: those of a UDP client go on to the pod that is gone. hostport's Remove ends them, for which the
+  kernel goes through all flows.
 - A process that holds thousands of ports has their descriptors; to start a program from it takes longer.
 - iptables-legacy copies the whole table for each change, whoever makes it.
 `)
+}
+
+// behindIn names what is faster than one of hostport's mappers at something.
+func (p *page) behindIn(mapper, what, of string, sizes []int) {
+	for _, size := range sizes {
+		mine := median(p.figures[cell{what, mapper, size}])
+
+		for _, other := range rivals(mapper) {
+			if theirs := median(p.figures[cell{what, other, size}]); theirs > 0 && theirs < mine {
+				p.printf("- %s with %d %s: %s takes %s, %s %s.\n", what, size, of, mapper, duration(mine), other, duration(theirs))
+			}
+		}
+	}
 }
 
 // rivals are what uses the same interface of the kernel.
