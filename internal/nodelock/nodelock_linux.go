@@ -141,15 +141,30 @@ func (l *Lock) Close() error {
 // Holder returns the inode of the socket that has a group, 0 if none has it. The error is that of
 // reading /proc, which shows the groups to root alone.
 func Holder(g Group) (uint32, error) {
-	var (
-		portID string
-		inode  uint64
-	)
+	const tries = 100
 
+	for range tries {
+		portID, err := portOf(g)
+		if err != nil || portID == "" {
+			return 0, err
+		}
+
+		// The list lacks some sockets while others come and go: it is read in pieces, of a table that
+		// is made anew meanwhile (rhashtable_walk_start, lib/rhashtable.c).
+		if inode, err := inodeOf(portID); err != nil || inode != 0 {
+			return inode, err
+		}
+	}
+
+	return 0, fmt.Errorf("the socket that has group %d is in no list", g)
+}
+
+// portOf is the port id that has a group, "" if none has it.
+func portOf(g Group) (portID string, err error) {
 	// group, port id, and more (seq_show in net/netfilter/nfnetlink_log.c)
 	groups, err := lines("netfilter/nfnetlink_log")
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil // without the module nobody has one
+		return "", nil // without the module nobody has one
 	}
 
 	for _, f := range groups {
@@ -158,9 +173,12 @@ func Holder(g Group) (uint32, error) {
 		}
 	}
 
-	if err != nil || portID == "" {
-		return 0, err
-	}
+	return portID, err
+}
+
+// inodeOf is the inode of the socket with a port id, 0 if it is not listed.
+func inodeOf(portID string) (uint32, error) {
+	var inode uint64
 
 	// address, protocol, port id, and more, inode (netlink_native_seq_show in net/netlink/af_netlink.c)
 	sockets, err := lines("netlink")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -56,6 +57,55 @@ func TestOneAtATime(t *testing.T) {
 	require.NoError(t, first.Close(), "again")
 	require.ErrorIs(t, tryTake(t, b.Host, first), os.ErrClosed)
 	require.ErrorIs(t, tryTake(t, b.Host, newLock(t, nodelock.IPv4)), outcome.ErrOtherManager)
+}
+
+// Who has the lock is found among sockets that come and go.
+func TestHolderAmongOthers(t *testing.T) {
+	b := bed(t)
+	require.NoError(t, tryTake(t, b.Host, newLock(t, nodelock.IPv4)))
+
+	ctx, cancel := context.WithCancel(t.Context())
+
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer cancel()
+
+	others.Go(func() {
+		assert.NoError(t, b.Host.Do(func() error {
+			for ctx.Err() == nil {
+				var fds []int
+
+				for range 20 {
+					fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+					if err != nil {
+						return err
+					}
+
+					fds = append(fds, fd)
+
+					if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil { // which lists it
+						return err
+					}
+				}
+
+				for _, fd := range fds {
+					_ = unix.Close(fd)
+				}
+			}
+
+			return nil
+		}))
+	})
+
+	require.NoError(t, b.Host.Do(func() error {
+		for range 500 {
+			inode, err := nodelock.Holder(nodelock.IPv4)
+			require.NoError(t, err)
+			require.NotZero(t, inode)
+		}
+
+		return nil
+	}))
 }
 
 // Take waits, and says in the end which socket it has waited for.
