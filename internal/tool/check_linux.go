@@ -34,13 +34,13 @@ func check(ctx context.Context, out output) error {
 	}
 
 	lines := problems
-	if len(problems) == 0 && n.unseenError() == nil {
+	if len(problems) == 0 && n.unseenError(row.IPv4, row.IPv6) == nil {
 		lines = []string{fmt.Sprintf("%d host ports, all as they should be", len(n.rows()))}
 	}
 
 	err = out.print(problems, lines)
 
-	if err = errors.Join(err, n.unseenError()); err == nil && len(problems) > 0 {
+	if err = errors.Join(err, n.unseenError(row.IPv4, row.IPv6)); err == nil && len(problems) > 0 {
 		err = errFound
 	}
 

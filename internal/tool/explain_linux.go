@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -14,7 +15,7 @@ import (
 
 // report is what explain has to say.
 type report struct {
-	Asked   string  `json:"port"`
+	Asked   string  `json:"port"` // with an address, if that was asked about
 	Verdict verdict `json:"verdict"`
 	// Steps are what was looked at, and what was seen.
 	Steps []string `json:"steps"`
@@ -66,7 +67,7 @@ func explain(ctx context.Context, out output, text string, wait time.Duration) e
 
 	last := q.conclude()
 
-	if err := errors.Join(out.print(q.report, append(q.Steps, last)), n.unseenError()); err != nil {
+	if err := errors.Join(out.print(q.report, append(q.Steps, last)), n.unseenError(q.families()...)); err != nil {
 		return err
 	}
 
@@ -110,7 +111,11 @@ func (q *question) answer(ctx context.Context) {
 	}
 
 	for _, f := range q.families() {
-		if !slices.ContainsFunc(rows, func(r found) bool { return r.Family() == f }) {
+		switch {
+		case slices.ContainsFunc(rows, func(r found) bool { return r.Family() == f }), q.unseen[f] != nil, q.hasLost(f):
+		case slices.Contains(q.holders(q.Endpoint, f), unseen):
+			q.unknownf("IPv%s: %s has the port: the manager, if the rules are gone, or another one. Root sees which", f, unseen)
+		default:
 			q.stepf("IPv%s: no pod has the host port", f)
 		}
 	}
@@ -160,10 +165,15 @@ func (q *question) isAbout(e row.Endpoint) bool {
 	return e.PortKey == q.PortKey && e.Overlaps(q.Endpoint)
 }
 
+// hasLost reports whether the port has lost its rules in a family, as far as that is seen.
+func (q *question) hasLost(f row.Family) bool {
+	return q.unseen[f] == nil && slices.ContainsFunc(q.wiped(f), q.isAbout)
+}
+
 // wipedAway says that the port has lost its rules in a family, "" if none is seen to have.
 func (q *question) wipedAway() (cause string) {
 	for _, f := range q.families() {
-		if q.unseen[f] != nil || !slices.ContainsFunc(q.wiped(f), q.isAbout) {
+		if !q.hasLost(f) {
 			continue
 		}
 
@@ -178,7 +188,11 @@ func (q *question) wipedAway() (cause string) {
 
 // whyNoRow says why no pod has the port.
 func (q *question) whyNoRow(ctx context.Context) string {
-	if err := q.unseenError(); err != nil {
+	if len(q.families()) == 0 {
+		return fmt.Sprintf("the node has no IPv%s", row.FamilyOf(q.IP))
+	}
+
+	if err := q.unseenError(q.families()...); err != nil {
 		q.unknownf("not all could be looked at: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 
 		return ""
@@ -212,7 +226,9 @@ func (q *question) whyNoRow(ctx context.Context) string {
 
 	for _, r := range q.rows() {
 		if r.Port == q.Port {
-			return fmt.Sprintf("no pod has the host port, but one has %s", shortly(r.Endpoint))
+			other := row.Endpoint{PortKey: r.PortKey, IP: r.HostIP(r.Family())}
+
+			return fmt.Sprintf("no pod has the host port, but one has %s", shortly(other))
 		}
 	}
 
@@ -250,8 +266,12 @@ func (q *question) whyNot(ctx context.Context, r found, network *network) string
 
 	ip := cmp.Or(q.IP, r.IP)
 
-	obstacles := append(q.blocked(r.Family()), lacksAddress(ip)...)
-	if w.device != "" {
+	var obstacles []string
+	if !ip.IsLoopback() { // which the node alone reaches, without forwarding
+		obstacles = append(q.blocked(r.Family()), lacksAddress(ip)...)
+	}
+
+	if !ip.IsLoopback() && w.device != "" {
 		obstacles = append(obstacles, q.notForwarding(r.Family(), network.uplinks[r.Family()], w.device)...)
 	}
 
@@ -265,6 +285,8 @@ func (q *question) whyNot(ctx context.Context, r found, network *network) string
 	q.stepf("  the way to the pod is %s", w.device)
 
 	switch {
+	case ip == netip.IPv6Loopback():
+		return "::1 leads to no pod: IPv6 has no route_localnet. The node reaches its host ports by its other addresses"
 	case ip.IsLoopback():
 		q.unknownf("no packet from outside reaches a loopback address: see whether the node itself does")
 
@@ -283,7 +305,7 @@ func (q *question) besides(r found, w way) string {
 			strings.Join(by, ", "))
 	}
 
-	if r.in.loopback && r.ForLoopback() {
+	if r.in.loopback && r.ForLoopback() && (!q.IP.IsValid() || q.IP.IsLoopback()) {
 		return q.notOpened(w.device)
 	}
 

@@ -224,7 +224,7 @@ var faults = []fault{ //nolint:gochecknoglobals // a table
 	},
 	{
 		name: "another protocol", how: func(b *bed, v6 bool) { b.add(0, v6, "UDP", 80) },
-		want: "no pod has the host port, but one has 8080/udp",
+		want: ":8080/udp",
 	},
 	{
 		name: "a process has the port, and no manager runs", how: func(b *bed, v6 bool) {

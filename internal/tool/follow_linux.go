@@ -312,13 +312,7 @@ func (q *question) lost(r found, t trail, back string) string {
 	case len(t.first) == 0:
 		q.unknownf("a probe got %s, and could not be followed: the pod, a firewall or the node may be why", outcomeOf(t.answer))
 	case t.answer.Kind == probe.Unreachable:
-		// What comes from behind the node has an address of the node's as well (nf_nat_icmp_reply_translation).
-		from := "the node"
-		if lastMilestone(t.first) == "postrouting-last" {
-			from = "the pod"
-		}
-
-		return fmt.Sprintf("%s says: %s", from, t.answer.Why)
+		return q.unreachable(r, t, network, w)
 	case out == w.device && out != "":
 		return fmt.Sprintf("the pod sends its answer to another machine on %s, not to the node: look at the pod's routes", out)
 	case out != "" && out != back:
@@ -333,9 +327,22 @@ func (q *question) lost(r found, t trail, back string) string {
 	return ""
 }
 
+// unreachable says who has answered by ICMP. What comes from behind the node has an address of the
+// node's as well (nf_nat_icmp_reply_translation).
+func (q *question) unreachable(r found, t trail, network *network, w way) string {
+	switch left := lastMilestone(t.first) == "postrouting-last"; {
+	case left && (t.answer.Why == "host unreachable" || t.answer.Why == "address unreachable"): // the neighbour entry may be gone by now
+		return network.nobodyAt(w.device, r.Pod.Addr())
+	case left:
+		return "the pod says: " + t.answer.Why
+	default:
+		return "the node says: " + t.answer.Why
+	}
+}
+
 // awaited waits for a packet from outside to one of several rows, and notes what became of it.
 func (q *question) awaited(ctx context.Context, rows []found, causes []string) {
-	tracer, err := trace.StartNext(ctx, q.Proto, q.Port)
+	tracer, err := trace.StartNext(ctx, q.Proto, q.Port, q.IP)
 	if err != nil {
 		q.unknownf("cannot follow a packet: %v", err)
 

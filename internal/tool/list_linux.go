@@ -64,15 +64,15 @@ func list(ctx context.Context, out output) error {
 		}, "\t"))
 	}
 
-	return errors.Join(out.print(ports, lines), n.unseenError())
+	return errors.Join(out.print(ports, lines), n.unseenError(row.IPv4, row.IPv6))
 }
 
-// unseenError says what could not be looked at.
-func (n *node) unseenError() error {
+// unseenError says what could not be looked at, of some families.
+func (n *node) unseenError(families ...row.Family) error {
 	var errs []error
 
-	for f, err := range n.unseen {
-		if err != nil {
+	for _, f := range families {
+		if err := n.unseen[f]; err != nil {
 			errs = append(errs, fmt.Errorf("IPv%s: %w", f, err))
 		}
 	}

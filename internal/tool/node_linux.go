@@ -244,7 +244,7 @@ func (n *node) lacks(r found) bool {
 		return len(n.holders(r.Endpoint, r.Family())) > 0
 	}
 
-	return manager != "" && manager != unseen && shows(r.Proto) &&
+	return manager != unseen && shows(r.Proto) &&
 		!n.holds(manager, r.Endpoint, r.Family()) && !n.holds(unseen, r.Endpoint, r.Family())
 }
 

@@ -87,10 +87,8 @@ func command(ctx context.Context, args []string, stdout io.Writer) error {
 		return check(ctx, out)
 	case "explain":
 		return explain(ctx, out, r.port, r.wait)
-	case "clean":
+	default: // parse lets no others in
 		return clean(ctx, out)
-	default:
-		return usageError(fmt.Sprintf("no such command: %q", r.command))
 	}
 }
 
@@ -145,6 +143,8 @@ func parse(args []string) (r request, err error) {
 // fits says why what is given does not fit the command.
 func (r request) fits() error {
 	switch explains := r.command == "explain"; {
+	case !slices.Contains([]string{"list", "check", "explain", "clean"}, r.command):
+		return usageError(fmt.Sprintf("no such command: %q", r.command))
 	case explains && r.port == "":
 		return usageError("explain which port?")
 	case !explains && r.port != "":
@@ -191,6 +191,9 @@ func parseEndpoint(text string) (e row.Endpoint, err error) {
 		}
 
 		e.IP, number = e.IP.Unmap(), number[i+1:]
+		if e.IP.IsUnspecified() { // as list has it
+			e.IP = netip.Addr{}
+		}
 	}
 
 	n, err := strconv.ParseUint(number, 10, 16)

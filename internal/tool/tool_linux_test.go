@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -387,9 +388,32 @@ func TestAddress(t *testing.T) {
 		b.cause("dropped in the prerouting hook by table inet firewall", netip.AddrPortFrom(b.OtherNodeIP(v6), 8080).String()+"/tcp")
 		b.cause("the node does not have the address "+b.ClientIP(v6).String(), netip.AddrPortFrom(b.ClientIP(v6), 8080).String())
 		b.cause("no pod has the host port", netip.AddrPortFrom(b.NodeIP(!v6), 8080).String())
-		b.cause("no pod has the host port, but one has 8080/tcp", netip.AddrPortFrom(b.NodeIP(v6), 8080).String()+"/udp")
-		b.unknown("no packet from outside reaches a loopback address", netip.AddrPortFrom(loopback(v6), 8080).String())
+		b.cause("but one has "+netip.AddrPortFrom(anyAddress(v6), 8080).String()+"/tcp", netip.AddrPortFrom(b.NodeIP(!v6), 8080).String())
+		b.cause("but one has "+netip.AddrPortFrom(anyAddress(v6), 8080).String()+"/tcp", "8080/udp")
+		b.cause("answers", netip.AddrPortFrom(anyAddress(v6), 8080).String())
+
+		b.asking(v6) // the one address: nobody asks the other one
+		b.unknown("no packet came to prerouting within 300ms", netip.AddrPortFrom(b.OtherNodeIP(v6), 8080).String(), "-wait", "300ms")
+		b.unknown("the packet has left the node for the pod", netip.AddrPortFrom(b.NodeIP(v6), 8080).String(), "-wait", "20s")
 	}
+}
+
+// A loopback address is the node's own affair: it takes route_localnet, and no forwarding.
+func TestLoopbackAddress(t *testing.T) {
+	t.Parallel()
+
+	b := newBed(t, "nftables")
+	b.add(0, false, "TCP", 80)
+	b.add(0, true, "TCP", 80)
+	b.forward(false, "0")
+	b.unknown("no packet from outside reaches a loopback address", "127.0.0.1:8080")
+	b.cause("::1 leads to no pod", "[::1]:8080")
+
+	b.forward(false, "1")
+	require.NoError(t, b.Host.Sysctl("net/ipv4/conf/cni0/route_localnet", "0"))
+	b.cause("127.0.0.1 does not reach the pod", "127.0.0.1:8080")
+	b.cause("127.0.0.1 does not reach the pod", "8080")
+	b.cause("answers", netip.AddrPortFrom(b.NodeIP(false), 8080).String())
 }
 
 // Of several rows the packet is judged by the one that it is for.
@@ -413,14 +437,21 @@ func TestWaitEnded(t *testing.T) {
 	b := newBed(t, "nftables")
 	b.add(0, false, "TCP", 80)
 
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-	defer cancel()
+	ctx, cancel := context.WithCancel(t.Context())
+
+	var ender sync.WaitGroup
+
+	ender.Go(func() {
+		b.soon(func() bool { return strings.Contains(b.run("nft", "list", "tables"), "hostports-explain-") }) // it waits
+		cancel()
+	})
 
 	var stdout, stderr bytes.Buffer
 
 	b.do(func() {
 		assert.Equal(t, CannotLook, Run(ctx, []string{"explain", "8080", "-wait", "1m"}, &stdout, &stderr))
 	})
+	ender.Wait()
 	assert.Contains(t, stdout.String(), "no packet has come to the port yet: context ")
 }
 
@@ -513,6 +544,7 @@ func TestUsage(t *testing.T) {
 
 	for line, why := range map[string]string{
 		"":                       "which command?",
+		"exlpain 8080":           `no such command: "exlpain"`,
 		"odd":                    `no such command: "odd"`,
 		"explain":                "explain which port?",
 		"list 8080":              `list takes no "8080"`,
@@ -547,10 +579,10 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-func loopback(v6 bool) netip.Addr {
+func anyAddress(v6 bool) netip.Addr {
 	if v6 {
-		return netip.IPv6Loopback()
+		return netip.IPv6Unspecified()
 	}
 
-	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	return netip.IPv4Unspecified()
 }

@@ -122,7 +122,7 @@ func (n *network) wayTo(pod netip.Addr) way {
 	case state == netlink.OperLowerLayerDown || state == netlink.OperDown:
 		w.obstacle = fmt.Sprintf("interface %s, which leads to %s, has no carrier: the pod's link is down", w.device, pod)
 	case n.neighbours[neighbour{pod, routes[0].LinkIndex}]&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE) != 0:
-		w.obstacle = n.nobodyAt(link, pod)
+		w.obstacle = n.nobodyAt(w.device, pod)
 	}
 
 	return w
@@ -143,10 +143,10 @@ func whole[T any](dump func() (T, error)) (list T, err error) {
 }
 
 // nobodyAt says why no machine may answer for an address.
-func (n *network) nobodyAt(link netlink.Link, ip netip.Addr) string {
-	text := fmt.Sprintf("no machine on %s answers for %s", link.Attrs().Name, ip)
+func (n *network) nobodyAt(device string, ip netip.Addr) string {
+	text := fmt.Sprintf("no machine on %s answers for %s", device, ip)
 
-	if dead := n.dead(link.Attrs().Name); dead != "" {
+	if dead := n.dead(device); dead != "" {
 		return text + dead
 	}
 
@@ -174,7 +174,7 @@ func (n *network) dead(bridge string) string {
 	return ": the pod's link is down (no carrier: " + strings.Join(dead, ", ") + ")"
 }
 
-// lacksAddress says that a row is for an address that is none of the node's, nothing if it is for all.
+// lacksAddress says that an address is none of the node's, nothing of the zero Addr, which is any.
 func lacksAddress(ip netip.Addr) []string {
 	if !ip.IsValid() || isLocal(ip) {
 		return nil

@@ -91,10 +91,10 @@ func Start(ctx context.Context, peer netip.Addr) (*Tracer, error) {
 		rule{"output" + first, from}, rule{"output" + first, to}, rule{"output" + last, from}, rule{"output" + last, to})
 }
 
-// StartNext begins to follow the next packet, of either family, that comes from outside to a port
-// of the node and begins a connection: the SYN of TCP, the INIT of SCTP, any of UDP. No other is
+// StartNext begins to follow the next packet that comes from outside to a port of the node, at one
+// of its addresses or at any of either family, and begins a connection: the SYN of TCP, the INIT of SCTP, any of UDP. No other is
 // followed, which costs a busy node nothing. The error is that of Start.
-func StartNext(ctx context.Context, p row.Protocol, port uint16) (*Tracer, error) {
+func StartNext(ctx context.Context, p row.Protocol, port uint16, to netip.Addr) (*Tracer, error) {
 	const (
 		dport, portSize = 2, 2
 		flags, syn, ack = 13, 0x02, 0x10 // of struct tcphdr
@@ -105,6 +105,14 @@ func StartNext(ctx context.Context, p row.Protocol, port uint16) (*Tracer, error
 		nfnetlink.LoadInputInterface(reg), nfnetlink.NotEqualTo(reg, loopback),
 		nfnetlink.LoadProtocol(reg), nfnetlink.Equal(reg, []byte{p.Number()}),
 		nfnetlink.LoadTransportHeader(dport, portSize, reg), nfnetlink.Equal(reg, binary.BigEndian.AppendUint16(nil, port)),
+	}
+
+	family := uint8(unix.NFPROTO_INET)
+
+	if to.IsValid() {
+		h := headerOf(row.FamilyOf(to))
+		family = h.family
+		match = append(match, nfnetlink.LoadNetworkHeader(h.daddr, h.size, reg), nfnetlink.Equal(reg, to.AsSlice()))
 	}
 
 	switch p {
@@ -118,7 +126,7 @@ func StartNext(ctx context.Context, p row.Protocol, port uint16) (*Tracer, error
 
 	match = append(match, nfnetlink.LoadDestinationType(reg), nfnetlink.EqualTo(reg, unix.RTN_LOCAL), nfnetlink.OncePer(week))
 
-	t, err := start(ctx, unix.NFPROTO_INET, rule{"prerouting" + first, match})
+	t, err := start(ctx, family, rule{"prerouting" + first, match})
 	if err == nil {
 		t.awaited = true
 	}

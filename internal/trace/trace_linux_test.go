@@ -366,7 +366,7 @@ func TestStartNext(t *testing.T) {
 
 			b.do(func() {
 				var err error
-				tracer, err = StartNext(b.t.Context(), p, 8080)
+				tracer, err = StartNext(b.t.Context(), p, 8080, netip.Addr{})
 				require.NoError(b.t, err)
 			})
 
@@ -416,7 +416,7 @@ func TestStartNextBegins(t *testing.T) {
 
 				b.do(func() {
 					var err error
-					tracer, err = StartNext(b.t.Context(), p, 8080)
+					tracer, err = StartNext(b.t.Context(), p, 8080, netip.Addr{})
 					require.NoError(b.t, err)
 				})
 				b.t.Cleanup(func() { _ = tracer.Close() })
