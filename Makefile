@@ -30,7 +30,7 @@ INSIDE := hack/in-namespace.sh
 .PHONY: help demo test test-kernels lint fmt cross bench compare containerd fuzz chaos oldest newest verify tidy-check clean lint-tool
 
 help:
-	@echo "hostport: host ports for container runtimes. None of this touches the host's network, and only bench and containerd need root."
+	@echo "hostport: host ports for container runtimes. None of this touches the host's network, and only bench, containerd and verify need root."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a runtime in miniature: pods, host ports and connections, in a network namespace
@@ -44,7 +44,7 @@ test: ## all tests, against the real kernel (RUN=, PKG=, V=-v)
 
 test-kernels: ## the tests on other kernels, emulated, for hours (KERNELS=, RUN=, PKG=, V=-v)
 	@$(DEPS) go iptables nft apt-get busybox qemu-system-x86_64 xz
-	@RUN='$(RUN)' V='$(V)' hack/test-kernels.sh '$(KERNELS)' $(PKG:./...=. ./internal/iptables ./internal/links ./internal/nfnetlink ./internal/nodeaddr ./internal/nodelock ./internal/probe ./internal/row ./internal/sockets ./internal/testbed ./internal/trace)
+	@RUN='$(RUN)' V='$(V)' hack/test-kernels.sh '$(KERNELS)' $(PKG:./...=. ./internal/iptables ./internal/links ./internal/nfnetlink ./internal/nodeaddr ./internal/nodelock ./internal/probe ./internal/row ./internal/sockets ./internal/sysctl ./internal/testbed ./internal/trace)
 
 lint: lint-tool ## golangci-lint for Linux and for the other systems' files, shellcheck for the scripts
 	@$(DEPS) shellcheck
@@ -69,7 +69,8 @@ compare: ## hostport beside other ways to map ports, into docs/compare (QUICK=-q
 	@$(INSIDE) bin/compare $(QUICK) -dir '$(DIR)' -portmap "$$(cd internal/compare && go tool -n portmap)"
 
 containerd: ## pods with host ports under a real containerd, as root (V=-v)
-	@$(DEPS) go iptables nft unshare busybox cni containerd
+	@[ "$$(id -u)" -eq 0 ] || { echo 'containerd takes root' >&2; exit 1; }
+	@$(DEPS) go iptables nft unshare cni containerd
 	@$(INSIDE) unshare --pid --fork --kill-child --mount-proc go -C internal/interop test -tags containerd -count=1 $(V) ./containerd
 
 fuzz: ## every fuzz target, one after the other (FUZZTIME=)

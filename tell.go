@@ -82,6 +82,7 @@ func (m *hostportManager) tellDone(op *operation, took time.Duration) {
 		}
 	}
 
+	// Each line has the pod: a logger WithValues takes as long as the line.
 	if delta.Empty() {
 		m.log.V(4).Info("No host ports to "+op.name, "pod", owner, "podSandboxID", owner.ID, "took", took)
 

@@ -18,6 +18,7 @@ die() {
 programs() {
 	case $1 in
 	tun) [ -w /dev/net/tun ] || echo tun-that-may-be-opened ;;
+	unshare) unshare --help 2>&1 | grep -q -e --kill-child || echo unshare-of-util-linux ;; # not that of busybox
 	cni) [ -x /usr/lib/cni/bridge ] || [ -x /usr/libexec/cni/bridge ] || echo plugins-in-a-usual-folder ;;
 	containerd) echo containerd ctr runc ;;
 	iptables) echo iptables-nft-restore ip6tables-nft-restore iptables-legacy-restore ip6tables-legacy-restore ;;

@@ -10,7 +10,7 @@ kubernetes=v0.29.15
 GOTOOLCHAIN=go$(sed -n 's/^go //p' go.mod)
 export GOTOOLCHAIN
 
-hack/each-module.sh go vet ./...
+hack/each-module.sh go vet -tags containerd ./...
 echo "ok    $GOTOOLCHAIN"
 
 dir=$(mktemp -d)

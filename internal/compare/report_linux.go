@@ -273,8 +273,8 @@ func (p *page) behind() {
 
 	p.printf("\n" + `Why:
 
-- The floor looks at nothing, remembers nothing and tells nobody. By a profile of November 2026 hostport's line of log takes most of
-  the rest, 17 µs; then come the route to the pod, 15 µs, the look at the network namespace, 6 µs, and what comes of a row, 4 µs.
+- The floor looks at nothing, remembers nothing and tells nobody. By a profile of November 2026 hostport's line of log takes the
+  largest part of the rest, 17 µs; then come the route to the pod, 15 µs, the look at the network namespace, 6 µs, and what comes of a row, 4 µs.
   A Remove is one for each IP family.
 - One ` + "`iptables-restore`" + ` without checks asserts nothing. hostport's has lines ` + "`-C`" + ` for what it stands on, each of which iptables
   reads a chain for, and it binds the port.

@@ -124,6 +124,10 @@ func (l *Finder) linkTo(ip netip.Addr) (index uint32, err error) {
 
 	for {
 		n, _, err := unix.Recvfrom(l.socket, buf[:], 0)
+		if errors.Is(err, unix.EINTR) { // with a timeout the kernel does not go on by itself (signal(7))
+			continue
+		}
+
 		if err != nil {
 			return 0, err //nolint:wrapcheck // likewise
 		}
@@ -190,7 +194,15 @@ func (l *Finder) kind(device string) (string, error) {
 		return kind, nil
 	}
 
-	link, err := netlink.LinkByName(device)
+	routing, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return "", fmt.Errorf("open rtnetlink: %w", err)
+	}
+	defer routing.Close()
+
+	_ = routing.SetSocketTimeout(socketTimeout) // cannot fail
+
+	link, err := routing.LinkByName(device)
 	if err != nil {
 		return "", fmt.Errorf("look up interface %s: %w", device, err)
 	}

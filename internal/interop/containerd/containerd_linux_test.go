@@ -146,9 +146,16 @@ func (n *node) plugins() {
 		require.NoError(n.t, os.Symlink(filepath.Join(theirs, plugin), n.path("plugins", plugin)))
 	}
 
-	build := exec.CommandContext(n.t.Context(), "go", "build", "-buildvcs=false", "-o", n.path("plugins"), ".")
-	build.Dir = "../../../examples/cni-portmap"
-	out, err := build.CombinedOutput()
+	n.build("../../../examples/cni-portmap", "plugins/cni-portmap")
+}
+
+// build builds a program that needs no library.
+func (n *node) build(folder, file string) {
+	n.t.Helper()
+
+	cmd := exec.CommandContext(n.t.Context(), "go", "build", "-buildvcs=false", "-o", n.path(file), ".")
+	cmd.Dir, cmd.Env = folder, append(os.Environ(), "CGO_ENABLED=0")
+	out, err := cmd.CombinedOutput()
 	require.NoError(n.t, err, "%s", out)
 }
 
@@ -194,14 +201,15 @@ func (n *node) start() {
 
 	defer log.Close()
 
-	n.containerd = exec.Command("containerd", "-c", n.path("config.toml"))
-	n.containerd.Stdout, n.containerd.Stderr = log, log
-	require.NoError(n.t, n.Host.Do(n.containerd.Start))
+	cmd := exec.Command("containerd", "-c", n.path("config.toml"))
+	cmd.Stdout, cmd.Stderr = log, log
+	require.NoError(n.t, n.Host.Do(cmd.Start))
 
 	conn, err := grpc.NewClient("unix://"+n.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	require.NoError(n.t, err)
 
-	n.conn, n.pods, n.images = conn, cri.NewRuntimeServiceClient(conn), cri.NewImageServiceClient(conn)
+	n.containerd, n.conn = cmd, conn
+	n.pods, n.images = cri.NewRuntimeServiceClient(conn), cri.NewImageServiceClient(conn)
 
 	require.EventuallyWithT(n.t, func(c *assert.CollectT) {
 		status, err := n.pods.Status(n.t.Context(), &cri.StatusRequest{})
@@ -232,7 +240,7 @@ func (n *node) end() {
 	}
 
 	if n.containerd == nil {
-		n.start()
+		return
 	}
 
 	list, err := n.pods.ListPodSandbox(context.Background(), &cri.ListPodSandboxRequest{})
@@ -269,13 +277,12 @@ func (n *node) importImage() {
 
 	var layer bytes.Buffer
 
-	busybox, err := exec.LookPath("busybox")
-	require.NoError(n.t, err)
-	program, err := os.ReadFile(busybox)
+	n.build("./pause", "pause")
+	program, err := os.ReadFile(n.path("pause"))
 	require.NoError(n.t, err)
 
 	files := tar.NewWriter(&layer)
-	require.NoError(n.t, files.WriteHeader(&tar.Header{Name: "busybox", Mode: 0o755, Size: int64(len(program))}))
+	require.NoError(n.t, files.WriteHeader(&tar.Header{Name: "pause", Mode: 0o755, Size: int64(len(program))}))
 	_, err = files.Write(program)
 	require.NoError(n.t, err)
 	require.NoError(n.t, files.Close())
@@ -284,7 +291,7 @@ func (n *node) importImage() {
 	only, err := tarball.LayerFromOpener(open)
 	require.NoError(n.t, err)
 	img, err := mutate.ConfigFile(empty.Image, &image.ConfigFile{
-		OS: "linux", Architecture: runtime.GOARCH, Config: image.Config{Entrypoint: []string{"/busybox", "sleep", "3600"}},
+		OS: "linux", Architecture: runtime.GOARCH, Config: image.Config{Entrypoint: []string{"/pause"}},
 	})
 	require.NoError(n.t, err)
 	img, err = mutate.AppendLayers(img, only)
