@@ -303,7 +303,7 @@ func TestWithoutTakeover(t *testing.T) {
 	})
 }
 
-// Sync takes the port of a row of another scope from before, or is told not to.
+// Sync takes the port of a row of another scope from before, if it may.
 func TestSyncWithoutTakeover(t *testing.T) {
 	eachNode(t, func(t *testing.T, n *node) {
 		n.serve(0, "tcp", IPv4, 80)

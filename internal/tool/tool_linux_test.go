@@ -363,7 +363,7 @@ func TestWait(t *testing.T) {
 	b.cause("the packet is dropped in the forward hook by table inet firewall, chain forward, handle", "-wait", "20s", "8080/tcp")
 }
 
-// What a sysctl of one interface stops is told of the interface by which a packet came.
+// Where a sysctl of one interface stops a packet, the interface is the one by which it came.
 func TestWaitInterface(t *testing.T) {
 	t.Parallel()
 
