@@ -625,25 +625,28 @@ func (c *chaos) changedServices(f IPFamily) []string {
 }
 
 // excuse notes what a new process cannot know of the flows that were there while there
-// was none: that an address has come or gone, what known rows led to before they were
-// moved, and which rows have gone with a process that was killed before it could end their
-// flows.
-func (c *chaos) excuse(flows []nfnetlink.Flow, known, gone []*row.Row) {
+// was none: that an address has come or gone, what rows led to before they were moved, and
+// what unknown rows led to, which it has not found.
+func (c *chaos) excuse(flows []nfnetlink.Flow, before, unknown []*row.Row) {
+	led := func(to row.Endpoint, pod netip.AddrPort) (moved, left bool) {
+		covers := func(r *row.Row) bool { return r.PortKey == to.PortKey && r.Overlaps(to) }
+		moved = slices.ContainsFunc(before, func(r *row.Row) bool { return covers(r) && slices.Contains(r.Former, pod) })
+		left = slices.ContainsFunc(unknown, func(r *row.Row) bool { return covers(r) && r.HasLedTo(pod) })
+
+		return moved, left
+	}
+
 	for _, flow := range flows {
 		to := row.Endpoint{PortKey: row.PortKey{Proto: row.ProtocolOf(flow.Protocol), Port: flow.Destination.Port()}, IP: flow.Destination.Addr()}
-		are := func(rows []*row.Row, led func(*row.Row) bool) bool {
-			return slices.ContainsFunc(rows, func(r *row.Row) bool { return r.PortKey == to.PortKey && r.Overlaps(to) && led(r) })
-		}
-		left := are(gone, func(r *row.Row) bool { return r.HasLedTo(flow.Responder) })
-		moved := are(known, func(r *row.Row) bool { return slices.Contains(r.Former, flow.Responder) })
-
-		if moved || (left || c.changed[to.IP]) && c.stale(flow) != "" {
+		if moved, left := led(to, flow.Responder); moved || (left || c.changed[to.IP]) && c.stale(flow) != "" {
 			c.excused[fmt.Sprint(flow)] = true
 		}
 	}
 
 	c.forget(func(k *client) bool {
-		return c.changed[k.ip] || slices.ContainsFunc(c.allRows(k.family), func(r *row.Row) bool { return slices.Contains(r.Former, k.pod) })
+		moved, left := led(row.Endpoint{PortKey: k.at.PortKey, IP: k.ip}, k.pod)
+
+		return c.changed[k.ip] || moved || left
 	})
 
 	for _, rows := range c.model {

@@ -716,10 +716,9 @@ func (c *chaos) killed(during func()) {
 	flows := slices.Concat(c.flows(IPv4), c.flows(IPv6))
 	c.runtime = c.start(true, impatient)
 
-	known := slices.Concat(c.allRows(IPv4), c.allRows(IPv6))
-	gone, _ := rowsOf(add.ID, add.Pod)
-	gone = append(gone, c.model[remove.ID]...)
-	gone = slices.DeleteFunc(gone, func(r *row.Row) bool {
+	before := slices.Concat(c.allRows(IPv4), c.allRows(IPv6))
+	added, _ := rowsOf(add.ID, add.Pod)
+	unknown := slices.DeleteFunc(slices.Concat(before, added), func(r *row.Row) bool {
 		return slices.ContainsFunc(c.runtime.begun, func(m Mapping) bool { return strings.HasSuffix(m.text(), " "+r.String()) })
 	})
 
@@ -727,12 +726,14 @@ func (c *chaos) killed(during func()) {
 		delete(c.model, remove.ID)
 	}
 
+	pods := c.desired() // which leaves out rows of a pod that has moved
+
 	c.forget(func(k *client) bool { return k.owner == add.ID || k.owner == remove.ID })
-	c.excuse(flows, known, gone)
+	c.excuse(flows, before, unknown)
 
 	// What it was about to start has its ports until that begins, or ends with it.
 	eventually(c.t, func() bool {
-		r := c.runtime.obey(order{Op: "sync", Pods: c.desired()})[0]
+		r := c.runtime.obey(order{Op: "sync", Pods: pods})[0]
 
 		return !strings.Contains(r.Err, syscall.EADDRINUSE.Error())
 	})
