@@ -8,8 +8,8 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -22,9 +22,13 @@ import (
 // namespace of the thread that opened it. Its methods may be called from
 // several goroutines.
 type Conn struct {
-	mu     sync.Mutex
-	nl     *netlink.Conn
-	closed bool
+	mu       sync.Mutex
+	nl       *netlink.Conn
+	raw      syscall.RawConn
+	sequence uint32 // of the last message sent
+	buf      []byte // for what comes
+	room     int    // of the send buffer, at first
+	closed   bool
 }
 
 // ErrStale says that somebody has changed the ruleset since the generation
@@ -59,7 +63,7 @@ const (
 
 // Dial opens a connection. It fails where the kernel has no nfnetlink.
 func Dial() (*Conn, error) {
-	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{MessageBufferSize: receiveBuffer})
+	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open nfnetlink: %w", err)
 	}
@@ -68,7 +72,18 @@ func Dial() (*Conn, error) {
 	// mdlayher/netlink 1.11 makes another error.)
 	_ = nl.SetOption(netlink.ExtendedAcknowledge, true) // does without
 
-	return &Conn{nl: nl}, nil
+	c := &Conn{nl: nl, buf: make([]byte, receiveBuffer)}
+
+	c.raw, err = nl.SyscallConn()
+	if err == nil {
+		c.room, err = nl.WriteBuffer()
+	}
+
+	if err != nil {
+		return nil, fmt.Errorf("open nfnetlink: %w", errors.Join(err, nl.Close()))
+	}
+
+	return c, nil
 }
 
 // Port is the number of the socket. No other of the network namespace has it meanwhile.
@@ -89,7 +104,7 @@ func (c *Conn) Close() error {
 	return c.nl.Close() //nolint:wrapcheck // says itself what it is about
 }
 
-// do runs f, which has the socket to itself, until ctx ends.
+// do runs f, which has the socket to itself and sets its deadline, unless ctx has ended.
 func (c *Conn) do(ctx context.Context, f func() error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -102,13 +117,7 @@ func (c *Conn) do(ctx context.Context, f func() error) error {
 		return net.ErrClosed
 	}
 
-	deadline, _ := ctx.Deadline() // the zero time is none
-
-	err := c.nl.SetDeadline(deadline)
-	if err == nil {
-		err = f()
-	}
-
+	err := f()
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		// A socket's deadline may pass an instant before the context's does.
 		err = fmt.Errorf("%w: %w", cmp.Or(ctx.Err(), context.DeadlineExceeded), err)
@@ -126,15 +135,9 @@ func (c *Conn) do(ctx context.Context, f func() error) error {
 // drain takes out of the socket what has come and nobody has waited for, after
 // a failure: full of that, it would have no room for other answers.
 func (c *Conn) drain() {
-	raw, err := c.nl.SyscallConn()
-	if err != nil {
-		return
-	}
-
-	_ = raw.Control(func(fd uintptr) {
-		buf := make([]byte, receiveBuffer)
+	_ = c.raw.Control(func(fd uintptr) {
 		for err := error(nil); err == nil || errors.Is(err, unix.ENOBUFS); {
-			_, _, err = unix.Recvfrom(int(fd), buf, unix.MSG_DONTWAIT)
+			_, _, err = unix.Recvfrom(int(fd), c.buf, unix.MSG_DONTWAIT)
 		}
 	})
 }
@@ -210,14 +213,13 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 
 	return c.do(ctx, func() error {
 		// Once it is sent it is decided, and has been answered, when sending
-		// returns: to run out of time then would leave the outcome unknown.
+		// returns: to run out of ctx's time then would leave the outcome unknown.
 		if err := errors.Join(c.grow(all), c.nl.SetDeadline(time.Now().Add(patience))); err != nil {
 			return err
 		}
 
-		sent, err := c.nl.SendMessages(all)
-		if err != nil {
-			return err //nolint:wrapcheck // do says what it is about
+		if err := c.send(all); err != nil {
+			return err
 		}
 
 		// The kernel has gone through the batch by now. It answers for the
@@ -228,7 +230,7 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 		for i := -1; i != 0 && i != last; {
 			var err error
 
-			_, i, err = c.receive(sent)
+			_, i, err = c.receive(all)
 
 			opErr := (*netlink.OpError)(nil)
 
@@ -238,7 +240,7 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 			case i == 0 && errors.Is(err, unix.ERESTART):
 				return ErrStale
 			case errors.As(err, &opErr) && refused == nil:
-				refused = &BatchError{Message: i - 1, What: describe(sent[i]), Err: words(opErr)}
+				refused = &BatchError{Message: i - 1, What: describe(all[i]), Err: words(opErr)}
 			}
 		}
 
@@ -250,19 +252,26 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 // their order: nil stands for what does not exist.
 func (c *Conn) Get(ctx context.Context, requests ...netlink.Message) ([]*netlink.Message, error) {
 	answers := make([]*netlink.Message, len(requests))
+	deadline, _ := ctx.Deadline() // the zero time is none
 
 	err := c.do(ctx, func() error {
+		if err := c.nl.SetDeadline(deadline); err != nil {
+			return err //nolint:wrapcheck // do says what it is about
+		}
+
 		for first := 0; first < len(requests); first += window {
-			sent, err := c.nl.SendMessages(slices.Clone(requests[first:min(first+window, len(requests))]))
-			if err != nil {
-				return err //nolint:wrapcheck // do says what it is about
+			some := requests[first:min(first+window, len(requests))]
+			if err := c.send(some); err != nil {
+				return err
 			}
 
-			for i := -1; i < len(sent)-1; {
-				var msgs []netlink.Message
-				if msgs, i, err = c.receive(sent); err != nil && !errors.Is(err, unix.ENOENT) {
+			for last := -1; last < len(some)-1; {
+				msgs, i, err := c.receive(some)
+				if err != nil && !errors.Is(err, unix.ENOENT) {
 					return err
 				}
+
+				last = i
 
 				if err == nil && msgs[0].Header.Type != netlink.Error {
 					answers[first+i] = &msgs[0]
@@ -284,13 +293,15 @@ func (c *Conn) Dump(ctx context.Context, request netlink.Message) ([]netlink.Mes
 
 	var list []netlink.Message
 
-	err := c.do(ctx, func() error {
-		sent, err := c.nl.SendMessages([]netlink.Message{request})
-		if err != nil {
-			return err //nolint:wrapcheck // do says what it is about
+	deadline, _ := ctx.Deadline() // the zero time is none
+
+	err := c.do(ctx, func() (err error) {
+		requests := []netlink.Message{request}
+		if err := errors.Join(c.nl.SetDeadline(deadline), c.send(requests)); err != nil {
+			return err
 		}
 
-		if list, _, err = c.receive(sent); errors.Is(err, unix.ENOENT) {
+		if list, _, err = c.receive(requests); errors.Is(err, unix.ENOENT) {
 			return nil // nothing there, nothing to list
 		}
 
@@ -307,7 +318,7 @@ func (c *Conn) receive(sent []netlink.Message) ([]netlink.Message, int, error) {
 	first := sent[0].Header.Sequence
 
 	for {
-		msgs, err := c.nl.Receive()
+		msgs, err := c.read()
 
 		opErr := (*netlink.OpError)(nil)
 
@@ -317,7 +328,7 @@ func (c *Conn) receive(sent []netlink.Message) ([]netlink.Message, int, error) {
 		case errors.As(err, &opErr) && opErr.Sequence != 0:
 			i = int(int32(opErr.Sequence - first)) //nolint:gosec // sequence numbers wrap around
 		case err != nil:
-			return nil, -1, err //nolint:wrapcheck // do says what it is about
+			return nil, -1, err
 		case len(msgs) == 0: // the end of an empty list, of whichever request: there is one at a time
 			i = 0
 		default:
@@ -325,7 +336,7 @@ func (c *Conn) receive(sent []netlink.Message) ([]netlink.Message, int, error) {
 		}
 
 		if i >= 0 && i < len(sent) {
-			return msgs, i, err //nolint:wrapcheck // likewise
+			return msgs, i, err
 		}
 	}
 }
@@ -339,12 +350,11 @@ func (c *Conn) grow(msgs []netlink.Message) error {
 		size += unix.NLMSG_HDRLEN + align(len(m.Data))
 	}
 
-	have, err := c.nl.WriteBuffer()
-	if err != nil || size < have/2 {
-		return err //nolint:wrapcheck // do says what it is about
+	if size < c.room/2 {
+		return nil
 	}
 
-	return c.nl.SetWriteBuffer(size) //nolint:wrapcheck // likewise
+	return c.nl.SetWriteBuffer(size) //nolint:wrapcheck // do says what it is about
 }
 
 func align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }

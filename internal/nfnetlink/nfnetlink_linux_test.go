@@ -3,12 +3,15 @@ package nfnetlink
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -315,6 +318,39 @@ func TestLargeCommit(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, []Element{element(i)}, found)
 	}
+}
+
+// What the kernel says of an error is told, and an answer that is cut short does no harm.
+func TestErrors(t *testing.T) {
+	t.Parallel()
+
+	errno := native(0xffffffff)                                              // -EPERM
+	request := append(native(1<<16+4), bytes.Repeat([]byte{0x7f}, 1<<16)...) // does not pass for an attribute
+	words := binary.NativeEndian.AppendUint16(binary.NativeEndian.AppendUint16(nil, 10), unix.NLMSGERR_ATTR_MSG)
+	words = append(words, "wrong\x00\x00\x00"...)
+
+	for name, m := range map[string]syscall.NetlinkMessage{
+		"of a request": {Header: syscall.NlMsghdr{Type: unix.NLMSG_ERROR, Flags: unix.NLM_F_ACK_TLVS, Seq: 7}, Data: slices.Concat(errno, request, words)},
+		"of a list":    {Header: syscall.NlMsghdr{Type: unix.NLMSG_DONE, Flags: unix.NLM_F_ACK_TLVS, Seq: 7}, Data: slices.Concat(errno, words)},
+	} {
+		assert.Equal(t, &netlink.OpError{Op: "receive", Err: unix.EPERM, Message: "wrong", Sequence: 7}, errorIn(m), name)
+
+		for short := range m.Data {
+			_ = errorIn(syscall.NetlinkMessage{Header: m.Header, Data: m.Data[:short]})
+		}
+
+		m.Header.Flags = 0
+		assert.Equal(t, &netlink.OpError{Op: "receive", Err: unix.EPERM, Sequence: 7}, errorIn(m), name)
+
+		m.Data = native(0)
+		require.NoError(t, errorIn(m), name)
+	}
+
+	c := dial(t)
+	c.buf = c.buf[:30] // an answer has more
+
+	_, err := c.Generation(t.Context())
+	require.ErrorContains(t, err, "want at most 30")
 }
 
 func TestClosedOrTooLate(t *testing.T) {
