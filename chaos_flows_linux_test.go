@@ -247,7 +247,7 @@ func (c *chaos) flowsOf(o *others) []string {
 	var list []string
 
 	for _, flow := range c.flows(o.family) {
-		if slices.Contains(o.to, flow.Destination) && c.isOthers(flow) {
+		if slices.Contains(o.to, flow.Destination) && flow.Responder.Addr() == c.PeerIP(o.family == IPv6) {
 			list = append(list, fmt.Sprint(flow))
 		}
 	}
