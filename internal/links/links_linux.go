@@ -1,7 +1,6 @@
 package links
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -31,6 +30,7 @@ type Finder struct {
 	family row.Family
 	open   bool
 	socket int         // of rtnetlink, while open
+	asked  uint32      // how often, which numbers the requests
 	calls  sysctl.File // of bridges, which comes and goes with br_netfilter
 	// kinds are the kernel's names for what interfaces are, by the interfaces' names: to
 	// ask takes six times as long as a route.
@@ -98,67 +98,6 @@ func (l *Finder) To(named string, pod netip.Addr) (string, error) {
 	}
 
 	return request.Name(), nil
-}
-
-// linkTo asks for the interface by which the node reaches an address (rtnetlink(7)). It is asked at
-// each Add: netlink.RouteGet takes three times as long, as it makes room for 64 KiB.
-func (l *Finder) linkTo(ip netip.Addr) (index uint32, err error) {
-	if err := l.openSocket(); err != nil {
-		return 0, err
-	}
-
-	family := uint8(unix.AF_INET)
-	if ip.Is6() {
-		family = unix.AF_INET6
-	}
-
-	request := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
-	request.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: family, Dst_len: uint8(ip.BitLen())}}) //nolint:gosec // 32 or 128
-	request.AddData(nl.NewRtAttr(unix.RTA_DST, ip.AsSlice()))
-
-	if err := unix.Sendto(l.socket, request.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return 0, err //nolint:wrapcheck // To does
-	}
-
-	var buf [1024]byte // one route fits
-
-	for {
-		n, _, err := unix.Recvfrom(l.socket, buf[:], 0)
-		if errors.Is(err, unix.EINTR) { // with a timeout the kernel does not go on by itself (signal(7))
-			continue
-		}
-
-		if err != nil {
-			return 0, err //nolint:wrapcheck // likewise
-		}
-
-		msgs, err := syscall.ParseNetlinkMessage(buf[:n])
-		if err != nil || len(msgs) == 0 || msgs[0].Header.Seq != request.Seq {
-			continue // of a request whose time was up
-		}
-
-		return outputOf(msgs[0])
-	}
-}
-
-// outputOf is the interface of a route.
-func outputOf(m syscall.NetlinkMessage) (index uint32, err error) {
-	if m.Header.Type == unix.NLMSG_ERROR {
-		return 0, unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data))) //nolint:gosec,wrapcheck // struct nlmsgerr; To does
-	}
-
-	attrs, err := syscall.ParseNetlinkRouteAttr(&m)
-	if err != nil {
-		return 0, err //nolint:wrapcheck // likewise
-	}
-
-	for _, a := range attrs {
-		if a.Attr.Type == unix.RTA_OIF {
-			return binary.NativeEndian.Uint32(a.Value), nil
-		}
-	}
-
-	return 0, unix.ENODEV
 }
 
 // Bypassed reports whether pods on an interface answer their neighbours past the node.

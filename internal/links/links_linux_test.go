@@ -87,6 +87,7 @@ func TestTo(t *testing.T) {
 
 			// An answer that nobody has waited for.
 			other := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+			other.Seq = l.asked
 			other.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 			require.NoError(t, unix.Sendto(l.socket, other.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
 
