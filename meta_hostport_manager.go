@@ -142,7 +142,12 @@ func (m *Manager) RemoveContext(ctx context.Context, id string, podPortMapping *
 
 	allowed := sync.OnceValue(m.families[0].namespace.isCurrent) // both were made in one namespace
 
-	return m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+	families := slices.DeleteFunc(slices.Clone(m.families), (*hostportManager).isEmpty)
+	if len(families) == 0 { // the checks of one are those of both
+		families = m.families[:1]
+	}
+
+	return m.eachOf(ctx, families, func(ctx context.Context, fm *hostportManager) error {
 		return fm.remove(ctx, id, podPortMapping, allowed)
 	})
 }
@@ -152,15 +157,15 @@ func (m *Manager) withTimeout(ctx context.Context) (context.Context, context.Can
 	return m.families[0].cfg.withTimeout(ctx)
 }
 
-// eachFamily does the same for both families, each with its share of the time.
-func (m *Manager) eachFamily(ctx context.Context, do func(context.Context, *hostportManager) error) error {
+// eachOf does the same for some families, each with its share of the time.
+func (m *Manager) eachOf(ctx context.Context, families []*hostportManager, do func(context.Context, *hostportManager) error) error {
 	ctx, cancel := m.withTimeout(ctx)
 	defer cancel()
 
 	var errs []error
 
-	for i, fm := range m.families {
-		part, cancel := partOf(ctx, len(m.families)-i)
+	for i, fm := range families {
+		part, cancel := partOf(ctx, len(families)-i)
 		errs = append(errs, do(part, fm))
 
 		cancel()
@@ -219,7 +224,7 @@ func (m *Manager) Sync(ctx context.Context, pods map[string][]*PodPortMapping) e
 		m.families[0].cfg.observe(Event{Kind: EventSync, Err: errors.Join(errs...)})
 	}
 
-	_ = m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+	_ = m.eachOf(ctx, m.families, func(ctx context.Context, fm *hostportManager) error {
 		errs = append(errs, fm.sync(ctx, EventSync, wanted[slices.Index(m.families, fm)])...)
 
 		return nil
@@ -258,7 +263,7 @@ func (m *Manager) Keep(ctx context.Context, ids []string) error {
 		return err
 	}
 
-	return m.eachFamily(ctx, func(ctx context.Context, fm *hostportManager) error {
+	return m.eachOf(ctx, m.families, func(ctx context.Context, fm *hostportManager) error {
 		return errors.Join(fm.sync(ctx, EventKeep, pods)...)
 	})
 }

@@ -152,6 +152,14 @@ func (m *hostportManager) publish() {
 	}
 }
 
+// isEmpty reports whether the family has no rows and the kernel has none of ours either, as of
+// when the last operation ended.
+func (m *hostportManager) isEmpty() bool {
+	s := m.status.Load()
+
+	return s.Health == HealthInSync && s.Rows == 0
+}
+
 // observe tells the observer of an event.
 func (c config) observe(e Event) {
 	if c.observer != nil {

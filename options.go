@@ -90,6 +90,10 @@ func (c config) withTimeout(ctx context.Context) (context.Context, context.Cance
 
 // partOf is ctx for the next of so many steps that share what is left of its time.
 func partOf(ctx context.Context, steps int) (context.Context, context.CancelFunc) {
+	if steps == 1 {
+		return ctx, func() {}
+	}
+
 	deadline, _ := ctx.Deadline()
 
 	return context.WithTimeout(ctx, time.Until(deadline)/time.Duration(steps))
