@@ -214,11 +214,7 @@ func (c *Conn) batch(ctx context.Context, gen uint32, msgs []netlink.Message, co
 	return c.do(ctx, func() error {
 		// Once it is sent it is decided, and has been answered, when sending
 		// returns: to run out of ctx's time then would leave the outcome unknown.
-		if err := errors.Join(c.grow(all), c.nl.SetDeadline(time.Now().Add(patience))); err != nil {
-			return err
-		}
-
-		if err := c.send(all); err != nil {
+		if err := errors.Join(c.nl.SetDeadline(time.Now().Add(patience)), c.send(all)); err != nil {
 			return err
 		}
 
@@ -339,22 +335,6 @@ func (c *Conn) receive(sent []netlink.Message) ([]netlink.Message, int, error) {
 			return msgs, i, err
 		}
 	}
-}
-
-// grow sees to it that a batch fits into the socket's send buffer, of which
-// the kernel counts twice what is asked for. Without privileges in the initial
-// user namespace there is a limit (net.core.wmem_max), and more is EMSGSIZE.
-func (c *Conn) grow(msgs []netlink.Message) error {
-	size := 0
-	for _, m := range msgs {
-		size += unix.NLMSG_HDRLEN + align(len(m.Data))
-	}
-
-	if size < c.room/2 {
-		return nil
-	}
-
-	return c.nl.SetWriteBuffer(size) //nolint:wrapcheck // do says what it is about
 }
 
 func align(n int) int { return (n + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1) }

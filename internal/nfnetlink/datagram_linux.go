@@ -17,21 +17,34 @@ import (
 
 // send sends messages in one datagram, and completes their headers.
 func (c *Conn) send(msgs []netlink.Message) error {
-	var datagram []byte
+	size := 0
+	for _, m := range msgs {
+		size += unix.NLMSG_HDRLEN + len(m.Data) // which is aligned, as attributes are
+	}
+
+	datagram := make([]byte, 0, size)
 
 	for i := range msgs {
 		c.sequence++
 
 		h := &msgs[i].Header
-		h.Length = uint32(align(unix.NLMSG_HDRLEN + len(msgs[i].Data))) //nolint:gosec // far from 4 GiB
+		h.Length = uint32(unix.NLMSG_HDRLEN + len(msgs[i].Data)) //nolint:gosec // far from 4 GiB
 		h.Sequence, h.PID = c.sequence, c.nl.PID()
 
-		b, err := msgs[i].MarshalBinary()
-		if err != nil {
-			return fmt.Errorf("encode a message: %w", err)
-		}
+		datagram = binary.NativeEndian.AppendUint32(datagram, h.Length)
+		datagram = binary.NativeEndian.AppendUint16(datagram, uint16(h.Type))
+		datagram = binary.NativeEndian.AppendUint16(datagram, uint16(h.Flags))
+		datagram = binary.NativeEndian.AppendUint32(datagram, h.Sequence)
+		datagram = binary.NativeEndian.AppendUint32(datagram, h.PID)
+		datagram = append(datagram, msgs[i].Data...)
+	}
 
-		datagram = append(datagram, b...)
+	// The kernel counts twice what is asked for. Without privileges in the initial user namespace
+	// there is a limit (net.core.wmem_max), and more is EMSGSIZE.
+	if size >= c.room/2 {
+		if err := c.nl.SetWriteBuffer(size); err != nil {
+			return err //nolint:wrapcheck // do says what it is about
+		}
 	}
 
 	var err error

@@ -47,7 +47,12 @@ type wanted struct {
 
 // plan works out what deltas come to if the kernel holds what it should.
 func (b *Backend) plan(deltas []row.Delta) *plan {
-	p := &plan{wanted: map[ElementKey]*wanted{}, hairpins: map[netip.Addr]hairpin{}, observed: b.Seen}
+	rows := 0
+	for _, d := range deltas {
+		rows += len(d.Del) + len(d.Add) + len(d.Keep)
+	}
+
+	p := &plan{wanted: make(map[ElementKey]*wanted, rows), hairpins: map[netip.Addr]hairpin{}, observed: b.Seen}
 
 	for i, d := range deltas {
 		for _, r := range d.Del {
@@ -241,7 +246,8 @@ func elementsOf(r *row.Row) []Element {
 // messages appends to msgs what makes the plan true, and returns what each of
 // the messages appended is about.
 func (p *plan) messages(t nfnetlink.Table, msgs []netlink.Message) ([]netlink.Message, []*wanted) {
-	var of []*wanted
+	of := make([]*wanted, 0, len(p.order))
+	msgs = slices.Grow(msgs, len(p.order))
 
 	for _, key := range p.order {
 		w := p.wanted[key]
@@ -264,5 +270,5 @@ func (p *plan) messages(t nfnetlink.Table, msgs []netlink.Message) ([]netlink.Me
 		}
 	}
 
-	return msgs, slices.Clip(of)
+	return msgs, of
 }
